@@ -1,0 +1,53 @@
+"""One set of weights for every bit-width: retraining-free mixed-precision quantization for vision networks."""
+
+from anyprec.bits import BitConfig, Bits
+from anyprec.calibration import calibrate, calibrate_norms
+from anyprec.checkpoint.saving import load, save
+from anyprec.conversion import convert
+from anyprec.cost import Cost, CostModel, cost_model, cost_of
+from anyprec.errors import (
+    AnyprecError,
+    BitsError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    ConversionError,
+    NotCalibratedError,
+    TrainingError,
+)
+from anyprec.model import ConvertedModel
+from anyprec.searching.budget import Budget
+from anyprec.searching.search import SearchResult, search
+from anyprec.training.fit import EpochRecord, fit
+from anyprec.training.oneshot import OneShot
+from anyprec.training.parameters import param_groups
+
+__all__ = [
+    "AnyprecError",
+    "BitConfig",
+    "Bits",
+    "BitsError",
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
+    "CheckpointError",
+    "ConversionError",
+    "ConvertedModel",
+    "Cost",
+    "CostModel",
+    "EpochRecord",
+    "NotCalibratedError",
+    "OneShot",
+    "SearchResult",
+    "TrainingError",
+    "calibrate",
+    "calibrate_norms",
+    "convert",
+    "cost_model",
+    "cost_of",
+    "fit",
+    "load",
+    "param_groups",
+    "save",
+    "search",
+]

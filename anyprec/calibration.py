@@ -1,0 +1,354 @@
+"""Data passes without gradients: step sizes and zero points for every candidate, and norm statistics.
+
+Step sizes minimise the squared quantization error, for every candidate bit-width at once and before any training:
+weights exactly, by a grid of starting points refined with the closed-form optimum for given codes; inputs on a fixed
+random sample of what the float network sees. BatchNorm copies get the mean of the statistics over a few batches,
+each at its own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from anyprec.batches import Batch, device_of, images_of, take
+from anyprec.bits import Bits, shorten
+from anyprec.errors import CalibrationError
+from anyprec.functional import STEP_FLOOR
+from anyprec.layers import QuantizedLayer
+from anyprec.model import ConvertedModel, require_converted
+from anyprec.modes import evaluating
+from anyprec.norms import SwitchableNorm
+from anyprec.quantizer import InputQuantizer, WeightQuantizer, usable_steps
+
+SAMPLE_SIZE = 32_768
+"""Input values kept of each layer, over all batches."""
+
+_GRID = (0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.55, 0.67, 0.8, 1.0)
+"""Clipping points to start from, as fractions of the largest magnitude."""
+
+_REFINEMENTS = 4
+
+
+def calibrate(
+    model: ConvertedModel,
+    loader: Iterable[Batch],
+    *,
+    step_batches: int = 4,
+    norm_batches: int = 2,
+    seed: int = 0,
+) -> None:
+    """Set the step sizes of every candidate bit-width, and the norm copies, from a few batches.
+
+    Weight and input step sizes (and zero points) become those of least squared error, anew from the latent weights
+    and the float network's activations: call it before training, not after. Then every copy of every BatchNorm gets
+    the statistics of its own precision; `calibrate_norms` does only that, and may follow training.
+
+    The model's precision, mode and float parameters are left as they were; if anything fails, its step sizes and
+    norm copies are too.
+
+    Args:
+        model: A converted model.
+        loader: Batches of images, or of pairs (images, labels); training data, in training order.
+        step_batches: Batches for the step sizes.
+        norm_batches: Batches for each precision's norm statistics.
+        seed: Of the generator that draws the sample of input values.
+
+    Raises:
+        ConversionError: `model` is not converted.
+        CalibrationError: The loader is empty, or a layer's input or weight is not finite.
+
+    Example:
+        >>> import timm, torch, anyprec
+        >>> model = anyprec.convert(timm.create_model("test_vit"))
+        >>> anyprec.calibrate(model, [torch.randn(4, 3, 160, 160)])
+        >>> model.set_bits(4)
+    """
+    require_converted(model, purpose="calibrate")
+    batches = _held(loader, max(step_batches, norm_batches), device_of(model))
+    with evaluating(model), model.using_bits(None):
+        samples = _sample_inputs(model, batches[:step_batches], seed)
+        grids = {path: input_grid(samples[path], layer.input_quantizer) for path, layer in _layers(model)}
+        weights = {path: weight_steps(layer.weight, layer.weight_quantizer) for path, layer in _layers(model)}
+    with _undo_on_error(model):
+        for path, layer in _layers(model):
+            layer.input_quantizer.set_grid(*grids[path])
+            with torch.no_grad():
+                layer.weight_quantizer.step.copy_(weights[path])
+        calibrate_norms(model, batches[:norm_batches], anchored=True)
+
+
+def calibrate_norms(
+    model: ConvertedModel,
+    loader: Iterable[Batch],
+    *,
+    batches: int | None = None,
+    anchored: bool = False,
+    include_float: bool = False,
+) -> None:
+    """Re-estimate the running statistics of every BatchNorm copy, at the precision that it belongs to.
+
+    For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the mean
+    statistics over the batches. Affine parameters and step sizes stay as they are.
+
+    Args:
+        model: A converted and calibrated model.
+        loader: Batches of images, or of pairs (images, labels).
+        batches: At most so many of them.
+        anchored: Trust the statistics that the float network brought, and only correct them by what quantization
+            changes on these images: means by the difference, variances by the ratio. Far more accurate on few
+            images, as long as the weights are those that the float statistics belong to.
+        include_float: Re-estimate the float network's own statistics too (wanted once training moved the weights).
+
+    Raises:
+        ConversionError: `model` is not converted.
+        NotCalibratedError: Step sizes are missing.
+        CalibrationError: The loader is empty, or statistics come out not finite; the old ones are restored.
+        ValueError: Both `anchored` and `include_float` are asked for.
+    """
+    if anchored and include_float:
+        msg = "anchored=True takes the float statistics as given, include_float=True re-estimates them: choose one"
+        raise ValueError(msg)
+    require_converted(model, purpose="calibrate_norms")
+    norms = [norm for _, norm in _norms(model)]
+    if not norms:
+        return
+    held = _held(loader, batches, device_of(model))
+    with _undo_on_error(model), evaluating(model), torch.no_grad():
+        plain = _float_statistics(model, norms, held) if anchored else None
+        done: set[tuple[int | None, ...]] = set()
+        for bits in (*_uniform_pairs(model), *([None] if include_float else [])):
+            with model.using_bits(bits):
+                rows = tuple(norm.row for norm in norms)
+                # A pair that layers round up to one that was done already (depthwise layers) has nothing new.
+                if rows in done:
+                    continue
+                done.add(rows)
+                _average_statistics(model, norms, held)
+                if plain is not None:
+                    _anchor(norms, plain)
+        _require_finite_norms(model)
+
+
+def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
+    """Step sizes of least squared error for every candidate, shape `(len(candidates), channels or 1)`.
+
+    Raises:
+        CalibrationError: `weight` is not finite.
+    """
+    rows = quantizer.per_channel(weight.detach().float())
+    if not torch.isfinite(rows).all():
+        msg = "a weight holds NaN or infinite values: calibrate a network with finite weights"
+        raise CalibrationError(msg)
+    steps = [
+        usable_steps(_least_squares(rows, *quantizer.limits(index)), weight)
+        for index in range(len(quantizer.candidates))
+    ]
+    return torch.stack(steps)
+
+
+def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tensor]:
+    """Step sizes and zero points of least squared error for every candidate, each shape `(len(candidates),)`.
+
+    An input that may be negative gets the better of a symmetric grid and one placed on the sample's range.
+
+    Args:
+        sample: Values of the input, flat.
+        quantizer: Knows the candidates and whether the graph proves the input non-negative.
+    """
+    row = sample.float().reshape(1, -1)
+    steps, zeros = [], []
+    for bits in quantizer.candidates:
+        choices = [0] if quantizer.nonnegative else _zero_points(row, bits)
+        tried = [(zero, _least_squares(row, -zero, 2**bits - 1 - zero)) for zero in choices]
+        errors = [float(_squared_error(row, step, -zero, 2**bits - 1 - zero)) for zero, step in tried]
+        zero, step = tried[errors.index(min(errors))]
+        steps.append(step[0] if step[0] > STEP_FLOOR else step.new_tensor(1.0 / (2**bits - 1)))
+        zeros.append(zero)
+    return torch.stack(steps), torch.tensor(zeros, dtype=torch.int32)
+
+
+def _zero_points(row: Tensor, bits: int) -> list[int]:
+    """The symmetric zero point first (it wins ties), then those that fit the sample's range and its bulk."""
+    top = 2**bits - 1
+    choices = [2 ** (bits - 1)]
+    for tail in (0.0, 0.001, 0.01):
+        low, high = (float(torch.quantile(row, q)) for q in (tail, 1 - tail))
+        low, high = min(low, 0.0), max(high, 0.0)
+        if high > low:
+            exact = -low / (high - low) * top
+            choices += [min(top, max(0, zero)) for zero in (int(exact), int(exact) + 1)]
+    return list(dict.fromkeys(choices))
+
+
+def _least_squares(rows: Tensor, qmin: int, qmax: int) -> Tensor:
+    """For each row, the step size with the least squared error that a grid search and its refinement find.
+
+    For fixed codes q the optimal step is <w, q> / <q, q>; taking codes and step in turn never raises the error.
+    """
+    magnitude = torch.maximum(rows.amax(dim=1) / max(qmax, 1), -rows.amin(dim=1) / max(-qmin, 1))
+    best = magnitude.clamp_min(STEP_FLOOR)
+    best_error = _squared_error(rows, best, qmin, qmax)
+    for fraction in _GRID:
+        step = (magnitude * fraction).clamp_min(STEP_FLOOR)
+        error = _squared_error(rows, step, qmin, qmax)
+        best = torch.where(error < best_error, step, best)
+        best_error = torch.minimum(error, best_error)
+    for _ in range(_REFINEMENTS):
+        codes = _codes(rows, best, qmin, qmax)
+        energy = (codes * codes).sum(dim=1)
+        step = torch.where(energy > 0, (rows * codes).sum(dim=1) / energy.clamp_min(1), best)
+        step = step.clamp_min(STEP_FLOOR)
+        error = _squared_error(rows, step, qmin, qmax)
+        best = torch.where(error < best_error, step, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _codes(rows: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+    return (rows / step[:, None]).round_().clamp_(qmin, qmax)
+
+
+def _squared_error(rows: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+    difference = _codes(rows, step, qmin, qmax).mul_(step[:, None]).sub_(rows)
+    return difference.square_().sum(dim=1)
+
+
+class _Sampler:
+    """Keeps a fixed-size random sample of the values that it is shown."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._parts: list[Tensor] = []
+
+    def __call__(self, values: Tensor) -> None:
+        flat = values.detach().reshape(-1)
+        if flat.numel() > self._size:
+            index = torch.randint(flat.numel(), (self._size,), generator=self._generator)
+            extremes = torch.stack((flat.amin(), flat.amax()))
+            flat = torch.cat((flat[index.to(flat.device)], extremes))
+        self._parts.append(flat.float())
+
+    def sample(self, path: str) -> Tensor:
+        if not self._parts:
+            msg = f"layer {path!r} was not reached by the calibration data"
+            raise CalibrationError(msg)
+        sample = torch.cat(self._parts)
+        if not torch.isfinite(sample).all():
+            msg = f"the input of layer {path!r} holds NaN or infinite values: check the calibration data (and its "
+            msg += "normalisation) and the network's weights"
+            raise CalibrationError(msg)
+        return sample
+
+
+def _sample_inputs(model: ConvertedModel, batches: list[Tensor], seed: int) -> dict[str, Tensor]:
+    layers = dict(_layers(model))
+    share = max(1, SAMPLE_SIZE // len(batches))
+    samplers = {path: _Sampler(share, seed) for path in layers}
+    try:
+        for path, layer in layers.items():
+            layer.observer = samplers[path]
+        with torch.no_grad():
+            for images in batches:
+                if not torch.isfinite(images).all():
+                    msg = "the calibration images hold NaN or infinite values"
+                    raise CalibrationError(msg)
+                model(images)
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+    return {path: sampler.sample(path) for path, sampler in samplers.items()}
+
+
+def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
+    layers = model.candidates.values()
+    weight = sorted({width for layer in layers for width in layer.weight})
+    activation = sorted({width for layer in layers for width in layer.activation})
+    return [Bits(w, a) for w in weight for a in activation]
+
+
+def _average_statistics(model: nn.Module, norms: list[SwitchableNorm], batches: list[Tensor]) -> None:
+    """Give the active copies the mean of the statistics of all batches."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for count, images in enumerate(batches, start=1):
+            for norm in norms:
+                norm.training = True
+                norm.momentum = 1 / count  # a running mean over the batches
+            model(images)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.training = False
+            norm.momentum = momentum
+
+
+def _float_statistics(
+    model: ConvertedModel, norms: list[SwitchableNorm], batches: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance that the float network has on `batches` at each norm; its stored ones stay as they are."""
+    stored = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    with model.using_bits(None):
+        _average_statistics(model, norms, batches)
+    seen = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    for norm, buffers in zip(norms, stored, strict=True):
+        for name, buffer in norm.named_buffers(recurse=False):
+            buffer.copy_(buffers[name])
+    return seen
+
+
+def _anchor(norms: list[SwitchableNorm], plain: list[tuple[Tensor, Tensor]]) -> None:
+    """Turn the statistics in the active copies into corrections of the float network's stored ones."""
+    for norm, (mean, variance) in zip(norms, plain, strict=True):
+        seen_mean, seen_variance = norm.bank.running_mean[norm.row], norm.bank.running_var[norm.row]
+        seen_mean.sub_(mean).add_(norm.running_mean)
+        # eps keeps channels that are constant on these images from turning the ratio into noise.
+        seen_variance.add_(norm.eps).div_(variance + norm.eps).mul_(norm.running_var)
+
+
+def _require_finite_norms(model: ConvertedModel) -> None:
+    broken = [
+        path
+        for path, norm in _norms(model)
+        if not all(torch.isfinite(value).all() for value in (norm.bank.running_mean, norm.bank.running_var))
+    ]
+    if broken:
+        msg = f"norm statistics of {shorten(broken, 3)} came out not finite: check the calibration data"
+        raise CalibrationError(msg)
+
+
+def _held(loader: Iterable[Batch], limit: int | None, device: torch.device) -> list[Tensor]:
+    batches = [images_of(batch).to(device) for batch in take(loader, limit)]
+    if not batches:
+        msg = "the loader yields no batch: calibration needs at least one"
+        raise CalibrationError(msg)
+    return batches
+
+
+def _layers(model: ConvertedModel) -> Iterator[tuple[str, QuantizedLayer]]:
+    return iter(model.quantized_layers.items())
+
+
+def _norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNorm]]:
+    for path in model.anyprec_record.norms:
+        norm = model.get_submodule(path)
+        if isinstance(norm, SwitchableNorm):
+            yield path, norm
+
+
+@contextmanager
+def _undo_on_error(model: ConvertedModel) -> Iterator[None]:
+    """Restore step sizes, zero points and norm copies if the block fails."""
+    parts: list[nn.Module] = [norm.bank for _, norm in _norms(model)]
+    parts += [norm for _, norm in _norms(model)]
+    parts += [part for _, layer in _layers(model) for part in (layer.weight_quantizer, layer.input_quantizer)]
+    kept = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, kept, strict=True):
+            part.load_state_dict(state)
+        raise

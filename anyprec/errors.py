@@ -1,0 +1,46 @@
+"""Every exception that anyprec raises on purpose.
+
+    AnyprecError
+    |-- BitsError (ValueError)            a bit-width, `Bits` or configuration that does not fit
+    |-- ConversionError (ValueError)      a network or pattern that `convert` cannot take
+    |-- CalibrationError (ValueError)     calibration data that no step size can come from
+    |-- NotCalibratedError (RuntimeError) low precision asked of a network without step sizes
+    |-- TrainingError (RuntimeError)      the training hooks used out of order
+    |-- BudgetError (ValueError)          a budget that cannot be read, or that nothing fits
+    `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
+
+Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
+Messages name the value that was found, what is allowed, and the remedy.
+"""
+
+
+class AnyprecError(Exception):
+    """Base of every error that anyprec raises on purpose."""
+
+
+class BitsError(AnyprecError, ValueError):
+    """A bit-width, a `Bits` value or a configuration that does not fit the network."""
+
+
+class ConversionError(AnyprecError, ValueError):
+    """A network, a pattern or a setting that `convert` cannot take."""
+
+
+class CalibrationError(AnyprecError, ValueError):
+    """Calibration data from which no step size can be estimated."""
+
+
+class NotCalibratedError(AnyprecError, RuntimeError):
+    """A precision was asked of a network whose activation step sizes are not set yet."""
+
+
+class TrainingError(AnyprecError, RuntimeError):
+    """The training hooks were used out of order, or training left the finite numbers."""
+
+
+class BudgetError(AnyprecError, ValueError):
+    """A budget that cannot be read, or that no configuration fits."""
+
+
+class CheckpointError(AnyprecError, ValueError):
+    """A checkpoint that is damaged, of another format, or of another network."""

@@ -1,0 +1,145 @@
+"""Fake quantization with the gradients of LSQ: stateless tensor maths.
+
+Forward and backward of learned step size quantization (Esser et al., ICLR 2020, equations 1 to 5), written as one
+autograd function, because the chain of elementary operations that autograd would differentiate costs an order of
+magnitude more memory traffic. No parameters live here (see `quantizer.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+STEP_FLOOR = 1e-12
+"""Step sizes are used as `max(|step|, STEP_FLOOR)`, so an optimizer step across zero cannot corrupt a layer."""
+
+
+def fake_quantize(
+    values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None, gradient_scale: float = 1.0
+) -> Tensor:
+    """Quantize and dequantize: `step * clamp(round(values / step), qmin, qmax)`, rounding half to even.
+
+    The gradient for `values` is passed straight through where `qmin < values / step < qmax` and is zero elsewhere;
+    the gradient for `step` is that of LSQ (Esser et al. 2020, equation 3), times `gradient_scale`.
+
+    Args:
+        values: The tensor to quantize, of any shape and floating dtype; not changed.
+        step: Step size(s): one element if `axis` is None, else one for each index along `axis`. The sign is ignored.
+        qmin: Lowest integer code.
+        qmax: Highest integer code.
+        axis: Channel axis of `values` for per-channel step sizes; None for one step size.
+        gradient_scale: Factor on the gradient of `step` (LSQ section 2.2 recommends `1 / sqrt(numel * qmax)`).
+
+    Returns:
+        Fake-quantized values, with the shape and dtype of `values`.
+
+    Shape:
+        values: any; step: `()`, `(1,)` or `(values.shape[axis],)`.
+
+    Example:
+        >>> fake_quantize(torch.tensor([-3.0, 0.4, 0.6, 9.0]), torch.tensor(1.0), qmin=-2, qmax=1)
+        tensor([-2., 0., 1., 1.])
+    """
+    if axis is None:
+        result = _PerTensor.apply(values, step, qmin, qmax, gradient_scale)
+    else:
+        result = _PerChannel.apply(values, step, axis, qmin, qmax, gradient_scale)
+    return result  # type: ignore[no-any-return]
+
+
+def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
+    """The integer codes behind `fake_quantize`: `clamp(round(values / step), qmin, qmax)` as int32.
+
+    Shape:
+        As `fake_quantize`.
+    """
+    scale = _effective_step(step)
+    if axis is not None:
+        scale = _along(scale, axis, values.ndim)
+    return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
+
+
+class _PerTensor(torch.autograd.Function):
+    """One step size. Works in place forward; backward needs the input and the result, which others keep anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
+        scale = _effective_step(step.reshape(()))
+        result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+        ctx.save_for_backward(values, step, result)
+        ctx.constants = qmin, qmax, gradient_scale
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, step, result = ctx.saved_tensors
+        qmin, qmax, gradient_scale = ctx.constants
+        scale = _effective_step(step.reshape(()))
+        if values.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Reading the step size as a number costs nothing on a CPU and saves a pass over the tensor.
+            number = float(scale)
+            inside = torch.ops.aten.hardtanh_backward(gradient, values, qmin * number, qmax * number)
+        else:
+            inside = torch.ops.aten.hardtanh_backward(gradient, values / scale, qmin, qmax)
+        if not ctx.needs_input_grad[1]:
+            return inside, None, None, None, None
+        # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax: with y = s * code that is
+        # (y - v [inside]) / s everywhere, so two dot products give the whole sum.
+        step_gradient = (_dot(gradient, result) - _dot(inside, values)) / scale
+        step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape) * _sign(step)
+        return inside, step_gradient, None, None, None
+
+
+class _PerChannel(torch.autograd.Function):
+    """A step size per channel, for weights. Keeps nothing but the latent weight; backward quantizes again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, step: Tensor, axis: int, qmin: int, qmax: int, gradient_scale: float
+    ) -> Tensor:
+        scale = _along(_effective_step(step), axis, values.ndim)
+        ctx.save_for_backward(values, step)
+        ctx.constants = axis, qmin, qmax, gradient_scale
+        return (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, step = ctx.saved_tensors
+        axis, qmin, qmax, gradient_scale = ctx.constants
+        ratio = values / _along(_effective_step(step), axis, values.ndim)
+        inside = torch.ops.aten.hardtanh_backward(gradient, ratio, qmin, qmax)
+        if not ctx.needs_input_grad[1]:
+            return inside, None, None, None, None, None
+        codes = ratio.round().clamp_(qmin, qmax)
+        contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
+        others = [dim for dim in range(values.ndim) if dim != axis]
+        step_gradient = contributions.sum(dim=others) if others else contributions
+        return inside, (step_gradient * gradient_scale).to(step.dtype) * _sign(step), None, None, None, None
+
+
+def _effective_step(step: Tensor) -> Tensor:
+    return step.detach().abs().clamp_min_(STEP_FLOOR)
+
+
+def _sign(step: Tensor) -> Tensor:
+    return torch.where(step < 0, -1.0, 1.0).to(step.dtype)
+
+
+def _along(step: Tensor, axis: int, ndim: int) -> Tensor:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return step.reshape(shape)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of products, without copying tensors of the same dense layout (channels_last included)."""
+    if left.stride() == right.stride() and left.is_contiguous(memory_format=torch.contiguous_format):
+        return torch.dot(left.view(-1), right.view(-1))
+    if left.ndim == 4 and left.stride() == right.stride() and left.is_contiguous(memory_format=torch.channels_last):
+        return torch.dot(left.permute(0, 2, 3, 1).reshape(-1), right.permute(0, 2, 3, 1).reshape(-1))
+    return torch.dot(left.reshape(-1), right.reshape(-1))

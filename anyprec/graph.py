@@ -1,0 +1,486 @@
+"""What a network is: facts about its layers and norms, found by torch.fx and by one observed forward pass.
+
+Two sources, each for what it knows best:
+
+- The torch.fx graph of the eval-mode network tells how layers are connected: which read the image, which make the
+  output, whose input can never be negative, and which single layer feeds a BatchNorm.
+- One real forward pass on an example input, with every operator watched, tells what happens: how often each layer
+  runs, its MACs, whether its weight is used without calling it, and what else costs something. It is also the
+  fallback where a network cannot be traced; then tensors are followed by identity and signs stay unknown.
+
+Nothing is rewritten and nothing of the network is changed here. Tracing follows timm's own lists of modules and
+functions that must not be traced through.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from anyprec.errors import ConversionError
+from anyprec.layers import LAYER_TYPES, OPERATORS, operands
+from anyprec.modes import evaluating
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is known of one Conv or Linear layer.
+
+    Attributes:
+        path: Path of the layer in the network.
+        calls: How often its weight met an input in one forward pass.
+        macs: Multiply-accumulates for one sample, over all calls.
+        weights: Number of weights.
+        owner: Path of the module that uses the weight without calling the layer, or None.
+        depthwise: A grouped convolution with one input channel per group.
+        nonnegative: The graph proves that the input cannot be negative.
+        first: It reads the network's input, with no other layer in between.
+        last: Its output reaches the network's output, and no other layer.
+        constant: Its input does not depend on the network's input.
+        problem: Why the layer cannot be quantized, or None.
+    """
+
+    path: str
+    calls: int
+    macs: int
+    weights: int
+    owner: str | None = None
+    depthwise: bool = False
+    nonnegative: bool = False
+    first: bool = False
+    last: bool = False
+    constant: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What is known of a network.
+
+    Attributes:
+        layers: Facts of every Conv and Linear layer, by path, in the order of `named_modules`.
+        norms: Path of every BatchNorm to the path of the one layer that feeds it, or None.
+        uncounted: Operators with a cost of their own that are no layer, with calls and MACs for one sample.
+        example_shape: Shape of the example input, batch first.
+        untraceable: Why torch.fx could not trace the network, or None.
+    """
+
+    layers: dict[str, LayerFacts]
+    norms: dict[str, str | None]
+    uncounted: dict[str, tuple[int, int]]
+    example_shape: tuple[int, ...]
+    untraceable: str | None = None
+
+
+def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
+    """Find the facts of `model`. Its parameters, buffers and mode are left as they were.
+
+    Args:
+        model: Any float network.
+        example_input: A batch of at least one sample, e.g. shape `(1, 3, 224, 224)`, on the network's device.
+
+    Raises:
+        ConversionError: The network does not run on `example_input`.
+    """
+    with evaluating(model):
+        seen = _observe(model, example_input)
+        flow, untraceable = _trace(model)
+    if flow is None:
+        flow = seen.flow()
+    layers = {path: _layer_facts(path, layer, seen, flow) for path, layer in _named_layers(model)}
+    norms = {path: flow.feeds.get(path) for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
+    samples = example_input.shape[0]
+    uncounted = {name: (calls, macs // samples) for name, (calls, macs) in sorted(seen.uncounted.items())}
+    return NetworkFacts(layers, norms, uncounted, tuple(example_input.shape), untraceable)
+
+
+def _layer_facts(path: str, layer: nn.Module, seen: _Watcher, flow: _Flow) -> LayerFacts:
+    calls = seen.calls.get(path, [])
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    owners = {call.owner for call in calls}
+    owner = next(iter(owners)) if len(owners) == 1 else None
+    return LayerFacts(
+        path=path,
+        calls=len(calls),
+        macs=sum(call.macs for call in calls) // seen.samples,
+        weights=weight.numel(),
+        owner=owner,
+        depthwise=getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels,
+        nonnegative=path in flow.nonnegative,
+        first=path in flow.first,
+        last=path in flow.last,
+        constant=path in flow.constant,
+        problem=_problem(path, layer, seen),
+    )
+
+
+def _problem(path: str, layer: nn.Module, seen: _Watcher) -> str | None:
+    calls = seen.calls.get(path, [])
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        return "its weight is not initialised yet: run the network once before converting"
+    if path in seen.hidden:
+        return f"its weight is used inside {seen.hidden[path]}, which hides the operator"
+    if not calls:
+        return "never used in an eval-mode forward pass"
+    if any(call.weight_shape != tuple(weight.shape) for call in calls):
+        return "its operator uses a weight of another shape than the layer holds"
+    if len({call.owner for call in calls}) > 1:
+        return "its weight is used by several modules"
+    return None
+
+
+# --- The observed forward pass ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Call:
+    owner: str | None
+    macs: int
+    weight_shape: tuple[int, ...]
+
+
+class _Watcher(TorchFunctionMode):
+    """Records every operator of one forward pass, with the module that it runs in."""
+
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        super().__init__()
+        self.samples = example_input.shape[0]
+        self.calls: dict[str, list[_Call]] = {}
+        self.hidden: dict[str, str] = {}
+        self.uncounted: dict[str, tuple[int, int]] = {}
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.order: list[str] = []
+        self.fed: dict[str, str | None] = {}
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._layer_of_weight = {id(layer.weight): path for path, layer in _named_layers(model)}
+        self._producer: dict[int, str] = {}
+        self._alive: list[Tensor] = []  # keeps outputs alive, so that no id is used twice
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in OPERATORS:
+            self._record(func, args, kwargs, result)
+        elif func is F.multi_head_attention_forward:
+            self._record_hidden(args, kwargs, "nn.MultiheadAttention")
+        elif func is F.batch_norm:
+            self._record_norm(args[0] if args else kwargs["input"])
+        standardising = bool(self.stack) and isinstance(self.stack[-1][1], LAYER_TYPES)
+        if (func in _PRODUCTS or func in _NORM_FUNCTIONS) and not standardising:
+            self._count(func, args, kwargs, result)
+        return result
+
+    def flow(self) -> _Flow:
+        """Connections as far as tensor identity shows them, for networks that cannot be traced."""
+        flow = _Flow(feeds=dict(self.fed))
+        if self.order:
+            flow.first.add(self.order[0])
+            flow.last.add(self.order[-1])
+        return flow
+
+    def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        input_, weight = operands(args, kwargs)
+        running = next(((path, module) for path, module in reversed(self.stack)), ("", None))
+        macs = OPERATORS[func].macs(input_, weight, result)
+        path = self._layer_of_weight.get(id(weight))
+        if path is None and isinstance(running[1], LAYER_TYPES):
+            path = running[0]  # the layer derives the operand from its weight (weight standardisation)
+        if path is None:
+            self._add("weight of no layer, in " + (type(running[1]).__name__ if running[1] else "the network"), macs)
+            return
+        owner = None if running[0] == path else running[0]
+        self.calls.setdefault(path, []).append(_Call(owner, macs, tuple(weight.shape)))
+        self.order.append(path)
+        self._producer[id(result)] = path
+        self._alive.append(result)
+
+    def _record_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and id(value) in self._layer_of_weight:
+                self.hidden[self._layer_of_weight[id(value)]] = where
+        self._add(where, 0)
+
+    def _record_norm(self, input_: Tensor) -> None:
+        if self.stack and isinstance(self.stack[-1][1], _BatchNorm):
+            self.fed[self.stack[-1][0]] = self._producer.get(id(input_))
+
+    def _count(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        macs = 0
+        if func is F.scaled_dot_product_attention:
+            query, key, value = args[:3] if len(args) > 2 else (kwargs[name] for name in ("query", "key", "value"))
+            macs = query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+        elif func in _PRODUCTS and isinstance(result, Tensor) and func is not torch.einsum:
+            macs = result.numel() * args[0].shape[-1]
+        self._add(getattr(func, "__name__", str(func)).strip("_"), macs)
+
+    def _add(self, name: str, macs: int) -> None:
+        calls, total = self.uncounted.get(name, (0, 0))
+        self.uncounted[name] = calls + 1, total + macs
+
+    def enter_module(self, module: nn.Module, _args: Any) -> None:
+        """Forward pre-hook: `module` starts."""
+        self.stack.append((self._paths[id(module)], module))
+
+    def leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Forward hook: the innermost module ends."""
+        self.stack.pop()
+
+
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum,
+             F.scaled_dot_product_attention}  # fmt: skip
+_NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
+
+
+def _observe(model: nn.Module, example_input: Tensor) -> _Watcher:
+    watcher = _Watcher(model, example_input)
+    modules = {id(module): module for module in model.modules()}.values()
+    hooks = [module.register_forward_pre_hook(watcher.enter_module) for module in modules]
+    hooks += [module.register_forward_hook(watcher.leave_module, always_call=True) for module in modules]
+    devices = [example_input.device] if example_input.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), watcher:
+            model(example_input)
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
+        shape = tuple(example_input.shape)
+        msg = f"{type(model).__name__} does not run on an example input of shape {shape} ({error}): pass one that fits "
+        msg += "as example_input="
+        raise ConversionError(msg) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return watcher
+
+
+# --- The torch.fx graph -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Flow:
+    """How layers are connected; all entries are paths of layers, `feeds` maps a norm to its layer."""
+
+    feeds: dict[str, str | None] = field(default_factory=dict)
+    first: set[str] = field(default_factory=set)
+    last: set[str] = field(default_factory=set)
+    constant: set[str] = field(default_factory=set)
+    nonnegative: set[str] = field(default_factory=set)
+
+
+class _Tracer(fx.Tracer):
+    """Traces through everything but layers, BatchNorms and what timm says must not be traced.
+
+    Args:
+        opening: Trace through timm's untraceable blocks after all if they hold layers, which they would hide.
+    """
+
+    def __init__(self, *, opening: bool) -> None:
+        self._opening = opening
+        notrace_modules, notrace_functions = _timm_notrace()
+        super().__init__(autowrap_modules=(math,), autowrap_functions=notrace_functions, param_shapes_constant=True)
+        self._notrace = notrace_modules
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (*LAYER_TYPES, _BatchNorm)):
+            return True
+        if isinstance(m, self._notrace):
+            return not (self._opening and any(_named_layers(m)))
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def _timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
+    from timm.models import get_notrace_functions, get_notrace_modules  # noqa: PLC0415 (timm is slow to import)
+
+    return tuple(get_notrace_modules()), tuple(get_notrace_functions())
+
+
+def _trace(model: nn.Module) -> tuple[_Flow | None, str | None]:
+    """The connections of `model`, or None and the reason why it cannot be traced."""
+    reason = None
+    for opening in (True, False):
+        try:
+            graph = _Tracer(opening=opening).trace(model, concrete_args=_default_arguments(model))
+        except Exception as error:  # noqa: BLE001 (tracing runs any code with proxies: every error means "no graph")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        else:
+            return _FlowBuilder(model, graph).build(), None
+    return None, reason
+
+
+def _default_arguments(model: nn.Module) -> dict[str, Any]:
+    """Everything after the input keeps its default, so that branches on optional arguments are taken as in use."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of the value of a graph node."""
+
+    layers: frozenset[str] = frozenset()  # the layers met last on the way from the input
+    from_input: bool = False  # reached from the network's input, with no layer in between
+    varies: bool = False  # depends on the network's input at all
+    nonnegative: bool = False
+    direct: str | None = None  # the layer whose output this is, unchanged
+
+
+class _FlowBuilder:
+    """Walks the graph once, in execution order."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+        self.modules = dict(model.named_modules())
+        self.aliases = {id(module): path for path, module in model.named_modules()}
+        self.graph = graph
+        self.values: dict[fx.Node, _Value] = {}
+        self.flow = _Flow()
+        self.signs: dict[str, list[bool]] = {}
+        self.varying: dict[str, list[bool]] = {}
+        self.consumed: set[str] = set()
+        self._weight_nodes: dict[fx.Node, str] = {}
+
+    def build(self) -> _Flow:
+        for node in self.graph.nodes:
+            self.values[node] = self._visit(node)
+        self.flow.nonnegative = {path for path, signs in self.signs.items() if all(signs)}
+        self.flow.constant = {path for path, varying in self.varying.items() if not any(varying)}
+        return self.flow
+
+    def _visit(self, node: fx.Node) -> _Value:
+        inputs = [self.values[source] for source in node.all_input_nodes]
+        if node.op == "placeholder":
+            return _Value(from_input=True, varies=True) if not node.args else _Value()
+        if node.op == "get_attr":
+            return self._visit_attribute(node)
+        if node.op == "output":
+            self.flow.last = set().union(*(value.layers for value in inputs))
+            self.flow.last -= self.consumed  # on a residual stream, every block's output reaches the end
+            return _Value()
+        if node.op == "call_module":
+            return self._visit_module(node, inputs)
+        return self._visit_function(node, inputs)
+
+    def _visit_attribute(self, node: fx.Node) -> _Value:
+        owner, _, name = str(node.target).rpartition(".")
+        module = self.modules.get(owner)
+        if name == "weight" and isinstance(module, LAYER_TYPES):
+            self._weight_nodes[node] = self.aliases[id(module)]
+        return _Value()
+
+    def _visit_module(self, node: fx.Node, inputs: list[_Value]) -> _Value:
+        module = self.modules[str(node.target)]
+        path = self.aliases[id(module)]
+        if isinstance(module, LAYER_TYPES) and inputs:
+            return self._visit_layer(path, inputs[0])
+        if isinstance(module, _BatchNorm):
+            feeding = inputs[0].direct
+            # A norm called with the outputs of several layers belongs to none of them.
+            self.flow.feeds[path] = feeding if self.flow.feeds.get(path, feeding) == feeding else None
+            activation = getattr(module, "act", None)
+            return _merge(inputs, nonnegative=activation is not None and _maps_to_nonnegative(activation))
+        inside = frozenset(f"{path}.{name}" for name, _ in _named_layers(module))
+        if inside:  # a block that could not be traced: what happens in it is unknown
+            self.consumed = self.consumed.union(*(value.layers for value in inputs))
+            return _Value(layers=inside, varies=any(value.varies for value in inputs))
+        if isinstance(module, _KEEPING_MODULES):
+            return _merge(inputs, direct=isinstance(module, _IDENTITY_MODULES))
+        return _merge(inputs, nonnegative=_maps_to_nonnegative(module))
+
+    def _visit_function(self, node: fx.Node, inputs: list[_Value]) -> _Value:
+        weight = next((self._weight_nodes[n] for n in node.all_input_nodes if n in self._weight_nodes), None)
+        if weight is not None and node.target in OPERATORS:
+            return self._visit_layer(weight, inputs[0])
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in _NONNEGATIVE_FUNCTIONS or (name in {"clamp", "clamp_", "clip", "hardtanh"} and _floor(node) >= 0):
+            return _merge(inputs, nonnegative=True)
+        if name in _KEEPING_FUNCTIONS:
+            # A constant operand (a Python number) may be negative.
+            numbers = [arg for arg in node.args if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
+            signed = name in _ARITHMETIC and any(number < 0 for number in numbers)
+            return _merge(inputs, signed=signed, direct=name in _IDENTITY_FUNCTIONS)
+        return _merge(inputs, nonnegative=False)
+
+    def _visit_layer(self, path: str, input_: _Value) -> _Value:
+        self.signs.setdefault(path, []).append(input_.nonnegative)
+        self.varying.setdefault(path, []).append(input_.varies)
+        self.consumed |= input_.layers
+        if input_.from_input:
+            self.flow.first.add(path)
+        return _Value(layers=frozenset({path}), varies=input_.varies, direct=path)
+
+
+def _merge(
+    inputs: list[_Value], *, nonnegative: bool | None = None, signed: bool = False, direct: bool = False
+) -> _Value:
+    """The value of an operation on `inputs`; without `nonnegative` the sign is that of all inputs together."""
+    if nonnegative is None:
+        nonnegative = bool(inputs) and all(value.nonnegative for value in inputs) and not signed
+    return _Value(
+        layers=frozenset().union(*(value.layers for value in inputs)),
+        from_input=any(value.from_input for value in inputs),
+        varies=any(value.varies for value in inputs),
+        nonnegative=nonnegative,
+        direct=inputs[0].direct if direct and len(inputs) == 1 else None,
+    )
+
+
+def _maps_to_nonnegative(module: nn.Module) -> bool:
+    """Whether an activation module never returns a negative number, by trying it on the real line.
+
+    Trying covers every subclass and every timm variant, where a list of classes would miss some. Only modules
+    without parameters are tried; one that does not take a plain vector is taken to be signed.
+    """
+    if any(True for _ in module.parameters()):
+        return False
+    probe = torch.linspace(-100.0, 100.0, 4001)
+    try:
+        with torch.no_grad():
+            result = module(probe.clone())
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return False
+    return isinstance(result, Tensor) and bool((result >= 0).all())
+
+
+def _floor(node: fx.Node) -> float:
+    lower = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
+    return float(lower) if isinstance(lower, (int, float)) else -math.inf
+
+
+_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+_KEEPING_MODULES = (
+    *_IDENTITY_MODULES,
+    nn.Flatten,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+)  # fmt: skip
+_NONNEGATIVE_FUNCTIONS = {
+    "relu", "relu_", "relu6", "sigmoid", "sigmoid_", "hardsigmoid", "softmax", "abs", "square", "exp", "softplus",
+}  # fmt: skip
+_IDENTITY_FUNCTIONS = {"contiguous", "dropout", "clone", "float"}
+_ARITHMETIC = {"add", "iadd", "mul", "imul", "add_", "mul_"}
+_KEEPING_FUNCTIONS = {
+    *_IDENTITY_FUNCTIONS, *_ARITHMETIC,
+    "flatten", "reshape", "view", "permute", "transpose", "unsqueeze", "squeeze", "expand", "repeat", "roll",
+    "cat", "stack", "chunk", "split", "getitem", "unbind", "flip", "narrow",
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool1d", "avg_pool1d",
+    "boolean_dispatch", "mean", "sum", "amax", "max", "pad", "pad_same", "upsample",
+}  # fmt: skip
+
+
+# --- Shared -------------------------------------------------------------------------------------------------------
+
+
+def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, LAYER_TYPES))

@@ -1,0 +1,367 @@
+"""What a converted model can do: switch its precision, say what it is, and stay a model of its own class.
+
+`conversion.py` gives the user's model a class derived from its own and one of the mixins here. Nothing in this file
+looks at data or at the graph; it switches layers and norms that are already in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
+from anyprec.errors import BitsError, ConversionError, NotCalibratedError
+from anyprec.graph import NetworkFacts
+from anyprec.layers import LAYER_TYPES, QuantizedLayer, quantize_layer
+from anyprec.norms import SwitchableNorm
+from anyprec.specialize import Specialized
+
+Request = BitsLike | Mapping[str, BitsLike] | None
+"""What `set_bits` takes: see `ConvertedModel.set_bits`."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What became of one Conv or Linear layer of the float network.
+
+    Attributes:
+        path: Its path.
+        kind: Its class in the float network.
+        status: "quantized"; "exempt" (by a rule or on request); "skipped" (it could not be quantized).
+        reason: Why it is not quantized; empty if it is.
+    """
+
+    path: str
+    kind: str
+    status: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """The arguments of `convert`, as plain values that a checkpoint can keep."""
+
+    bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+    first_last_bits: int | None
+    depthwise_min_bits: int
+    per_channel: bool
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+
+@dataclass
+class ConversionRecord:
+    """What a converted model knows of itself."""
+
+    settings: ConvertSettings
+    facts: NetworkFacts
+    coverage: tuple[Coverage, ...]
+    norms: dict[str, str | None]
+    """Path of every switchable norm to the quantized layer that sets its row, or None for a single row."""
+    configs: dict[str, BitConfig] = field(default_factory=dict)
+    """Named configurations, kept in the checkpoint."""
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Paths of the quantized layers, in network order."""
+        return tuple(row.path for row in self.coverage if row.status == "quantized")
+
+
+class ConvertedModel(Specialized):
+    """Mixin of a converted network. The network keeps its own class, methods and parameter names besides."""
+
+    class_prefix: ClassVar[str] = "AnyPrecision"
+
+    anyprec_record: ConversionRecord
+
+    @property
+    def quantized_layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by path, in network order.
+
+        Raises:
+            ConversionError: A layer was replaced by another module after conversion.
+        """
+        found: dict[str, QuantizedLayer] = {}
+        for path in self.anyprec_record.quantized:
+            layer = _submodule_or_none(self, path)
+            if not isinstance(layer, QuantizedLayer):
+                kind = "removed" if layer is None else f"replaced by a {type(layer).__name__}"
+                msg = f"layer {path!r} was {kind} after conversion: replace layers before anyprec.convert, or use the "
+                msg += "model's reset_classifier"
+                raise ConversionError(msg)
+            found[path] = layer
+        return found
+
+    @property
+    def candidates(self) -> dict[str, LayerCandidates]:
+        """The bit-widths that each quantized layer may take, by path."""
+        return {path: layer.candidates for path, layer in self.quantized_layers.items()}
+
+    @property
+    def coverage(self) -> tuple[Coverage, ...]:
+        """What became of every Conv and Linear layer of the float network."""
+        return self.anyprec_record.coverage
+
+    @property
+    def configs(self) -> dict[str, BitConfig]:
+        """Named configurations: add your own; `save` keeps them and `set_bits` takes their names."""
+        return self.anyprec_record.configs
+
+    @property
+    def bits(self) -> BitConfig | None:
+        """The active configuration; None if the network runs in floating point."""
+        active = {path: layer.bits for path, layer in self.quantized_layers.items()}
+        chosen = {path: bits for path, bits in active.items() if bits is not None}
+        return BitConfig(chosen) if chosen else None
+
+    def resolve_bits(self, request: Request) -> BitConfig | None:
+        """The configuration that `set_bits(request)` would make active, without doing so.
+
+        Raises:
+            BitsError: as `set_bits`.
+        """
+        if request is None:
+            return None
+        candidates = self.candidates
+        if isinstance(request, BitConfig):
+            return resolve(request, candidates, partial=False)
+        if isinstance(request, Mapping):
+            return resolve(request, candidates)
+        if isinstance(request, str) and request in self.configs:
+            return resolve(self.configs[request], candidates, partial=False)
+        try:
+            return uniform(request, candidates)
+        except BitsError as error:
+            if not isinstance(request, str) or not self.configs:
+                raise
+            msg = f"{error}; or name one of the stored configurations: {shorten(self.configs)}"
+            raise BitsError(msg) from error
+
+    def set_bits(self, request: Request) -> None:
+        """Switch the precision of the network, at once and without touching a weight.
+
+        Args:
+            request: `4` (every layer W4A4), `(4, 8)` or `"W4A8"` (weight and activation bits), a `BitConfig`, a
+                mapping from layer paths or patterns to any of these, the name of a stored configuration, or None
+                (floating point). A layer that lacks a uniform bit-width takes its next higher candidate; layers
+                that a mapping does not name take their highest.
+
+        Raises:
+            BitsError: A bit-width, path or pattern does not fit; the precision stays as it was.
+            NotCalibratedError: Activation step sizes have not been calibrated.
+
+        Example:
+            >>> import timm, torch, anyprec
+            >>> model = anyprec.convert(timm.create_model("test_resnet"))
+            >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+            >>> model.set_bits({"layer1.*": (6, 8), "fc": 8})
+            >>> model.set_bits(None)
+        """
+        config = self.resolve_bits(request)
+        layers = self.quantized_layers
+        if config is not None:
+            _require_calibrated(layers)
+        self._switch({path: None if config is None else config[path] for path in layers}, layers)
+
+    @contextmanager
+    def using_bits(self, request: Request) -> Iterator[None]:
+        """Switch for the length of a `with` block; the precision before is restored, also after an exception.
+
+        Raises:
+            BitsError, NotCalibratedError: as `set_bits`.
+        """
+        before = {path: layer.bits for path, layer in self.quantized_layers.items()}
+        self.set_bits(request)
+        try:
+            yield
+        finally:
+            self._switch(before, self.quantized_layers)
+
+    def summary(self) -> Summary:
+        """A table of every Conv and Linear layer: candidates, active precision, MACs, and why if not quantized."""
+        return Summary(type(self).original_class.__name__, self._summary_rows())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
+        """Load a state dict of this converted network, or one of the float network that it was made from.
+
+        A float state dict has none of our keys. Then weight step sizes and norm copies start anew from the loaded
+        values, and activations must be calibrated again.
+
+        Raises:
+            RuntimeError: as `nn.Module.load_state_dict`.
+        """
+        own = self._own_keys()
+        if strict is False or not own or any(key in own for key in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+        present = self.state_dict()
+        result = super().load_state_dict({**state_dict, **{key: present[key] for key in own}}, strict, assign)
+        self._restart_from_float()
+        return result
+
+    def _own_keys(self) -> set[str]:
+        prefixes = [
+            f"{path}.{part}." for path in self.quantized_layers for part in ("weight_quantizer", "input_quantizer")
+        ]
+        prefixes += [f"{path}.bank." for path in self.anyprec_record.norms]
+        return {key for key in self.state_dict() if key.startswith(tuple(prefixes))}
+
+    @torch.no_grad()
+    def _restart_from_float(self) -> None:
+        layers = self.quantized_layers
+        self._switch(dict.fromkeys(layers), layers)
+        for layer in layers.values():
+            layer.weight_quantizer.initialize(layer.weight)
+            layer.input_quantizer.forget()
+        for path in self.anyprec_record.norms:
+            norm = self.get_submodule(path)
+            if isinstance(norm, SwitchableNorm):
+                norm.bank.copy_from(norm)
+
+    def _switch(self, bits: Mapping[str, Bits | None], layers: Mapping[str, QuantizedLayer]) -> None:
+        for path, layer in layers.items():
+            layer.switch(bits[path])
+        quantized = any(value is not None for value in bits.values())
+        for path, feeding in self.anyprec_record.norms.items():
+            norm = _submodule_or_none(self, path)
+            if isinstance(norm, SwitchableNorm):
+                norm.row = norm_row(layers.get(feeding or "")) if quantized else None
+
+    def _summary_rows(self) -> tuple[SummaryRow, ...]:
+        layers = self.quantized_layers
+        facts = self.anyprec_record.facts.layers
+        return tuple(
+            SummaryRow(
+                path=row.path,
+                kind=row.kind,
+                macs=facts[row.path].macs if row.path in facts else 0,
+                weights=facts[row.path].weights if row.path in facts else 0,
+                candidates=layers[row.path].candidates if row.path in layers else None,
+                input_kind=layers[row.path].input_quantizer.kind if row.path in layers else "",
+                bits=layers[row.path].bits if row.path in layers else None,
+                reason=row.reason,
+            )
+            for row in self.coverage
+        )
+
+
+class ConvertedClassifier(ConvertedModel):
+    """A converted network that, like timm's, can exchange its classifier."""
+
+    class_prefix: ClassVar[str] = "AnyPrecision"
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network's own `reset_classifier`, and quantize the new classifier as the old one was.
+
+        Step sizes of its input are kept where the layer reads the same features; the network runs in floating
+        point afterwards, and named configurations are dropped if the set of layers changed.
+        """
+        before = self.quantized_layers
+        self._switch(dict.fromkeys(before), before)
+        result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]  # the network's own class has it
+        self._adopt_replacements(before)
+        return result
+
+    def _adopt_replacements(self, before: Mapping[str, QuantizedLayer]) -> None:
+        gone: set[str] = set()
+        for path, old in before.items():
+            new = _submodule_or_none(self, path)
+            if new is old:
+                continue
+            if not isinstance(new, LAYER_TYPES):
+                gone.add(path)
+                continue
+            _quantize_like(new, old)
+        record = self.anyprec_record
+        record.coverage = tuple(row for row in record.coverage if row.path not in gone)
+        record.norms = {path: None if feeding in gone else feeding for path, feeding in record.norms.items()}
+        if gone:
+            record.configs.clear()
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One line of `Summary`; `candidates` is None for a layer that is not quantized."""
+
+    path: str
+    kind: str
+    macs: int
+    weights: int
+    candidates: LayerCandidates | None
+    input_kind: str
+    bits: Bits | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every Conv and Linear layer of a converted network; prints as a table."""
+
+    name: str
+    rows: tuple[SummaryRow, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "class", "weights", "MACs", "weight bits", "input bits", "input", "active")
+        cells = [header, *(_summary_cells(row) for row in self.rows)]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        quantized = sum(row.candidates is not None for row in self.rows)
+        title = f"{self.name}: {quantized} of {len(self.rows)} Conv/Linear layers quantized"
+        return "\n".join([title, *lines])
+
+
+def norm_row(layer: QuantizedLayer | None) -> int:
+    """The row of a norm that this layer feeds, at the layer's active precision; 0 if no single layer feeds it."""
+    if layer is None or layer.bits is None:
+        return 0
+    weight, activation = layer.candidates.weight, layer.candidates.activation
+    return weight.index(layer.bits.weight) * len(activation) + activation.index(layer.bits.activation)
+
+
+def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
+    """`model`, if it was made by `convert`.
+
+    Raises:
+        ConversionError: It was not.
+    """
+    if isinstance(model, ConvertedModel):
+        return model
+    msg = f"{purpose} needs a converted model, got {type(model).__name__}: call anyprec.convert(model) first"
+    raise ConversionError(msg)
+
+
+def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
+    per_channel = old.weight_quantizer.axis is not None
+    quantize_layer(new, old.candidates, nonnegative=old.input_quantizer.nonnegative, per_channel=per_channel)
+    if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
+        new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())
+
+
+def _require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
+    missing = [path for path, layer in layers.items() if not layer.input_quantizer.calibrated]
+    if missing:
+        msg = f"{len(missing)} of {len(layers)} layers have no activation step sizes yet ({shorten(missing, 3)}): call "
+        msg += "anyprec.calibrate(model, loader) before a precision is set"
+        raise NotCalibratedError(msg)
+
+
+def _submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _summary_cells(row: SummaryRow) -> tuple[str, ...]:
+    if row.candidates is None:
+        return row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}", "-", "-", "", row.reason
+    weight, activation = (",".join(map(str, widths)) for widths in (row.candidates.weight, row.candidates.activation))
+    active = "float" if row.bits is None else str(row.bits)
+    return row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}", weight, activation, row.input_kind, active

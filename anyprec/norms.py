@@ -1,0 +1,130 @@
+"""Switchable BatchNorm: a copy of the affine parameters and running statistics for each precision that feeds it.
+
+Statistics differ between bit-widths (method of the paper, section 3.3; Yu and Huang, "Slimmable networks", 2019), so
+a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer; one that follows a
+concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized configurations.
+The float network's own parameters stay as they are and serve bits `None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from anyprec.specialize import Specialized, despecialize, specialize
+
+
+class NormBank(nn.Module):
+    """The copies of one BatchNorm, a row each.
+
+    Args:
+        norm: The BatchNorm that every row starts from.
+        rows: Number of copies.
+
+    Attributes:
+        weight, bias: Affine parameters, shape `(rows, channels)`, or None.
+        running_mean, running_var: Statistics, shape `(rows, channels)`.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, norm: _BatchNorm, rows: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias"):
+            start = getattr(norm, name)
+            self.register_parameter(
+                name, None if start is None else nn.Parameter(_repeat(start, rows), requires_grad=start.requires_grad)
+            )
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, _repeat(getattr(norm, name), rows))
+
+    @property
+    def rows(self) -> int:
+        """Number of copies."""
+        return self.running_mean.shape[0]
+
+    @torch.no_grad()
+    def copy_from(self, norm: _BatchNorm | SwitchableNorm) -> None:
+        """Set every row to the float norm's values."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            mine, source = getattr(self, name), getattr(norm, name)
+            if mine is not None:
+                mine.copy_(source.expand_as(mine))
+
+    def extra_repr(self) -> str:
+        """Number of copies, for `print(model)`."""
+        return f"rows={self.rows}"
+
+
+class SwitchableNorm(Specialized):
+    """Mixin of a BatchNorm (timm's `BatchNormAct2d` included) with a copy per precision of the layer that feeds it.
+
+    Attributes:
+        bank: The copies.
+        row: The active copy; None is the float network's own.
+    """
+
+    class_prefix: ClassVar[str] = "Switchable"
+
+    bank: NormBank
+    row: int | None
+    momentum: float
+    eps: float
+    running_mean: Tensor
+    running_var: Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward, with the active copy in place of the float parameters and statistics."""
+        if self.row is None:
+            return super().forward(*args, **kwargs)
+        with _NormInterceptor(self.bank, self.row):
+            return super().forward(*args, **kwargs)
+
+
+class _NormInterceptor(TorchFunctionMode):
+    def __init__(self, bank: NormBank, row: int) -> None:
+        super().__init__()
+        self.bank = bank
+        self.row = row
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return func(**self._substituted(args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in ("running_mean", "running_var", "weight", "bias"):
+            if call.get(name) is not None:
+                call[name] = getattr(self.bank, name)[self.row]
+        return call
+
+
+def switch_norm(norm: _BatchNorm, rows: int) -> None:
+    """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched."""
+    bank = NormBank(norm, rows)
+    bank.train(norm.training)
+    specialize(norm, SwitchableNorm)
+    norm.bank = bank
+    vars(norm)["row"] = None
+
+
+def restore_norm(norm: SwitchableNorm) -> None:
+    """Undo `switch_norm`."""
+    del norm.bank
+    vars(norm).pop("row", None)
+    despecialize(norm)
+
+
+def _repeat(row: Tensor, rows: int) -> Tensor:
+    return row.detach().expand(rows, -1).clone()

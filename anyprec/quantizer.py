@@ -1,0 +1,167 @@
+"""Weight and input quantizers: the step sizes of one layer, one entry (or row) per candidate bit-width.
+
+All step sizes exist after `__init__`; how they are estimated from data is in `calibration.py`, the rounding itself in
+`functional.py`. Step sizes are those of LSQ (Esser et al., ICLR 2020); zero points follow LSQ+ (Bhalgat et al.,
+CVPR 2020), but are integers fixed by calibration, so that real zero (padding, ReLU) is always a code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anyprec.functional import STEP_FLOOR, fake_quantize, integer_codes
+
+
+class WeightQuantizer(nn.Module):
+    """Symmetric quantizer of one weight, with step sizes for every candidate bit-width.
+
+    The grid of b bits is `[-2^(b-1), 2^(b-1) - 1]`.
+
+    Args:
+        candidates: Bit-widths, ascending.
+        channels: Number of output channels for per-channel step sizes, or None for per-tensor ones.
+        axis: The output-channel axis of the weight.
+
+    Attributes:
+        step: Learned step sizes, shape `(len(candidates), channels or 1)`.
+    """
+
+    def __init__(self, candidates: tuple[int, ...], *, channels: int | None, axis: int = 0) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.axis = None if channels is None else axis
+        self.step = nn.Parameter(torch.full((len(candidates), channels or 1), math.nan))
+
+    def limits(self, index: int) -> tuple[int, int]:
+        """Lowest and highest code of the candidate at `index`."""
+        half = 2 ** (self.candidates[index] - 1)
+        return -half, half - 1
+
+    def forward(self, weight: Tensor, index: int) -> Tensor:
+        """Fake-quantize `weight` with the candidate at `index`; differentiable in both weight and step size."""
+        qmin, qmax = self.limits(index)
+        group = weight.numel() // self.step.shape[1]
+        return fake_quantize(
+            weight,
+            self.step[index],
+            qmin=qmin,
+            qmax=qmax,
+            axis=self.axis,
+            gradient_scale=1 / math.sqrt(group * qmax),
+        )
+
+    def codes(self, weight: Tensor, index: int) -> Tensor:
+        """Integer codes of `weight` at the candidate at `index`, int32, in the shape of `weight`."""
+        qmin, qmax = self.limits(index)
+        return integer_codes(weight, self.step[index], qmin=qmin, qmax=qmax, axis=self.axis)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor) -> None:
+        """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (Esser et al. 2020, section 2.1)."""
+        magnitude = self.per_channel(weight.float().abs()).mean(dim=1)
+        for index in range(len(self.candidates)):
+            qmax = self.limits(index)[1]
+            self.step[index] = usable_steps(2 * magnitude / math.sqrt(qmax), weight)
+
+    def per_channel(self, weight: Tensor) -> Tensor:
+        """`weight` as a matrix with a row per step size, shape `(channels or 1, rest)`."""
+        return weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0).flatten(1)
+
+    def extra_repr(self) -> str:
+        """Candidates and granularity, for `print(model)`."""
+        return f"bits={self.candidates}, {'per tensor' if self.axis is None else 'per channel'}"
+
+
+class InputQuantizer(nn.Module):
+    """Per-tensor quantizer of a layer's input, with a step size and a zero point for every candidate bit-width.
+
+    The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that cannot be negative,
+    `2^(b-1)` for symmetric ones, anything between for lopsided ones (SiLU, GELU, hard-swish).
+
+    Args:
+        candidates: Bit-widths, ascending.
+        nonnegative: The graph proves that the input is never negative, so the zero point is 0.
+
+    Attributes:
+        step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated.
+        zero_point: Integer zero points, shape `(len(candidates),)`.
+        calibrated: Whether step sizes have been set.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, candidates: tuple[int, ...], *, nonnegative: bool) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.nonnegative = nonnegative
+        self.calibrated = False
+        self.step = nn.Parameter(torch.full((len(candidates),), math.nan))
+        start = [0 if nonnegative else 2 ** (bits - 1) for bits in candidates]
+        self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
+        self._zero_points = tuple(start)  # the same as Python numbers: reading the buffer would stall a GPU
+
+    @property
+    def kind(self) -> str:
+        """`"unsigned"`, `"signed"` or `"affine"`, as the zero points say."""
+        if all(zero == 0 for zero in self._zero_points):
+            return "unsigned"
+        if all(zero == 2 ** (bits - 1) for zero, bits in zip(self._zero_points, self.candidates, strict=True)):
+            return "signed"
+        return "affine"
+
+    def limits(self, index: int) -> tuple[int, int]:
+        """Lowest and highest multiple of the step size at the candidate at `index` (zero point subtracted)."""
+        zero = self._zero_points[index]
+        return -zero, 2 ** self.candidates[index] - 1 - zero
+
+    def forward(self, values: Tensor, index: int) -> Tensor:
+        """Fake-quantize `values` with the candidate at `index`; differentiable in both values and step size."""
+        qmin, qmax = self.limits(index)
+        features = values[0].numel() if values.ndim > 1 else values.numel()
+        scale = 1 / math.sqrt(max(1, features) * max(qmax, -qmin, 1))
+        return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
+
+    @torch.no_grad()
+    def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:
+        """Take over calibrated step sizes and zero points, each of shape `(len(candidates),)`."""
+        self.step.copy_(steps)
+        self.zero_point.copy_(zero_points)
+        self._refresh()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Go back to the state before calibration."""
+        self.step.fill_(math.nan)
+        self.calibrated = False
+
+    def extra_repr(self) -> str:
+        """Candidates and kind, for `print(model)`."""
+        return f"bits={self.candidates}, {self.kind}{'' if self.calibrated else ', not calibrated'}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if not self.zero_point.is_meta:
+            self._zero_points = tuple(int(zero) for zero in self.zero_point.tolist())
+            self.calibrated = bool(torch.isfinite(self.step).all())
+
+
+def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
+    """Step sizes with those of dead (all-zero) channels replaced, so that such a channel can still learn.
+
+    A dead channel takes the mean of the living ones; a dead layer takes the standard deviation that a
+    He-initialised weight of its fan-in would have.
+    """
+    dead = steps <= STEP_FLOOR
+    if not dead.any():
+        return steps
+    fan_in = max(1, weight[0].numel())
+    living = steps[~dead]
+    fill = living.mean() if living.numel() else steps.new_tensor(math.sqrt(2 / fan_in))
+    return torch.where(dead, fill, steps)
