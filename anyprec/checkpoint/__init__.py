@@ -1,0 +1,1 @@
+"""The file: one safetensors file that holds every precision of a network, and explains itself."""

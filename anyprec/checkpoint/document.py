@@ -1,0 +1,220 @@
+"""The JSON document in a checkpoint's metadata: what it says, and reading it without trusting it.
+
+The safetensors metadata holds one entry, `anyprec`, with this document. Every field is checked for its type before
+it is used; a message names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
+from anyprec.errors import BitsError, CheckpointError
+from anyprec.graph import LayerFacts, NetworkFacts
+from anyprec.model import ConvertSettings
+
+METADATA_KEY = "anyprec"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How timm makes the float network: `timm.create_model(name, **arguments)`."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a checkpoint says of its network.
+
+    Attributes:
+        version: The anyprec version that wrote it.
+        architecture: How to rebuild the float network; None if it takes a network to load into.
+        settings: The arguments of `convert`.
+        facts: What was known of the network, so that loading observes nothing anew.
+        configs: Named configurations.
+        aliases: Name of a tied tensor to the name under which it is stored.
+        pretrained_cfg: timm's description of the weights (normalisation, labels), as far as JSON can hold it.
+    """
+
+    version: str
+    architecture: Architecture | None
+    settings: ConvertSettings
+    facts: NetworkFacts
+    configs: dict[str, BitConfig]
+    aliases: dict[str, str] = field(default_factory=dict)
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The document as text."""
+        architecture = None if self.architecture is None else dataclasses.asdict(self.architecture)
+        return json.dumps(
+            {
+                "format": FORMAT_VERSION,
+                "version": self.version,
+                "architecture": architecture,
+                "settings": dataclasses.asdict(self.settings),
+                "layers": [dataclasses.asdict(layer) for layer in self.facts.layers.values()],
+                "norms": self.facts.norms,
+                "uncounted": self.facts.uncounted,
+                "example_shape": self.facts.example_shape,
+                "untraceable": self.facts.untraceable,
+                "configs": {name: config.to_json() for name, config in self.configs.items()},
+                "aliases": self.aliases,
+                "pretrained_cfg": self.pretrained_cfg,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Document:
+        """Read a document.
+
+        Raises:
+            CheckpointError: It is not JSON, of a newer format, or a field is missing or of another type.
+        """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            msg = f"the checkpoint's metadata is not valid JSON: {error}"
+            raise CheckpointError(msg) from error
+        fields = _Fields(raw, "metadata")
+        version = fields.take("format", int)
+        if version != FORMAT_VERSION:
+            msg = f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}: update anyprec"
+            raise CheckpointError(msg)
+        return cls(
+            version=fields.take("version", str),
+            architecture=_read_architecture(fields),
+            settings=_read_settings(_Fields(fields.take("settings", dict), "metadata.settings")),
+            facts=_read_facts(fields),
+            configs=_read_configs(fields.take("configs", dict)),
+            aliases=_strings(fields.take("aliases", dict), "metadata.aliases"),
+            pretrained_cfg=fields.take("pretrained_cfg", dict),
+        )
+
+
+class _Fields:
+    """A JSON object whose fields are taken with their type."""
+
+    def __init__(self, raw: Any, where: str) -> None:
+        if not isinstance(raw, dict):
+            msg = f"the checkpoint's {where} is not a JSON object"
+            raise CheckpointError(msg)
+        self._raw = raw
+        self._where = where
+
+    def take(self, name: str, *kinds: type) -> Any:
+        """The value of `name`, which must be of one of `kinds`."""
+        if name not in self._raw:
+            msg = f"the checkpoint's {self._where} has no field {name!r}"
+            raise CheckpointError(msg)
+        value = self._raw[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            msg = f"the checkpoint's {self._where}.{name} is {value!r:.80}, expected {expected}"
+            raise CheckpointError(msg)
+        return value
+
+    def items(self, name: str, kind: type) -> tuple[Any, ...]:
+        """A list whose entries are all of one kind."""
+        entries = self.take(name, list)
+        if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
+            msg = f"the checkpoint's {self._where}.{name} is {entries!r:.80}, expected a list of {kind.__name__}"
+            raise CheckpointError(msg)
+        return tuple(entries)
+
+    def bit_widths(self, name: str) -> tuple[int, ...]:
+        """A list of candidate bit-widths, ascending."""
+        widths = self.items(name, int)
+        if not widths or list(widths) != sorted(set(widths)) or not all(MIN_BITS <= w <= MAX_BITS for w in widths):
+            msg = (
+                f"the checkpoint's {self._where}.{name} is {widths}, expected ascending bit-widths from {MIN_BITS} to "
+            )
+            msg += f"{MAX_BITS}"
+            raise CheckpointError(msg)
+        return widths
+
+
+def _read_architecture(fields: _Fields) -> Architecture | None:
+    raw = fields.take("architecture", dict, type(None))
+    if raw is None:
+        return None
+    inner = _Fields(raw, "metadata.architecture")
+    return Architecture(inner.take("name", str), inner.take("arguments", dict))
+
+
+def _read_settings(fields: _Fields) -> ConvertSettings:
+    fixed = fields.take("first_last_bits", int, type(None))
+    if fixed is not None and not MIN_BITS <= fixed <= MAX_BITS:
+        msg = f"the checkpoint's metadata.settings.first_last_bits is {fixed}, expected {MIN_BITS} to {MAX_BITS}"
+        raise CheckpointError(msg)
+    include = fields.take("include", list, type(None))
+    return ConvertSettings(
+        bits=fields.bit_widths("bits"),
+        activation_bits=fields.bit_widths("activation_bits"),
+        first_last_bits=fixed,
+        depthwise_min_bits=fields.take("depthwise_min_bits", int),
+        per_channel=fields.take("per_channel", bool),
+        include=None if include is None else fields.items("include", str),
+        exclude=fields.items("exclude", str),
+    )
+
+
+def _read_facts(fields: _Fields) -> NetworkFacts:
+    layers = {}
+    for raw in fields.take("layers", list):
+        entry = _Fields(raw, "metadata.layers[]")
+        layer = LayerFacts(
+            path=entry.take("path", str),
+            calls=entry.take("calls", int),
+            macs=entry.take("macs", int),
+            weights=entry.take("weights", int),
+            owner=entry.take("owner", str, type(None)),
+            depthwise=entry.take("depthwise", bool),
+            nonnegative=entry.take("nonnegative", bool),
+            first=entry.take("first", bool),
+            last=entry.take("last", bool),
+            constant=entry.take("constant", bool),
+            problem=entry.take("problem", str, type(None)),
+        )
+        layers[layer.path] = layer
+    norms = fields.take("norms", dict)
+    if not all(feeding is None or feeding in layers for feeding in norms.values()):
+        msg = "the checkpoint's metadata.norms names a layer that metadata.layers does not list"
+        raise CheckpointError(msg)
+    uncounted = fields.take("uncounted", dict)
+    for name, pair in uncounted.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, int) for number in pair)):
+            msg = f"the checkpoint's metadata.uncounted[{name!r:.40}] is {pair!r:.80}, expected [calls, MACs]"
+            raise CheckpointError(msg)
+    return NetworkFacts(
+        layers=layers,
+        norms=norms,
+        uncounted={name: (calls, macs) for name, (calls, macs) in uncounted.items()},
+        example_shape=fields.items("example_shape", int),
+        untraceable=fields.take("untraceable", str, type(None)),
+    )
+
+
+def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
+    configs = {}
+    for name, config in raw.items():
+        where = f"metadata.configs[{name!r:.40}]"
+        try:
+            configs[name] = BitConfig(dict(_strings(config, where)))
+        except BitsError as error:
+            msg = f"the checkpoint's {where} holds a precision that cannot be read: {error}"
+            raise CheckpointError(msg) from error
+    return configs
+
+
+def _strings(raw: Any, where: str) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+        msg = f"the checkpoint's {where} is not an object of strings"
+        raise CheckpointError(msg)
+    return raw
