@@ -1,0 +1,1 @@
+"""What people look at: tables (rich) and plots (matplotlib) of measured results."""

@@ -1,0 +1,314 @@
+"""The whole story on real images: one set of weights, every bit-width, any budget, one file.
+
+A timm network is trained in floating point, converted, calibrated, trained once for all bit-widths, searched for
+several budgets, saved to one file and loaded again in a new process. By default it runs on scikit-learn's digits in a
+few minutes on two CPU cores; with options, on any images:
+
+    python examples/quickstart.py
+    python examples/quickstart.py --data folder/with/train/and/val --model mobilenetv3_small_100 --img-size 128
+    python examples/quickstart.py --data train.tar --val-data val.tar --model tf_efficientnet_lite0 --img-size 64 \
+        --weights lite0.safetensors --epochs 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rich
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import anyprec
+from anyprec.progress import progress_bar
+from anyprec.report.plots import plot_accuracy
+from anyprec.report.results import Result
+from anyprec.report.tables import results_markdown, results_table
+
+CHECKED_BITS = (8, 4, (3, 6))
+"""Configurations that are compared between this process and a new one."""
+
+
+class Digits(Dataset[tuple[Any, int]]):
+    """scikit-learn's digits (1,797 images of 8x8), as PIL images."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # noqa: PLC0415 (only this data needs it)
+
+        data = load_digits()
+        self.images = [Image.fromarray((image * 15.9375).astype("uint8")).convert("RGB") for image in data.images]
+        self.labels = data.target.tolist()
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def main() -> None:
+    """Run the story, or with `--check FILE` only load a file and print what it answers."""
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    if args.check:
+        print(answers(anyprec.load(args.check), args.img_size))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    train, search_images, held_out = load_data(args)
+    results = run(args, train, search_images, held_out)
+    markdown = results_markdown(results)
+    (args.output / "results.md").write_text(markdown + "\n")
+    plot_accuracy(results, args.output / "accuracy.png", title=f"{args.model}: one set of weights")
+    print(f"wrote {args.output}/accuracy.png and {args.output}/results.md")
+
+
+def run(args: argparse.Namespace, train: DataLoader, search_images: DataLoader, held_out: DataLoader) -> list[Result]:
+    """Train, convert, search, save and load; returns what was measured on the held-out images."""
+    network = create_network(args)
+    start = time.perf_counter()
+    train_float(network, train, epochs=args.float_epochs, lr=args.float_lr, args=args)
+    float_accuracy = accuracy(network, held_out)
+    print(f"float network: {float_accuracy:.1f} % after {time.perf_counter() - start:.0f} s of training")
+
+    control = copy.deepcopy(network) if args.control else None
+
+    example = torch.zeros(1, 3, args.img_size, args.img_size)
+    model = anyprec.convert(network, bits=args.bits, example_input=example.contiguous(memory_format=layout(args)))
+    print(f"converted: {sum(row.status == 'quantized' for row in model.coverage)} of {len(model.coverage)} layers")
+    start = time.perf_counter()
+    anyprec.calibrate(model, train)
+    print(f"calibrated in {time.perf_counter() - start:.0f} s")
+    calibrated = {bits: accuracy(model, held_out, bits=bits) for bits in args.bits}
+    print("calibrated only: " + ", ".join(f"W{bits}A{bits} {value:.1f} %" for bits, value in calibrated.items()))
+
+    start = time.perf_counter()
+    history = anyprec.fit(model, train, epochs=args.epochs, lr=args.lr, seed=args.seed, on_epoch_end=report_epoch)
+    passes = history[0].losses
+    seconds = time.perf_counter() - start
+    print(f"trained once for all bit-widths in {seconds:.0f} s ({len(passes)} paths a step)")
+
+    results = [Result("float", "float", float_accuracy, anyprec.cost_of(model, None))]
+    if control is not None:
+        train_float(control, train, epochs=args.epochs, lr=args.float_lr / 2, args=args)
+        results.append(
+            Result("float, trained as long", "float", accuracy(control, held_out), anyprec.cost_of(model, None))
+        )
+    for bits in args.bits:
+        value = accuracy(model, held_out, bits=bits)
+        results.append(Result(f"W{bits}A{bits}", "uniform", value, anyprec.cost_of(model, bits)))
+    for budget in args.budgets:
+        start = time.perf_counter()
+        found = anyprec.search(
+            model, search_images, budget, objective=args.objective, max_evaluations=args.max_evaluations
+        )
+        print(f"search {budget}: {found} in {time.perf_counter() - start:.0f} s")
+        model.configs[budget] = found.config
+        value = accuracy(model, held_out, bits=found.config)
+        results.append(Result(f"searched {budget}", "searched", value, found.cost))
+    rich.print(
+        results_table(results, title=f"{args.model}, one set of weights, {len(held_out.dataset)} held-out images")
+    )
+
+    save_and_check(model, args)
+    return results
+
+
+def save_and_check(model: anyprec.ConvertedModel, args: argparse.Namespace) -> None:
+    """Write the file, and compare what a new process answers from it."""
+    path = args.output / f"{args.model}.safetensors"
+    # A file is loaded in the default memory layout, so that is what the answers are compared in.
+    model.to(memory_format=torch.contiguous_format)
+    anyprec.save(model, path)
+    command = [sys.executable, __file__, "--check", str(path), "--img-size", str(args.img_size)]
+    other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 (our own file)
+    if other != answers(model, args.img_size):
+        sys.exit(f"a new process answers differently from {path}: {other}")
+    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB); a new process gives bit-identical logits from it")
+
+
+def answers(model: anyprec.ConvertedModel, img_size: int) -> str:
+    """A fingerprint of the logits at each of `CHECKED_BITS`, for a fixed random batch."""
+    images = torch.randn(4, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
+    model.eval()
+    prints = {}
+    for bits in CHECKED_BITS:
+        with model.using_bits(bits), torch.no_grad():
+            prints[str(bits)] = hashlib.sha256(model(images).numpy().tobytes()).hexdigest()[:16]
+    return json.dumps(prints)
+
+
+def accuracy(model: nn.Module, loader: DataLoader, *, bits: Any = None) -> float:
+    """Top-1 in percent; `bits` is what `set_bits` takes."""
+    model.eval()
+    if isinstance(model, anyprec.ConvertedModel):
+        with model.using_bits(bits):
+            return count_correct(model, loader)
+    return count_correct(model, loader)
+
+
+@torch.no_grad()
+def count_correct(model: nn.Module, loader: DataLoader) -> float:
+    correct = total = 0
+    for images, labels in loader:
+        correct += int((model(images).argmax(dim=1) == labels).sum())
+        total += len(labels)
+    return 100 * correct / total
+
+
+def train_float(network: nn.Module, loader: DataLoader, *, epochs: int, lr: float, args: argparse.Namespace) -> None:
+    """Plain training of the float network, with the same optimizer and schedule as `anyprec.fit`."""
+    if epochs == 0:
+        return
+    steps = len(loader) * epochs
+    parameters = param_groups_weight_decay(network, args.weight_decay)
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
+    )
+    network.train()
+    with progress_bar("float training", steps, show=True) as bar:
+        for _ in range(epochs):
+            for images, labels in loader:
+                loss = nn.functional.cross_entropy(network(images), labels)
+                loss.backward()
+                nn.utils.clip_grad_value_(network.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.advance(note=f"loss {float(loss.detach()):.3f}")
+    network.eval()
+
+
+def report_epoch(record: anyprec.EpochRecord) -> None:
+    """One line per epoch: the loss of each path."""
+    losses = ", ".join(f"{loss:.3f}" for loss in record.losses)
+    print(f"  epoch {record.epoch + 1}: losses {losses} (max path first), {record.images_per_second:.0f} images/s")
+
+
+def create_network(args: argparse.Namespace) -> nn.Module:
+    """The float network, with weights from `--weights` or `--pretrained` if asked for."""
+    overlay = {"file": str(args.weights)} if args.weights else None
+    pretrained = args.pretrained or args.weights is not None
+    options: dict[str, Any] = {"num_classes": args.num_classes, **args.model_args}
+    network = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+    return network.to(memory_format=layout(args))
+
+
+def layout(args: argparse.Namespace) -> torch.memory_format:
+    """channels_last is several times faster for dense convolutions on a CPU."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Training images, images that the search may look at, and held-out images that nothing else sees."""
+    if args.data == "digits":
+        train_set: Any = Digits()
+        eval_set: Any = Digits()
+        held_out_set = None
+    else:
+        name, root = ("", args.data) if Path(args.data).exists() else (args.data, args.output / "data")
+        split = {"download": True} if name else {}
+        train_set = create_dataset(name, root=root, split="train", is_training=True, **split)
+        eval_set = create_dataset(name, root=root, split="train", **split)
+        held_out_set = open_held_out(args, name, root, split)
+    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0)).tolist()
+    search_part = order[: args.search_images]
+    rest = order[args.search_images :]
+    if held_out_set is None:
+        held_out_part, rest = rest[: len(rest) // 4], rest[len(rest) // 4 :]
+        held_out_set = Subset(eval_set, held_out_part)
+    train_part = rest[: args.train_images]
+    return (
+        make_loader(train_set, train_part, args, training=True),
+        make_loader(eval_set, search_part, args, training=False),
+        make_loader(held_out_set, None, args, training=False),
+    )
+
+
+def open_held_out(args: argparse.Namespace, name: str, root: Any, split: dict[str, Any]) -> Any:
+    """`--val-data`, else the validation split of a named or split dataset, else None: part of the training images."""
+    if args.val_data is not None:
+        return create_dataset("", root=args.val_data)
+    if name or (Path(root) / "val").is_dir() or (Path(root) / "validation").is_dir():
+        return create_dataset(name, root=root, split="validation", **split)
+    return None
+
+
+def make_loader(dataset: Any, part: list[int] | None, args: argparse.Namespace, *, training: bool) -> DataLoader:
+    """Batches of `dataset`, or of a part of it, through timm's transforms."""
+    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    # Mild cropping, since digits and CIFAR are no photographs, and no flip where it would change the label.
+    augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0 if args.data == "digits" else 0.5}
+    base.transform = create_transform(
+        (3, args.img_size, args.img_size),
+        is_training=training,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        crop_pct=1.0,
+        color_jitter=None,
+        **(augmentation if training else {}),
+    )
+    return DataLoader(
+        dataset if part is None else Subset(dataset, part),
+        batch_size=args.batch_size,
+        shuffle=training,
+        drop_last=training,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        collate_fn=functools.partial(collate, memory_format=layout(args)),
+        generator=torch.Generator().manual_seed(args.seed) if training else None,
+    )
+
+
+def collate(pairs: list[tuple[Tensor, int]], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+    images = torch.stack([image for image, _ in pairs]).contiguous(memory_format=memory_format)
+    return images, torch.tensor([label for _, label in pairs])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, a timm dataset name, a folder or a tar of images")
+    parser.add_argument("--val-data", help="held-out images, if --data has no validation split of its own")
+    parser.add_argument("--model", default="resnet10t", help="any timm model")
+    parser.add_argument("--model-args", type=json.loads, default={}, help="JSON arguments of timm.create_model")
+    parser.add_argument("--weights", type=Path, help="file of float weights for the model")
+    parser.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--img-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of one-shot training")
+    parser.add_argument("--float-epochs", type=int, default=6, help="epochs of float training before")
+    parser.add_argument("--control", action="store_true", help="also train the float network for as long")
+    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of one-shot training")
+    parser.add_argument("--float-lr", type=float, default=0.05)
+    parser.add_argument("--weight-decay", type=float, default=2.5e-5)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--budgets", nargs="+", default=["W4A4", "W3A3", "20% of W8A8"])
+    parser.add_argument("--objective", default="loss", choices=["loss", "divergence"])
+    parser.add_argument("--max-evaluations", type=int, default=None, help="of each search")
+    parser.add_argument("--search-images", type=int, default=256)
+    parser.add_argument("--train-images", type=int, help="at most so many training images")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, default=Path("quickstart-output"))
+    parser.add_argument("--check", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
