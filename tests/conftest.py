@@ -1,0 +1,93 @@
+"""Small networks and data that many tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import anyprec
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class SmallNet(nn.Module):
+    """A stem, a depthwise block with a residual sum, a concatenation, a classifier: one of each kind of edge."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(8)
+        self.pointwise = nn.Conv2d(8, 8, 1, bias=False)
+        self.pointwise_norm = nn.BatchNorm2d(8)
+        self.joint_norm = nn.BatchNorm2d(16)
+        self.head = nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = torch.relu(self.depthwise_norm(self.depthwise(x)))
+        y = self.pointwise_norm(self.pointwise(y))
+        x = torch.cat((x + y, y), dim=1)
+        x = nn.functional.silu(self.head(nn.functional.silu(self.joint_norm(x))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.arange(8) % 5
+
+
+@pytest.fixture
+def float_net() -> nn.Module:
+    """A float network whose norms have seen data, so that statistics are not the trivial ones."""
+    net = SmallNet()
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(16, 3, 16, 16))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.3, 0.3)
+    return net.eval()
+
+
+@pytest.fixture
+def net(float_net: nn.Module, images: Tensor) -> anyprec.ConvertedModel:
+    """The same network, converted and calibrated."""
+    model = anyprec.convert(float_net, bits=(2, 3, 4, 8), example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    return model
+
+
+@pytest.fixture
+def small_net() -> Callable[..., nn.Module]:
+    return SmallNet
+
+
+@pytest.fixture
+def converted() -> Callable[..., anyprec.ConvertedModel]:
+    """Makes a converted and calibrated timm network at a small image size."""
+
+    def make(
+        name: str, *, size: int = 64, bits: tuple[int, ...] = (2, 4, 8), **arguments: object
+    ) -> anyprec.ConvertedModel:
+        batch = torch.randn(4, 3, size, size)
+        model = anyprec.convert(timm.create_model(name, **arguments).eval(), bits=bits, example_input=batch[:1])
+        anyprec.calibrate(model, [batch])
+        return model
+
+    return make

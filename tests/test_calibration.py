@@ -1,0 +1,192 @@
+"""Calibration: least squared error, every candidate, right statistics, and nothing changed on failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.layers import ScaledStdConv2d
+from torch import Tensor, nn
+
+import anyprec
+from anyprec.calibration import calibrate_norms, input_grid, weight_steps
+from anyprec.errors import CalibrationError, NotCalibratedError
+from anyprec.functional import fake_quantize
+from anyprec.quantizer import InputQuantizer, WeightQuantizer
+
+
+def error(values: Tensor, step: float, qmin: int, qmax: int) -> float:
+    return float((fake_quantize(values, torch.tensor(step), qmin=qmin, qmax=qmax) - values).square().mean())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weight_steps_are_within_a_percent_of_the_least_squared_error(bits: int) -> None:
+    weight = torch.randn(3, 400) * torch.tensor([[0.02], [1.0], [30.0]])
+    quantizer = WeightQuantizer((bits,), channels=3)
+    steps = weight_steps(weight, quantizer)[0]
+    qmin, qmax = quantizer.limits(0)
+    for row, step in zip(weight, steps.tolist(), strict=True):
+        largest = float(row.abs().max())
+        best = min(error(row, largest * fraction / 2000, qmin, qmax) for fraction in range(1, 4001, 2))
+        assert error(row, step, qmin, qmax) <= 1.01 * best
+
+
+def test_an_input_that_cannot_be_negative_gets_zero_point_zero() -> None:
+    quantizer = InputQuantizer((2, 8), nonnegative=True)
+    steps, zeros = input_grid(torch.rand(5000), quantizer)
+    assert zeros.tolist() == [0, 0]
+    torch.testing.assert_close(steps[1], torch.tensor(1 / 255), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_lopsided_input_gets_a_zero_point_that_beats_the_symmetric_grid(bits: int) -> None:
+    sample = nn.functional.silu(torch.randn(20000) * 1.5)
+    quantizer = InputQuantizer((bits,), nonnegative=False)
+    steps, zeros = input_grid(sample, quantizer)
+    quantizer.set_grid(steps, zeros)
+    assert quantizer.kind == "affine"
+    assert 0 < int(zeros[0]) < 2 ** (bits - 2)
+    half = 2 ** (bits - 1)
+    symmetric = min(error(sample, 10 * k / 500 / half, -half, half - 1) for k in range(1, 500))
+    assert error(sample, float(steps[0]), *quantizer.limits(0)) < 0.6 * symmetric
+
+
+def test_an_input_that_is_always_zero_gets_a_usable_step() -> None:
+    for nonnegative in (True, False):
+        steps, _ = input_grid(torch.zeros(100), InputQuantizer((2, 8), nonnegative=nonnegative))
+        assert (steps > 0).all()
+
+
+def test_every_candidate_is_set_at_once_and_the_float_network_stays(float_net: nn.Module, images: Tensor) -> None:
+    expected = float_net(images)
+    model = anyprec.convert(float_net, bits=(2, 4), example_input=images)
+    model.train()
+    anyprec.calibrate(model, [(images, None)])
+    assert model.training
+    assert model.bits is None
+    for layer in model.quantized_layers.values():
+        assert torch.isfinite(layer.weight_quantizer.step).all()
+        assert torch.isfinite(layer.input_quantizer.step).all()
+        assert layer.observer is None
+    assert torch.equal(model.eval()(images), expected)
+
+
+def test_calibration_is_deterministic(small_net: Callable[..., nn.Module], images: Tensor) -> None:
+    states = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        model = anyprec.convert(small_net().eval(), bits=(2, 4), example_input=images)
+        anyprec.calibrate(model, [torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(3))])
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_standardised_weight_gets_the_steps_of_the_standardised_values() -> None:
+    model = nn.Sequential(ScaledStdConv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+    model[0].weight.data.mul_(1000)  # a scale that standardisation removes
+    model = anyprec.convert(model, bits=(4,), first_last_bits=None, example_input=torch.randn(1, 3, 8, 8))
+    anyprec.calibrate(model, [torch.randn(4, 3, 8, 8)])
+    assert float(model[0].weight_quantizer.step.max()) < 0.2
+
+
+def test_anchored_statistics_do_not_move_where_quantization_changes_nothing(
+    float_net: nn.Module, images: Tensor
+) -> None:
+    stored = float_net.pointwise_norm.running_mean.clone()
+    model = anyprec.convert(float_net, bits=(2, 8), example_input=images)
+    anyprec.calibrate(model, [images])
+    bank = model.pointwise_norm.bank
+    highest, lowest = bank.running_mean[-1], bank.running_mean[0]
+    spread = float_net.pointwise_norm.running_var.sqrt()
+    assert ((highest - stored).abs() < 0.05 * spread).all()
+    assert ((lowest - stored).abs() > (highest - stored).abs()).any()
+
+
+def test_plain_statistics_are_those_of_all_batches_together(net: anyprec.ConvertedModel) -> None:
+    batches = [torch.randn(size, 3, 16, 16) + size for size in (8, 8, 3)]
+    seen: list[Tensor] = []
+    handle = net.stem_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    with net.using_bits(8), torch.no_grad():
+        for batch in batches:
+            net(batch)
+    handle.remove()
+    calibrate_norms(net, batches)
+    everything = torch.cat(seen).transpose(0, 1).flatten(1)
+    bank = net.stem_norm.bank
+    torch.testing.assert_close(bank.running_mean[0], everything.mean(dim=1).float())
+    torch.testing.assert_close(bank.running_var[0], everything.var(dim=1).float())
+
+
+def test_a_copy_is_estimated_at_its_own_precision(net: anyprec.ConvertedModel, images: Tensor) -> None:
+    calibrate_norms(net, [images])
+    for bits, row in ((4, 1 * 3 + 1), (8, 2 * 3 + 2)):
+        seen: list[Tensor] = []
+        handle = net.depthwise_norm.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with net.using_bits(bits), torch.no_grad():
+            net(images)
+        handle.remove()
+        torch.testing.assert_close(net.depthwise_norm.bank.running_mean[row], seen[0].mean(dim=(0, 2, 3)))
+
+
+def test_float_statistics_are_re_estimated_only_on_request(net: anyprec.ConvertedModel) -> None:
+    before = net.stem_norm.running_mean.clone()
+    batches = [torch.randn(8, 3, 16, 16) + 2]
+    calibrate_norms(net, batches)
+    assert torch.equal(net.stem_norm.running_mean, before)
+    calibrate_norms(net, batches, include_float=True)
+    assert not torch.equal(net.stem_norm.running_mean, before)
+    with pytest.raises(ValueError, match="choose one"):
+        calibrate_norms(net, batches, include_float=True, anchored=True)
+
+
+@pytest.mark.parametrize(
+    ("batches", "text"),
+    [
+        ([], "the loader yields no batch"),
+        ([torch.full((2, 3, 16, 16), math.nan)], "the calibration images hold NaN or infinite values"),
+        ([torch.full((2, 3, 16, 16), math.inf)], "the calibration images hold NaN or infinite values"),
+        ([torch.full((2, 3, 16, 16), 1e38)], "the input of layer 'depthwise' holds NaN or infinite values"),
+    ],
+)
+def test_bad_data_is_refused_and_nothing_changes(
+    batches: list[Tensor], text: str, net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    net.set_bits(3)
+    before, expected = {k: v.clone() for k, v in net.state_dict().items()}, net(images)
+    net.stem.weight.data.mul_(1.0 if "depthwise" not in text else 1e5)
+    weight = net.stem.weight.clone()
+    with pytest.raises(CalibrationError, match=text):
+        anyprec.calibrate(net, batches)
+    assert torch.equal(net.stem.weight, weight)
+    net.load_state_dict({**net.state_dict(), "stem.weight": before["stem.weight"]})
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(net(images), expected)
+
+
+def test_a_failure_in_the_norm_pass_restores_the_steps_too(net: anyprec.ConvertedModel, images: Tensor) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    calls = 0
+
+    def fail_late(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise RuntimeError("the power went out")
+
+    handle = net.register_forward_pre_hook(fail_late)
+    with pytest.raises(RuntimeError, match="power"):
+        anyprec.calibrate(net, [images + 1])
+    handle.remove()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.bits is None
+
+
+def test_a_weight_that_is_not_finite_is_refused(float_net: nn.Module, images: Tensor) -> None:
+    model = anyprec.convert(float_net, bits=(2, 4), example_input=images)
+    model.fc.weight.data[0, 0] = math.nan
+    with pytest.raises(CalibrationError, match="a weight holds NaN or infinite values"):
+        anyprec.calibrate(model, [images])
+    with pytest.raises(NotCalibratedError):
+        model.set_bits(4)

@@ -1,0 +1,161 @@
+"""`fit` and the parameter groups: the loop, its records, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import anyprec
+from anyprec.errors import TrainingError
+from anyprec.training.fit import _cosine
+
+
+@pytest.fixture
+def loader() -> list[tuple[Tensor, Tensor]]:
+    """Images whose class is the channel that is brighter than the others."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for _ in range(6):
+        labels = torch.randint(3, (16,), generator=generator)
+        images = torch.randn(16, 3, 16, 16, generator=generator)
+        images[torch.arange(16), labels] += 1.0
+        batches.append((images, labels))
+    return batches
+
+
+def accuracy(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]], bits: object) -> float:
+    with net.using_bits(bits), torch.no_grad():
+        return sum(float((net(x).argmax(dim=1) == y).float().mean()) for x, y in loader) / len(loader)
+
+
+def test_fit_teaches_every_bit_width(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+    net = anyprec.convert(float_net, bits=(2, 3, 4, 8), example_input=loader[0][0])
+    seen = []
+    history = anyprec.fit(net, loader, epochs=8, lr=0.1, on_epoch_end=seen.append)
+    assert seen == history
+    assert [record.epoch for record in history] == list(range(8))
+    assert len(history[0].losses) == 4
+    assert sum(history[-1].losses) < 0.6 * sum(history[0].losses)
+    assert history[0].images_per_second > 0
+    assert not net.training
+    assert net.bits is None
+    for bits in (2, 3, 4, 8, (2, 8), None):
+        assert accuracy(net, loader, bits) > 0.8, bits
+
+
+def test_fit_is_deterministic(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+    states = []
+    for _ in range(2):
+        net = anyprec.convert(float_net, bits=(2, 8), example_input=loader[0][0], inplace=False)
+        anyprec.fit(net, loader, epochs=1, seed=4)
+        states.append(net.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_calibrated_model_is_not_calibrated_again(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    with torch.no_grad():
+        net.head.input_quantizer.step.mul_(2)
+    before = net.head.input_quantizer.step.clone()
+    anyprec.fit(net, loader[:1], epochs=1, lr=1e-9)
+    torch.testing.assert_close(net.head.input_quantizer.step, before, rtol=1e-4, atol=0)
+
+
+def test_a_users_optimizer_and_criterion_are_used(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    optimizer = torch.optim.Adam([net.fc.weight], lr=0.01)
+    head, fc = net.head.weight.clone(), net.fc.weight.clone()
+    calls = []
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(target))
+        return nn.functional.cross_entropy(output, target, label_smoothing=0.1)
+
+    anyprec.fit(net, loader[:2], epochs=1, optimizer=optimizer, criterion=criterion, random_paths=1)
+    assert calls == [16] * 4
+    assert torch.equal(net.head.weight, head)
+    assert not torch.equal(net.fc.weight, fc)
+
+
+def test_gradients_are_clipped_by_value(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+    before = net.fc.weight.clone()
+    optimizer = torch.optim.SGD([net.fc.weight], lr=1.0)
+    anyprec.fit(net, loader[:1], epochs=1, optimizer=optimizer, clip_value=1e-3, norm_batches=0, warmup=0.0)
+    change = (net.fc.weight - before).abs().max()
+    assert 0 < change <= 1e-3 * (1 + 1e-5)
+
+
+def test_the_schedule_warms_up_and_falls_on_a_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = _cosine(optimizer, 20, 4)
+    rates = []
+    for step in range(20):
+        schedule.step_update(step + 0.5)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:4] == pytest.approx([2 * (step + 0.5) / 4 for step in range(4)])
+    assert rates[4:] == pytest.approx([1 + math.cos(math.pi * (step + 0.5) / 16) for step in range(16)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"epochs": 0}, ValueError, "epochs=0 must be at least 1"),
+        ({"warmup": 1.0}, ValueError, "warmup=1.0 is a fraction"),
+        ({"random_paths": -1}, ValueError, "random_paths=-1"),
+    ],
+)
+def test_bad_settings_are_refused(
+    arguments: dict[str, float],
+    error: type[Exception],
+    text: str,
+    net: anyprec.ConvertedModel,
+    loader: list[tuple[Tensor, Tensor]],
+) -> None:
+    with pytest.raises(error, match=text):
+        anyprec.fit(net, loader, **{"epochs": 1, **arguments})
+
+
+def test_an_empty_loader_is_refused(net: anyprec.ConvertedModel) -> None:
+    with pytest.raises(TrainingError, match="the training loader yields no batch"):
+        anyprec.fit(net, [], epochs=1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    images, labels = loader[0]
+    with pytest.raises(TrainingError, match="the loss of the max path is nan at step 0: lower the learning rate"):
+        anyprec.fit(net, [(images * math.nan, labels)], epochs=1)
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert net.bits is None
+
+
+def test_parameter_groups_go_by_what_a_parameter_is(net: anyprec.ConvertedModel) -> None:
+    groups = {group["name"]: group for group in anyprec.param_groups(net, lr=0.1, weight_decay=0.01, step_lr_scale=0.5)}
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    found = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
+    assert found["weights"] == {f"{path}.weight" for path in net.quantized_layers}
+    assert all("quantizer.step" in name for name in found["step sizes"])
+    assert len(found["step sizes"]) == 2 * len(net.quantized_layers)
+    expected = {f"{norm}.bank.{part}" for norm in net.anyprec_record.norms for part in ("weight", "bias")}
+    assert found["norms and biases"] == expected | {"head.bias", "fc.bias"}
+    assert [groups[name]["weight_decay"] for name in found] == [0.01, 0.0, 0.0]
+    assert [groups[name]["lr"] for name in found] == [0.1, 0.1, 0.05]
+
+
+def test_parameters_that_timm_exempts_from_decay_and_frozen_ones_are_respected() -> None:
+    model = anyprec.convert(timm.create_model("test_vit", img_size=48))
+    model.head.weight.requires_grad_(False)
+    groups = {group["name"]: group["params"] for group in anyprec.param_groups(model, weight_decay=0.01)}
+    assert any(parameter is model.pos_embed for parameter in groups["norms and biases"])
+    assert not any(parameter is model.head.weight for group in groups.values() for parameter in group)
+    with pytest.raises(ValueError, match="step_lr_scale=0.1 needs lr="):
+        anyprec.param_groups(model, step_lr_scale=0.1)

@@ -1,0 +1,178 @@
+"""The one-shot step: which paths, which losses, whose gradients."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import anyprec
+from anyprec.errors import TrainingError
+from anyprec.training.losses import distillation_loss
+
+
+def run_step(net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tensor, labels: Tensor) -> list[float]:
+    losses = []
+    for path in oneshot.paths():
+        loss = path.loss(net(images), labels, F.cross_entropy)
+        loss.backward()
+        losses.append(float(loss.detach()))
+    oneshot.step()
+    return losses
+
+
+def test_the_max_path_comes_first_then_k_random_ones_each_active_in_turn(net: anyprec.ConvertedModel) -> None:
+    net.set_bits(3)
+    before = net.bits
+    oneshot = anyprec.OneShot(net, total_steps=5, random_paths=3)
+    configs = []
+    for path in oneshot.paths():
+        assert net.bits == path.config
+        assert path.is_max == (path.index == 0)
+        assert path.weight == 1 / 4
+        configs.append(path.config)
+    assert all(bits == net.candidates[path].highest for path, bits in configs[0].items())
+    assert len(set(configs)) == 4
+    assert net.bits == before
+
+
+def test_leaving_the_loop_early_restores_the_precision(net: anyprec.ConvertedModel) -> None:
+    net.set_bits(2)
+    before = net.bits
+    oneshot = anyprec.OneShot(net, total_steps=5)
+    with pytest.raises(RuntimeError, match="stop"):
+        for _ in oneshot.paths():
+            raise RuntimeError("stop")
+    assert net.bits == before
+
+
+def test_draws_are_uniform_and_independent_over_the_candidates(net: anyprec.ConvertedModel) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1, seed=3)
+    draws = [oneshot.random_config() for _ in range(4000)]
+    for path, widths in (("head", 4), ("depthwise", 3)):
+        pairs = Counter((config[path].weight, config[path].activation) for config in draws)
+        assert len(pairs) == widths**2
+        expected = 4000 / widths**2
+        # Five standard deviations of a binomial count.
+        assert all(abs(count - expected) < 5 * expected**0.5 for count in pairs.values())
+    together = Counter((config["head"].weight, config["pointwise"].weight) for config in draws)
+    assert len(together) == 16
+
+
+def test_the_same_seed_draws_the_same_paths_and_a_state_goes_on_where_it_stood(net: anyprec.ConvertedModel) -> None:
+    one, two = (anyprec.OneShot(net, total_steps=9, seed=5) for _ in range(2))
+    torch.rand(3)  # the global generator does not matter
+    assert [one.random_config() for _ in range(3)] == [two.random_config() for _ in range(3)]
+    one.step()
+    resumed = anyprec.OneShot(net, total_steps=9, seed=99)
+    resumed.load_state_dict(one.state_dict())
+    assert resumed.steps_done == 1
+    assert resumed.random_config() == one.random_config()
+    with pytest.raises(TrainingError, match=r"found keys \['steps'\]"):
+        resumed.load_state_dict({"steps": 1})
+
+
+def test_losses_are_task_then_task_and_distillation_averaged(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1, random_paths=2, distillation=0.3, temperature=2.0)
+    net.eval()
+    outputs, losses = [], []
+    for path in oneshot.paths():
+        outputs.append(net(images).detach())
+        losses.append(path.loss(outputs[-1], labels, F.cross_entropy))
+    target = torch.softmax(outputs[0] / 2, dim=1)
+    for index, (output, loss) in enumerate(zip(outputs, losses, strict=True)):
+        task = -torch.log_softmax(output, dim=1)[torch.arange(8), labels].mean()
+        mimic = 4 * (target * (target.log() - torch.log_softmax(output / 2, dim=1))).sum(dim=1).mean()
+        expected = task if index == 0 else 0.7 * task + 0.3 * mimic
+        torch.testing.assert_close(loss, expected / 3)
+
+
+def test_no_gradient_flows_into_the_target_of_distillation() -> None:
+    student, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    distillation_loss(student, teacher).backward()
+    assert student.grad.any()
+    assert teacher.grad is None
+
+
+def test_gradients_of_the_paths_are_averaged(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+    """With identical paths (one candidate each) the step's gradient is that of one path, whatever K is."""
+    gradients = []
+    for random_paths in (0, 3):
+        net.zero_grad()
+        net.eval()
+        oneshot = anyprec.OneShot(net, total_steps=1, random_paths=random_paths, distillation=0.0)
+        oneshot.random_config = oneshot.highest_config
+        run_step(net, oneshot, images, labels)
+        gradients.append(net.head.weight.grad.clone())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_step_reaches_every_layer_and_only_norm_copies(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    net.train()
+    oneshot = anyprec.OneShot(net, total_steps=1)
+    run_step(net, oneshot, images, labels)
+    for layer in net.quantized_layers.values():
+        assert layer.weight.grad.any()
+        assert layer.weight_quantizer.step.grad.any()
+        assert layer.input_quantizer.step.grad.any()
+    assert net.stem_norm.weight.grad is None
+    assert net.stem_norm.bank.weight.grad.any()
+
+
+def test_hooks_out_of_order_are_refused(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1)
+    paths = oneshot.paths()
+    next(paths)
+    second = next(paths)
+    with pytest.raises(TrainingError, match="call loss\\(\\) on every path in order, or set distillation=0"):
+        second.loss(net(images), labels, F.cross_entropy)
+    paths.close()
+    oneshot.step()
+    with pytest.raises(TrainingError, match="total_steps=1 and has done them all"):
+        oneshot.step()
+
+
+def test_a_network_with_several_outputs_is_told_what_distillation_needs(net: anyprec.ConvertedModel) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1)
+    paths = oneshot.paths()
+    outputs = (torch.zeros(2, 3), torch.zeros(2, 3))
+    next(paths).loss(outputs, None, lambda output, _: output[0].sum())
+    with pytest.raises(TrainingError, match=r"as one tensor \(the network returns a tuple\)"):
+        next(paths).loss(outputs, None, lambda output, _: output[0].sum())
+    paths.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"total_steps": 0}, "total_steps=0 must be at least 1"),
+        ({"random_paths": -1}, "random_paths=-1 must not be negative"),
+        ({"distillation": 1.5}, "distillation=1.5 must be from 0 to 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments: dict[str, float], text: str, net: anyprec.ConvertedModel) -> None:
+    with pytest.raises(ValueError, match=text):
+        anyprec.OneShot(net, **{"total_steps": 1, **arguments})
+
+
+def test_a_users_own_loop_learns(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+    optimizer = torch.optim.SGD(anyprec.param_groups(net, lr=0.2), lr=0.2, momentum=0.9)
+    oneshot = anyprec.OneShot(net, total_steps=40)
+    net.train()
+    losses = []
+    for _ in range(40):
+        losses.append(sum(run_step(net, oneshot, images, labels)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+    for layer in net.quantized_layers.values():
+        assert isinstance(layer, nn.Module)
+        assert torch.isfinite(layer.weight_quantizer.step).all()
