@@ -2,14 +2,15 @@
 
 Step sizes minimise the squared quantization error, for every candidate bit-width at once and before any training:
 weights exactly, by a grid of starting points refined with the closed-form optimum for given codes; inputs on a fixed
-random sample of what the float network sees. BatchNorm copies get the mean of the statistics over a few batches,
-each at its own precision.
+random sample of what the float network sees. BatchNorm copies get the statistics over a few batches, each at its own
+precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,9 @@ def calibrate(
     require_converted(model, purpose="calibrate")
     batches = _held(loader, max(step_batches, norm_batches), device_of(model))
     with evaluating(model), model.using_bits(None):
-        samples = _sample_inputs(model, batches[:step_batches], seed)
-        grids = {path: input_grid(samples[path], layer.input_quantizer) for path, layer in _layers(model)}
-        weights = {path: weight_steps(layer.weight, layer.weight_quantizer) for path, layer in _layers(model)}
+        samplers = _watch_layers(model, batches[:step_batches], seed)
+        grids = {path: input_grid(samplers[path].sample(path), layer.input_quantizer) for path, layer in _layers(model)}
+        weights = {path: weight_steps(samplers[path].weight, layer.weight_quantizer) for path, layer in _layers(model)}
     with _undo_on_error(model):
         for path, layer in _layers(model):
             layer.input_quantizer.set_grid(*grids[path])
@@ -91,8 +92,8 @@ def calibrate_norms(
 ) -> None:
     """Re-estimate the running statistics of every BatchNorm copy, at the precision that it belongs to.
 
-    For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the mean
-    statistics over the batches. Affine parameters and step sizes stay as they are.
+    For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the
+    statistics of all batches together. Affine parameters and step sizes stay as they are.
 
     Args:
         model: A converted and calibrated model.
@@ -118,18 +119,15 @@ def calibrate_norms(
         return
     held = _held(loader, batches, device_of(model))
     with _undo_on_error(model), evaluating(model), torch.no_grad():
-        plain = _float_statistics(model, norms, held) if anchored else None
+        reference = _reference_statistics(model, norms, held) if anchored else None
         done: set[tuple[int | None, ...]] = set()
         for bits in (*_uniform_pairs(model), *([None] if include_float else [])):
             with model.using_bits(bits):
                 rows = tuple(norm.row for norm in norms)
                 # A pair that layers round up to one that was done already (depthwise layers) has nothing new.
-                if rows in done:
-                    continue
+                if rows not in done:
+                    _estimate_statistics(model, norms, held, reference)
                 done.add(rows)
-                _average_statistics(model, norms, held)
-                if plain is not None:
-                    _anchor(norms, plain)
         _require_finite_norms(model)
 
 
@@ -218,14 +216,19 @@ def _squared_error(rows: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
 
 
 class _Sampler:
-    """Keeps a fixed-size random sample of the values that it is shown."""
+    """Keeps a fixed-size random sample of a layer's input values, and the weight that they meet.
+
+    The weight comes from the operator, not from the layer: a standardised weight has another scale than the latent.
+    """
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
         self._generator = torch.Generator().manual_seed(seed)
         self._parts: list[Tensor] = []
+        self.weight = torch.empty(0)
 
-    def __call__(self, values: Tensor) -> None:
+    def __call__(self, values: Tensor, weight: Tensor) -> None:
+        self.weight = weight.detach()
         flat = values.detach().reshape(-1)
         if flat.numel() > self._size:
             index = torch.randint(flat.numel(), (self._size,), generator=self._generator)
@@ -245,7 +248,8 @@ class _Sampler:
         return sample
 
 
-def _sample_inputs(model: ConvertedModel, batches: list[Tensor], seed: int) -> dict[str, Tensor]:
+def _watch_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> dict[str, _Sampler]:
+    """What every layer's operator meets in the float network."""
     layers = dict(_layers(model))
     share = max(1, SAMPLE_SIZE // len(batches))
     samplers = {path: _Sampler(share, seed) for path in layers}
@@ -261,7 +265,7 @@ def _sample_inputs(model: ConvertedModel, batches: list[Tensor], seed: int) -> d
     finally:
         for layer in layers.values():
             layer.observer = None
-    return {path: sampler.sample(path) for path, sampler in samplers.items()}
+    return samplers
 
 
 def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
@@ -271,42 +275,83 @@ def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
     return [Bits(w, a) for w in weight for a in activation]
 
 
-def _average_statistics(model: nn.Module, norms: list[SwitchableNorm], batches: list[Tensor]) -> None:
-    """Give the active copies the mean of the statistics of all batches."""
-    momenta = [norm.momentum for norm in norms]
+class _Statistics:
+    """Mean and variance per channel over several batches (Chan et al. 1979, pairwise combination)."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.mean = torch.zeros(())
+        self._squares = torch.zeros(())
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, as BatchNorm keeps it."""
+        return self._squares / max(1, self._count - 1)
+
+    def add(self, values: Tensor) -> None:
+        """Take in a batch, channels on axis 1."""
+        count = values.numel() // values.shape[1]
+        dims = [dim for dim in range(values.ndim) if dim != 1]
+        variance, mean = (part.double() for part in torch.var_mean(values.float(), dim=dims, correction=0))
+        total = self._count + count
+        shift = mean - self.mean
+        self._squares = self._squares + variance * count + shift**2 * (self._count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self._count = total
+
+
+def _estimate_statistics(
+    model: nn.Module, norms: list[SwitchableNorm], batches: list[Tensor], reference: list[_Statistics] | None
+) -> None:
+    """Write statistics into every norm's active copy, layer by layer in each forward pass.
+
+    A norm takes over what it has seen so far before it runs, so the layers behind it are measured on inputs that
+    are normalised as they will be.
+    """
+
+    def take_over(index: int, seen: _Statistics) -> None:
+        norm, mean, variance = norms[index], seen.mean, seen.variance
+        if reference is not None:
+            mean = norm.running_mean + (mean - reference[index].mean)
+            # eps keeps channels that are constant on these images from turning the ratio into noise.
+            ratio = (variance + norm.eps) / (reference[index].variance + norm.eps)
+            variance = norm.running_var * ratio
+        active_mean, active_variance = norm.active_statistics()
+        active_mean.copy_(mean)
+        active_variance.copy_(variance)
+
+    _watch_norms(model, norms, batches, take_over)
+
+
+def _reference_statistics(
+    model: ConvertedModel, norms: list[SwitchableNorm], batches: list[Tensor]
+) -> list[_Statistics]:
+    """What the float network has on `batches` at the input of each norm."""
+    with model.using_bits(None):
+        return _watch_norms(model, norms, batches, lambda _index, _seen: None)
+
+
+def _watch_norms(
+    model: nn.Module,
+    norms: list[SwitchableNorm],
+    batches: list[Tensor],
+    take_over: Callable[[int, _Statistics], None],
+) -> list[_Statistics]:
+    """Run `batches`; before each norm runs, its statistics so far are handed to `take_over`."""
+    statistics = [_Statistics() for _ in norms]
+
+    def watch(index: int, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics[index].add(args[0])
+        take_over(index, statistics[index])
+
+    hooks = [norm.register_forward_pre_hook(partial(watch, index)) for index, norm in enumerate(norms)]
     try:
-        for count, images in enumerate(batches, start=1):
-            for norm in norms:
-                norm.training = True
-                norm.momentum = 1 / count  # a running mean over the batches
+        for images in batches:
             model(images)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.training = False
-            norm.momentum = momentum
-
-
-def _float_statistics(
-    model: ConvertedModel, norms: list[SwitchableNorm], batches: list[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Mean and variance that the float network has on `batches` at each norm; its stored ones stay as they are."""
-    stored = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    with model.using_bits(None):
-        _average_statistics(model, norms, batches)
-    seen = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    for norm, buffers in zip(norms, stored, strict=True):
-        for name, buffer in norm.named_buffers(recurse=False):
-            buffer.copy_(buffers[name])
-    return seen
-
-
-def _anchor(norms: list[SwitchableNorm], plain: list[tuple[Tensor, Tensor]]) -> None:
-    """Turn the statistics in the active copies into corrections of the float network's stored ones."""
-    for norm, (mean, variance) in zip(norms, plain, strict=True):
-        seen_mean, seen_variance = norm.bank.running_mean[norm.row], norm.bank.running_var[norm.row]
-        seen_mean.sub_(mean).add_(norm.running_mean)
-        # eps keeps channels that are constant on these images from turning the ratio into noise.
-        seen_variance.add_(norm.eps).div_(variance + norm.eps).mul_(norm.running_var)
+        for hook in hooks:
+            hook.remove()
+    return statistics
 
 
 def _require_finite_norms(model: ConvertedModel) -> None:

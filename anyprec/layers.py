@@ -88,7 +88,7 @@ class QuantizedLayer(Specialized):
         weight: The latent float weight, under its old name.
         weight_quantizer: Step sizes of the weight, a row per candidate.
         input_quantizer: Step sizes and zero points of the input, an entry per candidate.
-        observer: If set, it is called with every float input (calibration).
+        observer: If set, it is called with every float input and weight operand (calibration).
     """
 
     class_prefix: ClassVar[str] = "Quantized"
@@ -97,7 +97,7 @@ class QuantizedLayer(Specialized):
     weight: Tensor
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer
-    observer: Callable[[Tensor], None] | None
+    observer: Callable[[Tensor, Tensor], None] | None
     _bits: Bits | None
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
 
@@ -129,7 +129,7 @@ class QuantizedLayer(Specialized):
         """Call `operator` with its input and weight quantized at the active precision."""
         input_, weight = operands(args, kwargs)
         if self.observer is not None:
-            self.observer(input_)
+            self.observer(input_, weight)
         if self._bits is None:
             return operator(*args, **kwargs)
         quantized = (self.input_quantizer(input_, self._input_index), self.quantized_weight(weight))

@@ -75,7 +75,6 @@ class SwitchableNorm(Specialized):
 
     bank: NormBank
     row: int | None
-    momentum: float
     eps: float
     running_mean: Tensor
     running_var: Tensor
@@ -86,6 +85,12 @@ class SwitchableNorm(Specialized):
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self.bank, self.row):
             return super().forward(*args, **kwargs)
+
+    def active_statistics(self) -> tuple[Tensor, Tensor]:
+        """Running mean and variance in use, shape `(channels,)` each; writing to them changes the norm."""
+        if self.row is None:
+            return self.running_mean, self.running_var
+        return self.bank.running_mean[self.row], self.bank.running_var[self.row]
 
 
 class _NormInterceptor(TorchFunctionMode):

@@ -1,23 +1,28 @@
 """The JSON document in a checkpoint's metadata: what it says, and reading it without trusting it.
 
-The safetensors metadata holds one entry, `anyprec`, with this document. Every field is checked for its type before
-it is used; a message names the field.
+The safetensors metadata holds this document in the entry `anyprec`. Every field is checked for its type and range
+before it is used; a message names the field. Whether it fits a network is checked in `matching.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
 from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
-from anyprec.errors import BitsError, CheckpointError
+from anyprec.errors import CheckpointError
 from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.model import ConvertSettings
 
 METADATA_KEY = "anyprec"
 FORMAT_VERSION = 1
+
+_MAX_DEPTH = 16
+_MAX_INTEGER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,15 @@ class Document:
         """
         try:
             raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError, not JSONDecodeError: Python caps digits of an int
             msg = f"the checkpoint's metadata is not valid JSON: {error}"
             raise CheckpointError(msg) from error
+        _require_tame(raw)
         fields = _Fields(raw, "metadata")
         version = fields.take("format", int)
         if version != FORMAT_VERSION:
-            msg = f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}: update anyprec"
+            remedy = ": update anyprec" if version > FORMAT_VERSION else ""
+            msg = f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}{remedy}"
             raise CheckpointError(msg)
         return cls(
             version=fields.take("version", str),
@@ -116,7 +123,7 @@ class _Fields:
         value = self._raw[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
-            msg = f"the checkpoint's {self._where}.{name} is {value!r:.80}, expected {expected}"
+            msg = f"the checkpoint's {self._where}.{name} is {reprlib.repr(value)}, expected {expected}"
             raise CheckpointError(msg)
         return value
 
@@ -124,18 +131,36 @@ class _Fields:
         """A list whose entries are all of one kind."""
         entries = self.take(name, list)
         if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
-            msg = f"the checkpoint's {self._where}.{name} is {entries!r:.80}, expected a list of {kind.__name__}"
+            msg = (
+                f"the checkpoint's {self._where}.{name} is {reprlib.repr(entries)}, expected a list of {kind.__name__}"
+            )
             raise CheckpointError(msg)
         return tuple(entries)
+
+    def count(self, name: str) -> int:
+        """A number that cannot be negative."""
+        value: int = self.take(name, int)
+        if value < 0:
+            msg = f"the checkpoint's {self._where}.{name} is {value}, expected 0 or more"
+            raise CheckpointError(msg)
+        return value
+
+    def bit_width(self, name: str) -> int:
+        """A bit-width."""
+        value: int = self.take(name, int)
+        if not MIN_BITS <= value <= MAX_BITS:
+            msg = f"the checkpoint's {self._where}.{name} is {value}, expected {MIN_BITS} to {MAX_BITS}"
+            raise CheckpointError(msg)
+        return value
 
     def bit_widths(self, name: str) -> tuple[int, ...]:
         """A list of candidate bit-widths, ascending."""
         widths = self.items(name, int)
         if not widths or list(widths) != sorted(set(widths)) or not all(MIN_BITS <= w <= MAX_BITS for w in widths):
             msg = (
-                f"the checkpoint's {self._where}.{name} is {widths}, expected ascending bit-widths from {MIN_BITS} to "
+                f"the checkpoint's {self._where}.{name} is {reprlib.repr(widths)}, expected ascending bit-widths from "
             )
-            msg += f"{MAX_BITS}"
+            msg += f"{MIN_BITS} to {MAX_BITS}"
             raise CheckpointError(msg)
         return widths
 
@@ -150,15 +175,12 @@ def _read_architecture(fields: _Fields) -> Architecture | None:
 
 def _read_settings(fields: _Fields) -> ConvertSettings:
     fixed = fields.take("first_last_bits", int, type(None))
-    if fixed is not None and not MIN_BITS <= fixed <= MAX_BITS:
-        msg = f"the checkpoint's metadata.settings.first_last_bits is {fixed}, expected {MIN_BITS} to {MAX_BITS}"
-        raise CheckpointError(msg)
     include = fields.take("include", list, type(None))
     return ConvertSettings(
         bits=fields.bit_widths("bits"),
         activation_bits=fields.bit_widths("activation_bits"),
-        first_last_bits=fixed,
-        depthwise_min_bits=fields.take("depthwise_min_bits", int),
+        first_last_bits=None if fixed is None else fields.bit_width("first_last_bits"),
+        depthwise_min_bits=fields.bit_width("depthwise_min_bits"),
         per_channel=fields.take("per_channel", bool),
         include=None if include is None else fields.items("include", str),
         exclude=fields.items("exclude", str),
@@ -166,14 +188,38 @@ def _read_settings(fields: _Fields) -> ConvertSettings:
 
 
 def _read_facts(fields: _Fields) -> NetworkFacts:
-    layers = {}
+    layers = _read_layers(fields)
+    norms = fields.take("norms", dict)
+    if not all(feeding is None or (isinstance(feeding, str) and feeding in layers) for feeding in norms.values()):
+        msg = "the checkpoint's metadata.norms names a layer that metadata.layers does not list"
+        raise CheckpointError(msg)
+    uncounted = fields.take("uncounted", dict)
+    for name, pair in uncounted.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(number) for number in pair)):
+            msg = f"the checkpoint's metadata.uncounted[{name!r:.40}] is {reprlib.repr(pair)}, expected [calls, MACs]"
+            raise CheckpointError(msg)
+    shape = fields.items("example_shape", int)
+    if not shape or min(shape) < 1:
+        msg = f"the checkpoint's metadata.example_shape is {reprlib.repr(shape)}, expected lengths of at least 1"
+        raise CheckpointError(msg)
+    return NetworkFacts(
+        layers=layers,
+        norms=norms,
+        uncounted={name: (calls, macs) for name, (calls, macs) in uncounted.items()},
+        example_shape=shape,
+        untraceable=fields.take("untraceable", str, type(None)),
+    )
+
+
+def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
+    layers: dict[str, LayerFacts] = {}
     for raw in fields.take("layers", list):
         entry = _Fields(raw, "metadata.layers[]")
         layer = LayerFacts(
             path=entry.take("path", str),
-            calls=entry.take("calls", int),
-            macs=entry.take("macs", int),
-            weights=entry.take("weights", int),
+            calls=entry.count("calls"),
+            macs=entry.count("macs"),
+            weights=entry.count("weights"),
             owner=entry.take("owner", str, type(None)),
             depthwise=entry.take("depthwise", bool),
             nonnegative=entry.take("nonnegative", bool),
@@ -182,23 +228,11 @@ def _read_facts(fields: _Fields) -> NetworkFacts:
             constant=entry.take("constant", bool),
             problem=entry.take("problem", str, type(None)),
         )
-        layers[layer.path] = layer
-    norms = fields.take("norms", dict)
-    if not all(feeding is None or feeding in layers for feeding in norms.values()):
-        msg = "the checkpoint's metadata.norms names a layer that metadata.layers does not list"
-        raise CheckpointError(msg)
-    uncounted = fields.take("uncounted", dict)
-    for name, pair in uncounted.items():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(number, int) for number in pair)):
-            msg = f"the checkpoint's metadata.uncounted[{name!r:.40}] is {pair!r:.80}, expected [calls, MACs]"
+        if layer.path in layers:
+            msg = f"the checkpoint's metadata.layers lists {layer.path!r:.80} twice"
             raise CheckpointError(msg)
-    return NetworkFacts(
-        layers=layers,
-        norms=norms,
-        uncounted={name: (calls, macs) for name, (calls, macs) in uncounted.items()},
-        example_shape=fields.items("example_shape", int),
-        untraceable=fields.take("untraceable", str, type(None)),
-    )
+        layers[layer.path] = layer
+    return layers
 
 
 def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
@@ -207,7 +241,7 @@ def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
         where = f"metadata.configs[{name!r:.40}]"
         try:
             configs[name] = BitConfig(dict(_strings(config, where)))
-        except BitsError as error:
+        except ValueError as error:  # BitsError, or a number of more digits than Python reads
             msg = f"the checkpoint's {where} holds a precision that cannot be read: {error}"
             raise CheckpointError(msg) from error
     return configs
@@ -218,3 +252,27 @@ def _strings(raw: Any, where: str) -> dict[str, str]:
         msg = f"the checkpoint's {where} is not an object of strings"
         raise CheckpointError(msg)
     return raw
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require_tame(raw: Any) -> None:
+    """Refuse what JSON allows but neither a message nor another program could handle: depth and endless numbers."""
+    level = [raw]
+    for _ in range(_MAX_DEPTH):
+        numbers = [value for value in level if isinstance(value, (int, float))]
+        if not all(math.isfinite(number) and abs(number) <= _MAX_INTEGER for number in numbers):
+            msg = "the checkpoint's metadata holds a number that is not finite, or of more than 63 bits"
+            raise CheckpointError(msg)
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    msg = f"the checkpoint's metadata is nested deeper than {_MAX_DEPTH} levels"
+    raise CheckpointError(msg)

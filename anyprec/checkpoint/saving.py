@@ -1,11 +1,12 @@
 """`save` and `load`: a converted model to one file and back, strictly.
 
 What the file says is in `document.py`, how it is written and read in `file.py`, how a network is rebuilt from its
-timm name in `architecture.py`.
+timm name in `architecture.py`, and whether file and network fit in `matching.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -16,12 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, shorten
-from anyprec.checkpoint.architecture import create, find_architecture
+from anyprec.bits import BitConfig
+from anyprec.checkpoint.architecture import create, create_skeleton, describe, find_architecture
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.file import read_file, stored_once, with_aliases, write_file
-from anyprec.conversion import apply_settings
+from anyprec.checkpoint.file import digest, read_file, stored_once, with_aliases, write_file
+from anyprec.checkpoint.matching import (
+    fitting_configs,
+    our_prefixes,
+    require_converted_fit,
+    require_float_fit,
+    require_state_fit,
+)
+from anyprec.conversion import apply_settings, revert
 from anyprec.errors import AnyprecError, BitsError, CheckpointError
+from anyprec.graph import NetworkFacts
+from anyprec.layers import LAYER_TYPES
 from anyprec.model import ConvertedModel, require_converted
 
 
@@ -40,16 +50,16 @@ def save(
     old content or the new one.
 
     Args:
-        model: A converted model.
+        model: A converted model; only its `configs` are changed.
         path: Where to write; its folder must exist.
         configs: Named configurations, added to `model.configs`.
         model_args: Arguments that the network was created with, if `timm.create_model` needs any beyond
-            `num_classes`, `in_chans` and `img_size`, which are found out.
+            `num_classes`, `in_chans`, `img_size`, `drop_rate` and `global_pool`, which are found out.
         rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False writes a file
             that `load` takes only together with a network.
 
     Raises:
-        ConversionError: `model` is not converted.
+        ConversionError: `model` is not converted, or a layer was replaced since.
         BitsError: A named configuration does not fit the model.
         CheckpointError: The network cannot be rebuilt, or the file not be written; `path` is unchanged.
 
@@ -61,14 +71,13 @@ def save(
         ...     again = anyprec.load(f"{folder}/net.safetensors")
     """
     require_converted(model, purpose="save")
-    named = {**model.configs, **_checked_configs(model, configs or {})}
-    record = model.anyprec_record
+    named = _checked_configs(model, {**model.configs, **(configs or {})})
     tensors, aliases = stored_once(model.state_dict())
     document = Document(
         version=version("anyprec"),
         architecture=find_architecture(model, model_args) if rebuildable else None,
-        settings=record.settings,
-        facts=record.facts,
+        settings=model.anyprec_record.settings,
+        facts=_present_facts(model),
         configs=named,
         aliases=aliases,
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
@@ -84,98 +93,114 @@ def load(
 
     Args:
         path: The file.
-        model: The network to load into, float (it is converted in place) or converted with the same candidates;
+        model: The network to load into, float (it is converted in place) or converted with the same arguments;
             None rebuilds it with timm from what the file says.
         device: Where a rebuilt network goes; a given one stays where it is.
 
     Returns:
-        The converted model, in floating point and, if rebuilt, in eval mode. Its outputs equal those of the saved
-        model bit for bit at every precision, on the same device and memory format.
+        The converted model, in floating point, with the file's named configurations in place of its own and, if
+        rebuilt, in eval mode. Its outputs equal those of the saved model bit for bit at every precision, on the same
+        device and memory format.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another format or of another network; keys that do not
             match are named, and a given `model` is left as it was.
+        ConversionError: A layer of a given converted `model` was replaced since its conversion.
     """
-    tensors, text = read_file(Path(path))
+    _require_module(model)
+    tensors, text, written = read_file(Path(path))
     document = Document.from_json(text)
+    if digest(tensors, text) != written:
+        msg = f"{str(path)!r} is damaged: its content does not match its digest; copy it again from its source"
+        raise CheckpointError(msg)
     state = with_aliases(tensors, document.aliases)
-    if model is None:
-        if document.architecture is None:
-            msg = f"{str(path)!r} does not say how to rebuild its network: pass it as load(path, model)"
-            raise CheckpointError(msg)
-        network = _match_dtypes(create(document.architecture), state).to(device).eval()
-    else:
-        network = model
-    converted = _converted_like(network, document, state)
-    _require_same_tensors(converted.state_dict(), state, "the checkpoint")
-    converted.load_state_dict(state)
-    converted.set_bits(None)
-    converted.configs.update(_checked_configs(converted, document.configs, error=CheckpointError))
+    if isinstance(model, ConvertedModel):
+        require_converted_fit(model, document)
+        _fill(model, document, state)
+        return model
+    network = _rebuilt(document, state, str(path)).to(device).eval() if model is None else model
+    require_float_fit(network, document, state)
+    return _convert_and_fill(network, document, state)
+
+
+def _require_module(model: Any) -> None:
+    if model is not None and not isinstance(model, nn.Module):
+        msg = f"load takes a torch.nn.Module to load into, got {type(model).__name__}"
+        raise CheckpointError(msg)
+
+
+def _rebuilt(document: Document, state: Mapping[str, Tensor], path: str) -> nn.Module:
+    """The float network that the file names, without its values."""
+    if document.architecture is None:
+        msg = f"{path!r} does not say how to rebuild its network: pass it as load(path, model)"
+        raise CheckpointError(msg)
+    # Checked before memory is taken: a file of a few bytes may name a network of a terabyte.
+    require_float_fit(_match_dtypes(create_skeleton(document.architecture), state), document, state)
+    network = _match_dtypes(create(document.architecture), state)
+    describe(network, document.pretrained_cfg)
+    return network
+
+
+def _convert_and_fill(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> ConvertedModel:
+    try:
+        converted = apply_settings(network, document.settings, document.facts)
+    except AnyprecError as error:
+        msg = f"the checkpoint does not fit the network {type(network).__name__}: {error}"
+        raise CheckpointError(msg) from error
+    try:
+        # What conversion adds is in its own number format; the saved model may have been moved to another one.
+        _match_dtypes(converted, state, only=our_prefixes(converted, document.facts))
+        _fill(converted, document, state)
+    except BaseException:
+        revert(network)
+        raise
     return converted
 
 
-def _converted_like(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> ConvertedModel:
-    """`network`, converted as the file says; it is checked before it is changed."""
-    if isinstance(network, ConvertedModel):
-        if network.anyprec_record.settings != document.settings:
-            msg = f"the network was converted with {network.anyprec_record.settings}, the checkpoint with "
-            msg += f"{document.settings}: pass the float network, or convert with the same arguments"
-            raise CheckpointError(msg)
-        return network
-    ours = tuple(
-        f"{path}.{part}." for path in document.facts.layers for part in ("weight_quantizer", "input_quantizer")
-    )
-    ours += tuple(f"{path}.bank." for path in document.facts.norms)
-    floats = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
-    _require_same_tensors(network.state_dict(), floats, "the checkpoint")
-    try:
-        return apply_settings(network, document.settings, document.facts)
-    except (AnyprecError, AttributeError) as error:
-        msg = f"the checkpoint does not fit the network {type(network).__name__}: {error}"
-        raise CheckpointError(msg) from error
+def _fill(model: ConvertedModel, document: Document, state: Mapping[str, Tensor]) -> None:
+    """Copy the file's values and configurations; all is checked before."""
+    require_state_fit(model, state)
+    configs = fitting_configs(model, document)
+    model.load_state_dict(state)
+    model.set_bits(None)
+    model.configs.clear()
+    model.configs.update(configs)
 
 
-def _require_same_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Compare names, shapes and kinds of number.
-
-    Raises:
-        CheckpointError: They differ; the message names the tensors.
-    """
-    missing = [name for name in own if name not in found]
-    strange = [name for name in found if name not in own]
-    other = [
-        f"{name} {tuple(found[name].shape)} {found[name].dtype} instead of {tuple(own[name].shape)} {own[name].dtype}"
-        for name in own
-        if name in found and (own[name].shape != found[name].shape or own[name].dtype != found[name].dtype)
-    ]
-    if not (missing or strange or other):
-        return
-    parts = [f"{len(missing)} tensors are missing: {shorten(missing, 4)}"] if missing else []
-    parts += [f"{len(strange)} are unknown to the network: {shorten(strange, 4)}"] if strange else []
-    parts += [f"{len(other)} are of another shape or type: {shorten(other, 4)}"] if other else []
-    msg = f"{source} does not match the network; {'; '.join(parts)}"
-    raise CheckpointError(msg)
-
-
-def _match_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Give a fresh network the number formats of the file."""
-    for name, tensor in network.state_dict(keep_vars=True).items():
+def _match_dtypes(network: nn.Module, state: Mapping[str, Tensor], *, only: tuple[str, ...] = ("",)) -> nn.Module:
+    """Give the tensors of a network, of those whose names start with `only`, the number formats of the file."""
+    chosen = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name.startswith(only)}
+    for name, tensor in chosen.items():
         stored = state.get(name)
         if stored is not None and stored.dtype != tensor.dtype and stored.is_floating_point():
             tensor.data = tensor.data.to(stored.dtype)
     return network
 
 
-def _checked_configs(
-    model: ConvertedModel, configs: Mapping[str, BitConfig], *, error: type[AnyprecError] = BitsError
-) -> dict[str, BitConfig]:
+def _present_facts(model: ConvertedModel) -> NetworkFacts:
+    """The facts without layers that the network lost since its conversion (`reset_classifier(0)`)."""
+    facts = model.anyprec_record.facts
+    modules = dict(model.named_modules())
+    present = {row.path for row in model.coverage if isinstance(modules.get(row.path), LAYER_TYPES)}
+    present |= model.quantized_layers.keys()  # raises if one was replaced: such a file could not be loaded
+    return dataclasses.replace(
+        facts,
+        layers={path: layer for path, layer in facts.layers.items() if path in present},
+        norms={path: feeding if feeding in present else None for path, feeding in facts.norms.items()},
+    )
+
+
+def _checked_configs(model: ConvertedModel, configs: Mapping[Any, Any]) -> dict[str, BitConfig]:
     checked: dict[str, BitConfig] = {}
     for name, config in configs.items():
+        if not isinstance(name, str) or not isinstance(config, Mapping):
+            msg = f"configuration {name!r} is {config!r}: name a BitConfig by a string, e.g. model.resolve_bits(4)"
+            raise BitsError(msg)
         try:
             resolved = model.resolve_bits(BitConfig(config))
         except BitsError as cause:
             msg = f"configuration {name!r} does not fit the model: {cause}"
-            raise error(msg) from cause
+            raise BitsError(msg) from cause
         if resolved is not None:
             checked[name] = resolved
     return checked
@@ -186,7 +211,7 @@ def _json_part(config: Any) -> dict[str, Any]:
     kept = {}
     for key, value in dict(config or {}).items():
         try:
-            kept[key] = json.loads(json.dumps(value))
+            kept[str(key)] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError):
             continue  # a custom loading function, for instance, says nothing about the weights
     return kept

@@ -7,8 +7,9 @@ reading budgets (`anyprec.searching.budget`).
 
 The search goes in two phases.
 
-*Descent*, from the cheapest uniform configuration that does not fit (with what costs nothing at its highest). A round considers, for every layer and operand,
-one candidate down and, where that operand was lowered before, one candidate up; it takes the move with the lowest
+*Descent*, from the cheapest uniform configuration that does not fit (with what costs nothing at its highest). A round
+considers, for every layer and operand, one candidate down and, where that operand was lowered before, one candidate up;
+it takes the move with the lowest
 
     score = alpha * normalised loss increase - normalised cost saving
 
@@ -41,7 +42,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from anyprec.bits import MAX_BITS, BitConfig, Bits, Candidates
@@ -55,8 +55,10 @@ _POOL = 10  # ups, and as many downs, that are combined
 _MOST_CHANGES = 4  # of one exchange
 _REACH = 2  # candidates that one change may pass
 _PATIENCE = 24  # turns without a gain, after which the exchange ends
-# Predicted costs add up the changes' single savings; weight bits x activation bits makes the truth a little different.
-_COST_SLACK = 0.02
+# Predicted costs add up the changes' single costs. The truth is a little different under several limits, and where both
+# operands of a layer change. A prediction may exceed the budget by this share, before the true cost is asked for.
+_SLACK = 0.002
+_SLACK_WITHIN_LAYER = 0.02
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,8 @@ class Step:
     Attributes:
         moves: What led here from the step before; empty at the start.
         config: The configuration.
-        loss: Its loss; infinite if that was not a finite number, NaN if it was not evaluated (this happens only in
-            the descent, when `max_evaluations` is used up).
+        loss: Its loss; infinite if that was not a finite number, NaN if it was not evaluated (in a descent that goes on
+            when `max_evaluations` is used up).
         utilisation: Its share of the budget.
         evaluations: Evaluations spent so far.
     """
@@ -294,7 +296,10 @@ class _Search:
     def _downs(self, config: BitConfig) -> list[_Option]:
         options = [self._option(config, move) for move in self._moves(config, direction=-1)]
         # Under several limits a down may save nothing of the one that binds: no use, as long as another does.
-        return [option for option in options if option.saving > 0] or options
+        options = [option for option in options if option.saving > 0] or options
+        # After an up, the way back down is no use either.
+        been = {step.config for step in self._history}
+        return [option for option in options if option.target not in been] or options
 
     def _undos(self, config: BitConfig, start: BitConfig) -> list[_Option]:
         """Ups of what was lowered since the start. Their bound makes cycles impossible, see the module."""
@@ -314,7 +319,10 @@ class _Search:
     def _permitted(self, config: BitConfig, option: _Option) -> bool:
         if option.move.lowers:
             return True
-        if self._ledger.exhausted and not self._ledger.knows(option.target):
+        if self._ledger.knows(option.target):
+            # Not the sum below: its rounding could let a configuration come back, against the proof of termination.
+            return self._ledger.loss(option.target) < option.loss_below
+        if self._ledger.exhausted:
             return False
         return self._ledger.loss(config) + self._increase(config, option) < option.loss_below
 
@@ -322,27 +330,25 @@ class _Search:
 
     def _exchange(self) -> None:
         self._go_to_better()
-        self._measure_unknown(self._history[-1].config)
-        self._go_to_better()
+        if any(self._moves(self._history[-1].config, direction=1)):
+            self._measure_unknown(self._history[-1].config)
+            self._go_to_better()
         turns = 0
         while turns < _PATIENCE and not self._ledger.exhausted:
-            if not self._learn(self._history[-1].config):
+            learnt = self._learn(self._history[-1].config)
+            better = self._go_to_better()
+            if not learnt and not better:
                 return
-            turns = 0 if self._go_to_better() else turns + 1
+            turns = 0 if better else turns + 1
 
     def _measure_unknown(self, config: BitConfig) -> None:
         """Measure a move of every operand that the descent had no reason to look at: it saved nothing there."""
-        unknown = [
-            option
-            for option in map(partial(self._option, config), self._moves(config))
-            if self._predictor.increase(option.move) is None
-        ]
-        ups = [option for option in unknown if not option.move.lowers]
-        self._measure_all(config, ups)
-        # A down is of use only where it saves something that an up can spend.
-        if any(self._moves(config, direction=1)):
-            saving = [option for option in unknown if option.move.lowers and option.saving > 0]
-            self._measure_all(config, [option for option in saving if self._predictor.increase(option.move) is None])
+        moves = [*self._moves(config, direction=1), *self._moves(config, direction=-1)]
+        for option in [self._option(config, move) for move in moves]:
+            # A down must save something, or no up can be paid with it.
+            worth = option.saving > 0 or not option.move.lowers
+            if worth and self._predictor.increase(option.move) is None:
+                self._measure_all(config, [option])
 
     def _go_to_better(self) -> bool:
         """Go to the best configuration evaluated so far that fits, if it is better than this one."""
@@ -352,9 +358,11 @@ class _Search:
         return best is not None
 
     def _learn(self, config: BitConfig) -> bool:
-        """Evaluate the most promising exchange, and its single changes if it fails. False: nothing was left to do."""
+        """Evaluate the most promising exchange, and its single changes if it fails; False if there is nothing to do."""
         if not self._lazy:
             self._measure_all(config, [self._option(config, move) for move in self._moves(config)])
+            if self._ledger.exhausted:
+                return True
         changes = self._promising_changes(config)
         exchange = self._best_exchange(config, changes)
         if exchange is None:
@@ -382,7 +390,7 @@ class _Search:
 
     def _best_exchange(self, config: BitConfig, changes: Sequence[_Change]) -> _Exchange | None:
         """The exchange with the largest predicted gain among those that fit and were not evaluated yet."""
-        room = 1 - self._ledger.utilisation(config) + _COST_SLACK
+        room = 1 - self._ledger.utilisation(config)
         gains = [(sum(change.increase for change in chosen), chosen) for chosen in _combinations(changes, room=room)]
         for _, chosen in sorted(gains, key=lambda gain: gain[0]):
             options = [change.option for change in chosen]
@@ -595,7 +603,9 @@ def _combinations(changes: Sequence[_Change], *, room: float) -> Iterator[tuple[
         for chosen in itertools.combinations(changes, count):
             if sum(change.increase for change in chosen) >= 0:
                 continue
-            if sum(-change.option.saving for change in chosen) > room:
+            paths = {change.option.move.path for change in chosen}
+            slack = _SLACK if len(paths) == count else _SLACK_WITHIN_LAYER
+            if sum(-change.option.saving for change in chosen) > room + slack:
                 continue
             if len({(change.option.move.path, change.option.move.operand) for change in chosen}) == count:
                 yield chosen

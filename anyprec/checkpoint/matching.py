@@ -1,0 +1,161 @@
+"""Does a checkpoint fit a network? Everything is checked here, by name, before anything is changed or copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anyprec.bits import BitConfig, shorten
+from anyprec.checkpoint.document import Document
+from anyprec.conversion import layer_candidates
+from anyprec.errors import BitsError, CheckpointError
+from anyprec.graph import NetworkFacts
+from anyprec.layers import LAYER_TYPES
+from anyprec.model import ConvertedModel
+
+
+def require_float_fit(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> None:
+    """Check a float network: its tensors are those of the file that conversion did not add, its layers those named.
+
+    Raises:
+        CheckpointError: They are not; the message names tensors or layers.
+    """
+    ours = our_prefixes(network, document.facts)
+    floats = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+    require_same_tensors(network.state_dict(), floats)
+    _require_modules(network, document.facts)
+
+
+def require_converted_fit(model: ConvertedModel, document: Document) -> None:
+    """Check a converted network: it was converted as the file's was.
+
+    Raises:
+        CheckpointError: Settings or candidates differ.
+    """
+    own, found = model.anyprec_record.settings, document.settings
+    if own != found:
+        msg = f"the network was converted with {own}, the checkpoint with {found}: pass the float network, or convert "
+        msg += "with the same arguments"
+        raise CheckpointError(msg)
+    for path, candidates in model.candidates.items():
+        facts = document.facts.layers.get(path)
+        if facts is None:
+            continue  # then its step sizes are missing too, and the message about tensors says more
+        try:
+            expected = layer_candidates(facts, found)
+        except BitsError as error:
+            msg = f"the checkpoint does not fit the network: {error}"
+            raise CheckpointError(msg) from error
+        if candidates != expected:
+            msg = (
+                f"layer {path!r} of the network has {candidates}, in the checkpoint {expected}: pass the float network"
+            )
+            raise CheckpointError(msg)
+
+
+def require_state_fit(model: ConvertedModel, state: Mapping[str, Tensor]) -> None:
+    """Check the whole state of a converted network against a file's.
+
+    Raises:
+        CheckpointError: Tensors, ties or zero points do not fit.
+    """
+    require_same_tensors(model.state_dict(), state)
+    _require_same_ties(model, state)
+    for path, layer in model.quantized_layers.items():
+        zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
+        for zero, bits in zip(zeros, layer.candidates.activation, strict=True):
+            if not 0 <= zero < 2**bits:
+                msg = f"the checkpoint gives layer {path!r} the zero point {zero} at {bits} bits, expected 0 to {2**bits - 1}"
+                raise CheckpointError(msg)
+
+
+def fitting_configs(model: ConvertedModel, document: Document) -> dict[str, BitConfig]:
+    """The file's named configurations, in the network's order of layers.
+
+    Raises:
+        CheckpointError: One names an unknown layer or precision, or leaves a layer out.
+    """
+    fitting = {}
+    for name, config in document.configs.items():
+        try:
+            resolved = model.resolve_bits(config)
+        except BitsError as error:
+            msg = f"the checkpoint's configuration {name!r:.80} does not fit the network: {error}"
+            raise CheckpointError(msg) from error
+        if resolved is not None:
+            fitting[name] = resolved
+    return fitting
+
+
+def require_same_tensors(own: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and kinds of number.
+
+    Raises:
+        CheckpointError: They differ; the message names the tensors.
+    """
+    missing = [name for name in own if name not in found]
+    strange = [name for name in found if name not in own]
+    other = [
+        f"{name} {_kind(found[name])} instead of {_kind(own[name])}"
+        for name in own
+        if name in found and _kind(own[name]) != _kind(found[name])
+    ]
+    parts = [f"{len(missing)} tensors are missing: {shorten(missing, 4)}"] if missing else []
+    parts += [f"{len(strange)} are unknown to the network: {shorten(strange, 4)}"] if strange else []
+    parts += [f"{len(other)} are of another shape or type: {shorten(other, 4)}"] if other else []
+    if parts:
+        msg = f"the checkpoint does not match the network; {'; '.join(parts)}"
+        raise CheckpointError(msg)
+
+
+def our_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
+    """What the names of all tensors start with that conversion adds, or would add, to the float network's."""
+    canonical = {id(module): path for path, module in network.named_modules()}
+    prefixes: list[str] = []
+    for path, module in network.named_modules(remove_duplicate=False):  # a shared layer has its state at every path
+        if canonical[id(module)] in facts.layers:
+            prefixes += (f"{path}.weight_quantizer.", f"{path}.input_quantizer.")
+        elif canonical[id(module)] in facts.norms:
+            prefixes.append(f"{path}.bank.")
+    return tuple(prefixes)
+
+
+def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
+    """Every layer is a Conv or Linear, every norm a BatchNorm, every owner a module around its layer."""
+    modules = dict(network.named_modules())
+    layers = [path for path in facts.layers if not (path and isinstance(modules.get(path), LAYER_TYPES))]
+    norms = [path for path in facts.norms if not (path and isinstance(modules.get(path), _BatchNorm))]
+    owned = [layer for layer in facts.layers.values() if layer.owner is not None]
+    owners = [layer.path for layer in owned if not _is_around(layer.path, layer.owner, modules)]
+    parts = [f"no Conv or Linear layers {shorten(layers, 4)}"] if layers else []
+    parts += [f"no BatchNorms {shorten(norms, 4)}"] if norms else []
+    parts += [f"no owners of the layers {shorten(owners, 4)}"] if owners else []
+    if parts:
+        msg = f"the checkpoint does not match the network {type(network).__name__}, which has {'; '.join(parts)}"
+        raise CheckpointError(msg)
+
+
+def _is_around(path: str, owner: str | None, modules: Mapping[str, nn.Module]) -> bool:
+    return not owner or (path.startswith(f"{owner}.") and owner in modules)
+
+
+def _require_same_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Parameters are shared where the file stores them once, and nowhere else: values and training depend on it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    groups: dict[int, str] = {}
+    stored: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name not in state or not parameter.numel():
+            continue
+        first, other = groups.setdefault(id(parameter), name), stored.setdefault(id(state[name]), name)
+        if first != other:
+            here, there = ("apart", f"as one with {other!r}") if first == name else (f"as one with {first!r}", "apart")
+            msg = f"the network holds {name!r} {here}, the checkpoint {there}: tie the same parameters before loading"
+            raise CheckpointError(msg)
+
+
+def _kind(tensor: Any) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
