@@ -137,6 +137,9 @@ def _rebuilt(document: Document, state: Mapping[str, Tensor], path: str) -> nn.M
     # Checked before memory is taken: a file of a few bytes may name a network of a terabyte.
     require_float_fit(_match_dtypes(create_skeleton(document.architecture), state), document, state)
     network = _match_dtypes(create(document.architecture), state)
+    formats = {parameter.dtype for parameter in network.parameters()}
+    if len(formats) == 1 and formats != {torch.get_default_dtype()}:
+        network.to(formats.pop())  # for buffers that no state holds (positions, frequencies), which follow the model
     describe(network, document.pretrained_cfg)
     return network
 
