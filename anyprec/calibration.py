@@ -275,10 +275,15 @@ def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
     return [Bits(w, a) for w in weight for a in activation]
 
 
+_Reference = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""Mean and variance at a norm (by index) after so many calls."""
+
+
 class _Statistics:
     """Mean and variance per channel over several batches (Chan et al. 1979, pairwise combination)."""
 
     def __init__(self) -> None:
+        self.calls = 0
         self._count = 0
         self.mean = torch.zeros(())
         self._squares = torch.zeros(())
@@ -298,10 +303,11 @@ class _Statistics:
         self._squares = self._squares + variance * count + shift**2 * (self._count * count / total)
         self.mean = self.mean + shift * (count / total)
         self._count = total
+        self.calls += 1
 
 
 def _estimate_statistics(
-    model: nn.Module, norms: list[SwitchableNorm], batches: list[Tensor], reference: list[_Statistics] | None
+    model: nn.Module, norms: list[SwitchableNorm], batches: list[Tensor], reference: _Reference | None
 ) -> None:
     """Write statistics into every norm's active copy, layer by layer in each forward pass.
 
@@ -309,13 +315,14 @@ def _estimate_statistics(
     are normalised as they will be.
     """
 
-    def take_over(index: int, seen: _Statistics) -> None:
+    def take_over(index: int, calls: int, seen: _Statistics) -> None:
         norm, mean, variance = norms[index], seen.mean, seen.variance
         if reference is not None:
-            mean = norm.running_mean + (mean - reference[index].mean)
+            # Of the same images, or the difference would hold the noise between images too.
+            float_mean, float_variance = reference[index, calls]
+            mean = norm.running_mean + (mean - float_mean)
             # eps keeps channels that are constant on these images from turning the ratio into noise.
-            ratio = (variance + norm.eps) / (reference[index].variance + norm.eps)
-            variance = norm.running_var * ratio
+            variance = norm.running_var * (variance + norm.eps) / (float_variance + norm.eps)
         active_mean, active_variance = norm.active_statistics()
         active_mean.copy_(mean)
         active_variance.copy_(variance)
@@ -323,26 +330,30 @@ def _estimate_statistics(
     _watch_norms(model, norms, batches, take_over)
 
 
-def _reference_statistics(
-    model: ConvertedModel, norms: list[SwitchableNorm], batches: list[Tensor]
-) -> list[_Statistics]:
+def _reference_statistics(model: ConvertedModel, norms: list[SwitchableNorm], batches: list[Tensor]) -> _Reference:
     """What the float network has on `batches` at the input of each norm."""
+    reference: _Reference = {}
+
+    def note(index: int, calls: int, seen: _Statistics) -> None:
+        reference[index, calls] = seen.mean, seen.variance
+
     with model.using_bits(None):
-        return _watch_norms(model, norms, batches, lambda _index, _seen: None)
+        _watch_norms(model, norms, batches, note)
+    return reference
 
 
 def _watch_norms(
     model: nn.Module,
     norms: list[SwitchableNorm],
     batches: list[Tensor],
-    take_over: Callable[[int, _Statistics], None],
-) -> list[_Statistics]:
-    """Run `batches`; before each norm runs, its statistics so far are handed to `take_over`."""
+    take_over: Callable[[int, int, _Statistics], None],
+) -> None:
+    """Run `batches`; before each norm runs, its index, calls and statistics so far are handed to `take_over`."""
     statistics = [_Statistics() for _ in norms]
 
     def watch(index: int, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistics[index].add(args[0])
-        take_over(index, statistics[index])
+        take_over(index, statistics[index].calls, statistics[index])
 
     hooks = [norm.register_forward_pre_hook(partial(watch, index)) for index, norm in enumerate(norms)]
     try:
@@ -351,7 +362,6 @@ def _watch_norms(
     finally:
         for hook in hooks:
             hook.remove()
-    return statistics
 
 
 def _require_finite_norms(model: ConvertedModel) -> None:
