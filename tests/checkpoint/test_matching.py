@@ -22,8 +22,8 @@ MISFITS = [
      r"instead of \(4, 3, 5, 5\)"),
     (0, nn.Conv2d(3, 4, 3, padding=1), "1 tensors are missing: '0.bias'"),
     (3, nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), "1 are unknown to the network: '3.bias'"),
-    (8, nn.Identity(), "2 are unknown to the network: '8.weight', '8.bias'|5 are unknown"),
-    (1, nn.GroupNorm(2, 4), "are unknown to the network: '1.running_mean'"),
+    (8, nn.Identity(), "2 are unknown to the network: '8.bias', '8.weight'"),
+    (1, nn.GroupNorm(2, 4), "3 are unknown to the network: '1.num_batches_tracked', '1.running_mean'"),
     (0, nn.Conv2d(3, 4, 3, padding=1, bias=False, dtype=torch.float64), "torch.float32 instead of .* torch.float64"),
 ]  # fmt: skip
 
@@ -32,7 +32,7 @@ MISFITS = [
 def test_another_float_network_is_refused_and_unchanged(path, plain, photograph, number, layer, message, batch):
     network = _other(plain, number, layer)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=f"does not match the network; .*({message})"):
+    with pytest.raises(anyprec.CheckpointError, match=rf"does not match the network; .*({message})"):
         anyprec.load(path, network)
     check()
 
@@ -51,7 +51,7 @@ class Lookalike(nn.Module):
 def test_tensors_of_the_right_names_in_other_modules_are_refused(path, plain, photograph):
     network = _other(plain, 8, Lookalike())
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match="'8.weight_quantizer.step'|no Conv or Linear layers '8'"):
+    with pytest.raises(anyprec.CheckpointError, match=r"'8.weight_quantizer.step'|no Conv or Linear layers '8'"):
         anyprec.load(path, network)
     check()
 
@@ -63,7 +63,7 @@ def test_a_mismatch_found_after_conversion_reverts_it(path, plain, photograph, b
     write_file(path, tensors, text)
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match="1 tensors are missing: '5.input_quantizer.step'"):
+    with pytest.raises(anyprec.CheckpointError, match=r"1 tensors are missing: '5.input_quantizer.step'"):
         anyprec.load(path, network)
     check()
     anyprec.calibrate(anyprec.convert(network, example_input=batch), [batch])
@@ -73,7 +73,9 @@ def test_a_configuration_that_does_not_fit_reverts_the_conversion(tamper, plain,
     path = tamper(lambda raw: raw["configs"].update(bad={"0": "W8A8"}))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match="configuration 'bad' does not fit the network: .* leaves 3 layers"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"configuration 'bad' does not fit the network: .* leaves 3 layers"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -97,7 +99,10 @@ def _break_tensor(path, name, change):
 CONVERTED_MISFITS = [
     ({"5.weight": lambda t: t[:2].clone()}, "1 are of another shape or type: '5.weight"),
     ({"5.weight": lambda t: t.double()}, "1 are of another shape or type: '5.weight .*float64 instead"),
-    ({"5.input_quantizer.zero_point": lambda t: t + 300}, "gives layer '5' the zero point 30. at 2 bits, expected 0 to 3"),
+    (
+        {"5.input_quantizer.zero_point": lambda t: t + 300},
+        "gives layer '5' the zero point 30. at 2 bits, expected 0 to 3",
+    ),
     ({"5.input_quantizer.zero_point": lambda t: t - 300}, "gives layer '5' the zero point -"),
 ]
 
@@ -122,10 +127,10 @@ def test_nothing_is_copied_before_everything_is_checked(
 
 
 def test_a_bad_configuration_is_found_before_a_converted_network_is_filled(tamper, plain, photograph, batch):
-    path = tamper(lambda raw: raw["configs"].update(bad={path: "W3A3" for path in ("0", "3", "5", "8")}))
+    path = tamper(lambda raw: raw["configs"].update(bad=dict.fromkeys(("0", "3", "5", "8"), "W3A3")))
     network = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match="configuration 'bad' does not fit .* W3A3 is not a candidate"):
+    with pytest.raises(anyprec.CheckpointError, match=r"configuration 'bad' does not fit .* W3A3 is not a candidate"):
         anyprec.load(path, network)
     check()
 
@@ -141,7 +146,9 @@ def test_a_bad_configuration_is_found_before_a_converted_network_is_filled(tampe
 def test_a_network_converted_otherwise_is_refused(path, plain, photograph, batch, settings, message):
     network = anyprec.convert(plain(), **settings, example_input=batch)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=f"{message}.*: pass the float network, or convert with the same"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"{message}.*: pass the float network, or convert with the same"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -154,13 +161,15 @@ def test_candidates_of_equal_number_but_other_bits_are_refused(tmp_path, plain, 
     write_file(tmp_path / "net", tensors, text.replace('"first": true', '"first": false'))
     network = anyprec.convert(plain(), bits=(4,), example_input=batch)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=r"layer '0' of the network has .*\(8,\).* in the checkpoint .*\(4,\)"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"layer '0' of the network has .*\(8,\).* in the checkpoint .*\(4,\)"
+    ):
         anyprec.load(tmp_path / "net", network)
     check()
 
 
 FORGED_LAYERS = [
-    (lambda layer: layer.update(path="9.nothing"), "unknown to the network: '0.weight_quantizer.step'"),
+    (lambda layer: layer.update(path="9.nothing"), "unknown to the network: '0.input_quantizer.step'"),
     (lambda layer: layer.update(owner="9.nothing"), "has no owners of the layers '0'"),
     (lambda layer: layer.update(owner="3"), "has no owners of the layers '0'"),
 ]
@@ -181,7 +190,9 @@ def test_a_layer_that_is_no_conv_or_linear_is_refused(tamper, plain, photograph,
     path = tamper(lambda raw: raw["layers"].append({**raw["layers"][0], "path": where}))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=f"no Conv or Linear layers '{where}'|unknown to the network: '1.bank"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"no Conv or Linear layers '{where}'|unknown to the network: '1.bank"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -191,7 +202,7 @@ def test_a_norm_that_is_no_batchnorm_is_refused(tamper, plain, photograph, where
     path = tamper(lambda raw: raw["norms"].update({where: None}))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=f"no BatchNorms '{where}'"):
+    with pytest.raises(anyprec.CheckpointError, match=rf"no BatchNorms '{where}'"):
         anyprec.load(path, network)
     check()
 
@@ -200,7 +211,7 @@ def test_a_depthwise_layer_without_candidates_is_refused(tamper, plain, photogra
     path = tamper(lambda raw: raw["settings"].update(bits=[2], activation_bits=[2]))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match="depthwise convolution '3' has no candidate left"):
+    with pytest.raises(anyprec.CheckpointError, match=r"depthwise convolution '3' has no candidate left"):
         anyprec.load(path, network)
     check()
 
@@ -208,7 +219,7 @@ def test_a_depthwise_layer_without_candidates_is_refused(tamper, plain, photogra
 @pytest.mark.parametrize("aliases", [{"8.bias": "nothing"}, {"8.bias": "0.weight"}, {"new": "new"}])
 def test_aliases_that_point_nowhere_or_hide_a_tensor_are_refused(tamper, plain, aliases):
     path = tamper(lambda raw: raw.update(aliases=aliases))
-    with pytest.raises(anyprec.CheckpointError, match="is stored as .*, which is not so"):
+    with pytest.raises(anyprec.CheckpointError, match=r"is stored as .*, which is not so"):
         anyprec.load(path, plain())
 
 
@@ -233,7 +244,9 @@ def test_aliases_that_lie_are_refused(path, plain, photograph, name, target, mes
 
 def test_a_float_checkpoint_is_refused_with_advice(tmp_path, plain):
     save_file(plain().state_dict(), tmp_path / "float")
-    with pytest.raises(anyprec.CheckpointError, match="not written by anyprec .* load float weights into the network before"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"not written by anyprec .* load float weights into the network before"
+    ):
         anyprec.load(tmp_path / "float", plain())
 
 

@@ -56,16 +56,23 @@ def test_a_classifier_that_was_reset_is_rebuilt(tmp_path, converted):
 @pytest.mark.parametrize(
     ("name", "size", "arguments", "message"),
     [
-        ("test_resnet", 64, {"act_layer": "silu"}, "class of '.*act.*' is 'ReLU' instead of 'SiLU'"),
-        ("test_vit", 160, {"drop_path_rate": 0.1}, r"class of 'blocks.\d.drop_path1' is 'Identity' instead of 'DropPath'"),
-        ("test_vit", 160, {"proj_drop_rate": 0.1}, r"settings of '.*drop.*' is 'p=0.0.*' instead of 'p=0.1"),
-        ("test_vit", 96, {"img_size": 96, "init_values": 0.1}, "class of 'blocks.0.ls1' is 'Identity' instead of 'LayerScale'"),
+        ("test_resnet", 64, {"act_layer": "silu"}, "class of 'conv1.2' is ReLU instead of SiLU"),
+        ("test_vit", 160, {"drop_path_rate": 0.1}, r"class of 'blocks.1.drop_path1' is Identity instead of DropPath"),
+        ("test_vit", 160, {"proj_drop_rate": 0.1}, r"p of 'blocks.0.attn.proj_drop' is 0.0 instead of 0.1"),
+        (
+            "test_vit",
+            96,
+            {"img_size": 96, "init_values": 0.1},
+            "class of 'blocks.0.ls1' is Identity instead of LayerScale",
+        ),
     ],
 )
 def test_other_arguments_are_asked_for_by_the_error(tmp_path, name, size, arguments, message):
     shape = (2, 3, size, size)
     network = timm.create_model(name, **arguments)
-    with pytest.raises(anyprec.CheckpointError, match=f"cannot be rebuilt .*{message}.* as model_args=.* or rebuildable"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"cannot be rebuilt .*{message}.* as model_args=.* or rebuildable"
+    ):
         _saved(tmp_path, network, shape)
     assert not list(tmp_path.iterdir())
     anyprec.save(network, tmp_path / "net", model_args=arguments)
@@ -76,14 +83,14 @@ def test_a_setting_that_no_module_shows_is_compared_too(tmp_path):
     network = timm.create_model("test_vit")
     network.reset_classifier(5, global_pool="max")
     network.pool_include_prefix = True
-    with pytest.raises(anyprec.CheckpointError, match="pool_include_prefix of the network is False instead of True"):
+    with pytest.raises(anyprec.CheckpointError, match=r"pool_include_prefix of the network is False instead of True"):
         _saved(tmp_path, network, (1, 3, 160, 160))
 
 
 def test_parameters_tied_after_creation_are_noticed(tmp_path):
     network = timm.create_model("test_vit")
     network.blocks[1].norm1.weight = network.blocks[0].norm1.weight
-    with pytest.raises(anyprec.CheckpointError, match="instead of .* tied to blocks.0.norm1.weight"):
+    with pytest.raises(anyprec.CheckpointError, match=r"instead of .* tied to blocks.0.norm1.weight"):
         _saved(tmp_path, network, (1, 3, 160, 160))
 
 
@@ -96,7 +103,9 @@ def test_switches_of_training_do_not_count(tmp_path):
 def test_a_network_that_need_not_be_rebuilt_is_loaded_only_into_one(tmp_path):
     arguments = {"act_layer": "silu"}
     _saved(tmp_path, timm.create_model("test_resnet", **arguments), (1, 3, 64, 64), rebuildable=False)
-    with pytest.raises(anyprec.CheckpointError, match=r"does not say how to rebuild its network: pass it as load\(path, m"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"does not say how to rebuild its network: pass it as load\(path, m"
+    ):
         anyprec.load(tmp_path / "net")
     anyprec.load(tmp_path / "net", timm.create_model("test_resnet", **arguments))
 
@@ -107,13 +116,15 @@ def test_a_network_that_is_not_of_timm_says_nothing_of_rebuilding(path):
 
 
 def test_model_args_of_a_network_that_is_not_of_timm_are_refused(tmp_path, model):
-    with pytest.raises(anyprec.CheckpointError, match="model_args=.* was given, but Sequential does not come from timm"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"model_args=.* was given, but Sequential does not come from timm"
+    ):
         anyprec.save(model, tmp_path / "net", model_args={"num_classes": 3})
 
 
 @pytest.mark.parametrize("value", [torch.nn.SiLU, float("nan")])
 def test_model_args_that_json_cannot_hold_are_refused(tmp_path, converted, value):
-    with pytest.raises(anyprec.CheckpointError, match="cannot be written as JSON .* name classes by strings"):
+    with pytest.raises(anyprec.CheckpointError, match=r"cannot be written as JSON .* name classes by strings"):
         anyprec.save(converted("test_resnet"), tmp_path / "net", model_args={"act_layer": value})
 
 
@@ -137,7 +148,8 @@ def test_the_description_of_the_images_survives_but_no_address_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["hf-hub:timm/resnet18", "local-dir:.", "../resnet18", "resnet18.a1_in1k", "", "no_such_net", "\u0663", "x" * 9999]
+    "name",
+    ["hf-hub:timm/resnet18", "local-dir:.", "../resnet18", "resnet18.a1_in1k", "", "no_such_net", "\u0663", "x" * 9999],
 )
 def test_only_plain_names_of_the_registry_reach_timm(monkeypatch, name):
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("timm was called"))
@@ -148,7 +160,7 @@ def test_only_plain_names_of_the_registry_reach_timm(monkeypatch, name):
 @pytest.mark.parametrize("argument", sorted(FORBIDDEN_ARGUMENTS))
 def test_arguments_that_name_other_files_never_reach_timm(monkeypatch, argument):
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("timm was called"))
-    with pytest.raises(anyprec.CheckpointError, match=f"'{argument}' is no argument that a network is rebuilt with"):
+    with pytest.raises(anyprec.CheckpointError, match=rf"'{argument}' is no argument that a network is rebuilt with"):
         create(Architecture("test_resnet", {argument: True}))
 
 
@@ -162,7 +174,7 @@ def test_arguments_that_name_other_files_never_reach_timm(monkeypatch, argument)
         {"act_layer": ["relu"]},
         {"act_layer": "no_such"},
         {"layers": {}},
-        {"stem_width": 1e300},
+        {"stem_width": 1e18},
         {"features_only": True, "out_indices": [99]},
         {"channels": None, "block_args": 3},
     ],
@@ -170,7 +182,7 @@ def test_arguments_that_name_other_files_never_reach_timm(monkeypatch, argument)
 )
 def test_whatever_timm_raises_is_a_checkpoint_error(tamper, model, tmp_path, arguments):
     path = tamper(lambda raw: raw.update(architecture={"name": "test_resnet", "arguments": arguments}))
-    with pytest.raises(anyprec.CheckpointError, match="timm.create_model.*fails|does not match the network"):
+    with pytest.raises(anyprec.CheckpointError, match=r"timm.create_model.*fails|does not match the network"):
         anyprec.load(path)
 
 
@@ -178,7 +190,7 @@ def test_a_network_too_large_for_its_file_takes_no_memory(tamper):
     huge = {"name": "test_resnet", "arguments": {"num_classes": 10**12}}
     create_skeleton(Architecture(**huge))
     path = tamper(lambda raw: raw.update(architecture=huge))
-    with pytest.raises(anyprec.CheckpointError, match="does not match the network; .* tensors are missing"):
+    with pytest.raises(anyprec.CheckpointError, match=r"does not match the network; .* tensors are missing"):
         anyprec.load(path)
 
 
