@@ -19,7 +19,7 @@ from anyprec.errors import BitsError
 MIN_BITS = 2
 MAX_BITS = 8
 
-_NOTATION = re.compile(r"[wW](\d+)[aA](\d+)")
+_NOTATION = re.compile(r"[wW](\d{1,3})[aA](\d{1,3})")
 
 
 @dataclass(frozen=True, order=True)

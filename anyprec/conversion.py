@@ -125,6 +125,9 @@ def apply_settings(model: nn.Module, settings: ConvertSettings, facts: NetworkFa
 
 def revert(model: nn.Module) -> None:
     """Make a converted model float again, in place: the inverse of `convert`. A float model is left as it is."""
+    if isinstance(model, ConvertedModel):
+        vars(model).pop("anyprec_record", None)
+        despecialize(model)
     for module in list(model.modules()):
         if isinstance(module, QuantizedLayer):
             restore_layer(module)
@@ -132,9 +135,6 @@ def revert(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, FunctionalOwner):
             restore_owner(module)
-    if isinstance(model, ConvertedModel):
-        vars(model).pop("anyprec_record", None)
-        despecialize(model)
 
 
 def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, paths: list[str]) -> dict[str, str | None]:

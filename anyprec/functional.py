@@ -104,7 +104,7 @@ class _PerChannel(torch.autograd.Function):
         scale = _along(_effective_step(step), axis, values.ndim)
         ctx.save_for_backward(values, step)
         ctx.constants = axis, qmin, qmax, gradient_scale
-        return (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+        return (values / scale).round_().clamp_(qmin, qmax).mul_(scale).to(values.dtype)
 
     @staticmethod
     @once_differentiable
@@ -112,14 +112,16 @@ class _PerChannel(torch.autograd.Function):
         values, step = ctx.saved_tensors
         axis, qmin, qmax, gradient_scale = ctx.constants
         ratio = values / _along(_effective_step(step), axis, values.ndim)
+        gradient = gradient.to(ratio.dtype)  # float32 step sizes make the ratio of a bfloat16 weight float32
         inside = torch.ops.aten.hardtanh_backward(gradient, ratio, qmin, qmax)
         if not ctx.needs_input_grad[1]:
-            return inside, None, None, None, None, None
+            return inside.to(values.dtype), None, None, None, None, None
         codes = ratio.round().clamp_(qmin, qmax)
         contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
         others = [dim for dim in range(values.ndim) if dim != axis]
         step_gradient = contributions.sum(dim=others) if others else contributions
-        return inside, (step_gradient * gradient_scale).to(step.dtype) * _sign(step), None, None, None, None
+        step_gradient = (step_gradient * gradient_scale).to(step.dtype) * _sign(step)
+        return inside.to(values.dtype), step_gradient, None, None, None, None
 
 
 def _effective_step(step: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ looks at data or at the graph; it switches layers and norms that are already in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 
 from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
 from anyprec.errors import BitsError, ConversionError, NotCalibratedError
-from anyprec.graph import NetworkFacts
+from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.layers import LAYER_TYPES, QuantizedLayer, quantize_layer
 from anyprec.norms import SwitchableNorm
 from anyprec.specialize import Specialized
@@ -66,6 +67,8 @@ class ConversionRecord:
     """Path of every switchable norm to the quantized layer that sets its row, or None for a single row."""
     configs: dict[str, BitConfig] = field(default_factory=dict)
     """Named configurations, kept in the checkpoint."""
+    removed: dict[str, QuantizedLayer] = field(default_factory=dict)
+    """Classifiers that `reset_classifier` took out without a new one, as patterns for one to come."""
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -205,10 +208,12 @@ class ConvertedModel(Specialized):
         return result
 
     def _own_keys(self) -> set[str]:
-        prefixes = [
-            f"{path}.{part}." for path in self.quantized_layers for part in ("weight_quantizer", "input_quantizer")
-        ]
-        prefixes += [f"{path}.bank." for path in self.anyprec_record.norms]
+        prefixes = []
+        for path, module in self.named_modules(remove_duplicate=False):
+            if isinstance(module, QuantizedLayer):
+                prefixes += [f"{path}.weight_quantizer.", f"{path}.input_quantizer."]
+            elif isinstance(module, SwitchableNorm):
+                prefixes.append(f"{path}.bank.")
         return {key for key in self.state_dict() if key.startswith(tuple(prefixes))}
 
     @torch.no_grad()
@@ -268,20 +273,24 @@ class ConvertedClassifier(ConvertedModel):
         return result
 
     def _adopt_replacements(self, before: Mapping[str, QuantizedLayer]) -> None:
-        gone: set[str] = set()
-        for path, old in before.items():
+        record = self.anyprec_record
+        rows = {row.path: row for row in record.coverage}
+        for path, old in {**record.removed, **before}.items():
             new = _submodule_or_none(self, path)
             if new is old:
                 continue
-            if not isinstance(new, LAYER_TYPES):
-                gone.add(path)
-                continue
-            _quantize_like(new, old)
-        record = self.anyprec_record
-        record.coverage = tuple(row for row in record.coverage if row.path not in gone)
-        record.norms = {path: None if feeding in gone else feeding for path, feeding in record.norms.items()}
-        if gone:
+            if isinstance(new, LAYER_TYPES):
+                kind = type(new).__name__
+                _quantize_like(new, old)
+                record.removed.pop(path, None)
+                rows[path] = Coverage(path, kind, "quantized")
+                record.facts.layers[path] = _facts_like(record.facts.layers[path], new.weight.numel())
+            else:
+                record.removed[path] = old
+                rows.pop(path, None)
+        if set(rows) != {row.path for row in record.coverage}:
             record.configs.clear()
+        record.coverage = tuple(rows.values())
 
 
 @dataclass(frozen=True)
@@ -335,6 +344,11 @@ def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
         return model
     msg = f"{purpose} needs a converted model, got {type(model).__name__}: call anyprec.convert(model) first"
     raise ConversionError(msg)
+
+
+def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
+    """Facts of a new classifier: its MACs are to the old ones as its weights are."""
+    return dataclasses.replace(old, weights=weights, macs=old.macs * weights // old.weights)
 
 
 def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:

@@ -21,16 +21,19 @@ class Specialized(nn.Module):
     """Put before the name of the original class."""
 
     original_class: ClassVar[type[nn.Module]]
-    """The class before `specialize`."""
+    """The user's own class, below every mixin."""
+
+    _class_before: ClassVar[type[nn.Module]]
+    """The class before the last `specialize`."""
 
     _transient: ClassVar[dict[str, Any]] = {}
     """Attributes that are neither copied nor pickled, with the value that a copy starts from."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class, since the class itself has no importable name."""
-        mixin = next(cls for cls in type(self).__mro__ if "class_prefix" in vars(cls))
+        mixins = tuple(cls for cls in type(self).__mro__ if "class_prefix" in vars(cls))
         state = {**self.__dict__, **{name: type(start)() for name, start in self._transient.items()}}
-        return _empty, (mixin, self.original_class), state
+        return _empty, (mixins, self.original_class), state
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
@@ -40,8 +43,8 @@ def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
 
 
 def despecialize(module: Specialized) -> None:
-    """Give `module` its original class back. What the mixin added to it is the caller's to remove."""
-    cls: Any = module.original_class
+    """Undo the last `specialize` of `module`. What the mixin added to it is the caller's to remove."""
+    cls: Any = module._class_before  # noqa: SLF001 (same file)
     module.__class__ = cls
 
 
@@ -54,10 +57,19 @@ def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> ty
 
 @functools.cache
 def _make_class(mixin: Any, original: Any) -> Any:
-    body = {"original_class": original, "__module__": mixin.__module__, "__doc__": original.__doc__}
+    own_class = original.original_class if issubclass(original, Specialized) else original
+    body = {
+        "original_class": own_class,
+        "_class_before": original,
+        "__module__": mixin.__module__,
+        "__doc__": original.__doc__,
+    }
     return type(f"{mixin.class_prefix}{original.__name__}", (mixin, original), body)
 
 
-def _empty(mixin: type[Specialized], original: type[nn.Module]) -> Specialized:
-    cls = specialized_class(mixin, original)
+def _empty(mixins: tuple[type[Specialized], ...], original: type[nn.Module]) -> nn.Module:
+    """An object of the class that `mixins`, the outermost first, make of `original`."""
+    cls = original
+    for mixin in reversed(mixins):
+        cls = specialized_class(mixin, cls)
     return cls.__new__(cls)

@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NETWORKS)
     names = parser.parse_args().names
-    print("| network | quantized/exempt/skipped | convert s | calibrate s | promises |\n| --- | --- | ---: | ---: | --- |")
+    print(
+        "| network | quantized/exempt/skipped | convert s | calibrate s | promises |\n| --- | --- | ---: | ---: | --- |"
+    )
     for name in names:
         print(check(name), flush=True)
 

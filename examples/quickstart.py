@@ -38,7 +38,7 @@ from anyprec.report.plots import plot_accuracy
 from anyprec.report.results import Result
 from anyprec.report.tables import results_markdown, results_table
 
-CHECKED_BITS = (8, 4, (3, 6))
+CHECKED_BITS = (8, 4, (4, 8))
 """Configurations that are compared between this process and a new one."""
 
 
@@ -225,7 +225,7 @@ def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoa
         train_set = create_dataset(name, root=root, split="train", is_training=True, **split)
         eval_set = create_dataset(name, root=root, split="train", **split)
         held_out_set = open_held_out(args, name, root, split)
-    order = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0)).tolist()
+    order = shuffled(len(train_set))
     search_part = order[: args.search_images]
     rest = order[args.search_images :]
     if held_out_set is None:
@@ -235,8 +235,13 @@ def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoa
     return (
         make_loader(train_set, train_part, args, training=True),
         make_loader(eval_set, search_part, args, training=False),
-        make_loader(held_out_set, None, args, training=False),
+        make_loader(held_out_set, shuffled(len(held_out_set))[: args.held_out_images], args, training=False),
     )
+
+
+def shuffled(count: int) -> list[int]:
+    """The same order in every run, so that a resumed experiment holds out the same images."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def open_held_out(args: argparse.Namespace, name: str, root: Any, split: dict[str, Any]) -> Any:
@@ -250,7 +255,9 @@ def open_held_out(args: argparse.Namespace, name: str, root: Any, split: dict[st
 
 def make_loader(dataset: Any, part: list[int] | None, args: argparse.Namespace, *, training: bool) -> DataLoader:
     """Batches of `dataset`, or of a part of it, through timm's transforms."""
-    base = dataset.dataset if isinstance(dataset, Subset) else dataset
+    base = dataset
+    while isinstance(base, Subset):
+        base = base.dataset
     # Mild cropping, since digits and CIFAR are no photographs, and no flip where it would change the label.
     augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0 if args.data == "digits" else 0.5}
     base.transform = create_transform(
@@ -302,6 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-evaluations", type=int, default=None, help="of each search")
     parser.add_argument("--search-images", type=int, default=256)
     parser.add_argument("--train-images", type=int, help="at most so many training images")
+    parser.add_argument("--held-out-images", type=int, help="report on at most so many held-out images")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)

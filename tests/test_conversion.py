@@ -169,7 +169,7 @@ NETWORKS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
             drop_path_rate=0.2,
         ),
         32,
-    ),  # fmt: skip
+    ),
     "norms after a concatenation": lambda: (
         timm.create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=5, drop_rate=0.1),
         32,

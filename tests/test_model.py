@@ -13,7 +13,19 @@ from torch import Tensor, nn
 
 import anyprec
 from anyprec.bits import BitConfig, Bits
+from anyprec.conversion import revert
 from anyprec.errors import BitsError, ConversionError, NotCalibratedError
+
+
+class OwnUse(nn.Module):
+    """Uses the weight of its own layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.linear(x, self.layer.weight).relu())
 
 
 def test_set_bits_takes_numbers_pairs_notation_patterns_and_configurations(net: anyprec.ConvertedModel) -> None:
@@ -180,6 +192,7 @@ def test_reset_classifier_quantizes_the_new_layer(converted: Callable[..., anypr
     assert model.candidates["fc"].weight == (8,)
     model.set_bits(2)
     assert model(x).shape == (2, 7)
+    assert anyprec.cost_of(model, 8).model.layers["fc"].macs == 96 * 7
 
 
 def test_reset_classifier_to_none_drops_the_layer_and_configurations(
@@ -192,6 +205,11 @@ def test_reset_classifier_to_none_drops_the_layer_and_configurations(
     assert model.configs == {}
     model.set_bits(4)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 96)
+    model.reset_classifier(4)
+    assert "fc" in model.quantized_layers
+    model.set_bits(2)
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    assert model.anyprec_record.facts.layers["fc"].macs == 96 * 4
 
 
 def test_a_network_without_a_classifier_of_its_own_has_no_reset_classifier(net: anyprec.ConvertedModel) -> None:
@@ -223,6 +241,46 @@ def test_functions_refuse_a_float_network_by_name(float_net: nn.Module) -> None:
     ):
         with pytest.raises(ConversionError, match="needs a converted model, got SmallNet: call anyprec.convert"):
             call()
+
+
+def test_a_network_that_uses_its_own_layers_weight_directly_keeps_every_promise() -> None:
+    model, x = OwnUse().eval(), torch.randn(6, 8)
+    expected = model(x)
+    converted = anyprec.convert(model, bits=(2, 8), first_last_bits=None, example_input=x)
+    anyprec.calibrate(converted, [x])
+    converted.set_bits(2)
+    low = converted(x)
+    assert not torch.equal(low, expected)
+    for again in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert type(again) is type(converted)
+        assert torch.equal(again(x), low)
+    revert(converted)
+    assert type(converted) is OwnUse
+    assert torch.equal(converted(x), expected)
+
+
+def test_a_float_state_dict_loads_into_a_network_with_a_shared_layer() -> None:
+    def make() -> nn.Module:
+        shared = nn.Linear(8, 8)
+        return nn.Sequential(shared, nn.ReLU(), shared)
+
+    x = torch.randn(4, 8)
+    converted, other = anyprec.convert(make(), bits=(2, 8), example_input=x), make()
+    converted.load_state_dict(other.state_dict())
+    assert torch.equal(converted(x), other(x))
+
+
+def test_a_bfloat16_network_stays_bfloat16(float_net: nn.Module, images: Tensor) -> None:
+    x = images.bfloat16()
+    model = anyprec.convert(float_net.bfloat16(), bits=(2, 8), example_input=x)
+    anyprec.calibrate(model, [x])
+    for bits in (2, 8):
+        model.set_bits(bits)
+        output = model(x)
+        assert output.dtype == torch.bfloat16
+        output.float().square().sum().backward()
+    assert model.head.weight.grad.dtype == torch.bfloat16
+    assert model.head.weight_quantizer.step.grad.any()
 
 
 def test_timms_ema_follows_a_converted_model(converted: Callable[..., anyprec.ConvertedModel]) -> None:

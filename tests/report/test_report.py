@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 import anyprec
@@ -45,8 +46,6 @@ def test_markdown_has_the_same_lines(results: list[Result]) -> None:
 def test_the_plot_is_a_picture_with_a_series_for_each_kind(
     results: list[Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from matplotlib.axes import Axes
-
     labels = []
     real = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: labels.append((k["label"], a[0])) or real(self, *a, **k))

@@ -389,6 +389,19 @@ def test_a_cut_that_came_too_early_is_undone_in_the_descent():
     assert result.config == BitConfig({"large": (4, 8), "first": (8, 8), "last": (4, 8)})
 
 
+@pytest.mark.parametrize("pair", [(2, 8), (8, 2), (4, 4)])
+def test_the_uniform_configurations_that_use_the_budget_best_are_always_tried(pair):
+    # No hint leads to the good one: every other loss is the same.
+    layer = LayerCandidates((2, 4, 8), (2, 4, 8))
+    good = BitConfig({"one": pair, "other": pair})
+    result = bidirectional_greedy(
+        lambda config: float(config != good),
+        candidates={"one": layer, "other": layer},
+        utilisation=lambda config: sum(bits.weight * bits.activation for bits in config.values()) / 32,
+    )
+    assert result.config == good
+
+
 def test_what_the_descent_leaves_over_is_spent():
     # One cut of "large" overshoots; the two small layers that were cut before fit again.
     def loss(large, small, tiny):

@@ -1,0 +1,36 @@
+"""The quickstart, from images to a file that a new process answers from, with the smallest settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+
+
+def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
+    settings = {
+        "--model": "test_resnet",
+        "--bits": "4 8",
+        "--budgets": "W4A8",
+        "--train-images": "64",
+        "--search-images": "32",
+        "--held-out-images": "64",
+        "--float-epochs": "1",
+        "--epochs": "1",
+        "--max-evaluations": "12",
+        "--output": str(tmp_path),
+    }
+    arguments = [part for name, value in settings.items() for part in (name, *value.split(" "))]
+    command = [sys.executable, str(QUICKSTART), *arguments, "--control"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    for line in ("converted: 16 of 16 layers", "search W4A8:", "a new process gives bit-identical logits from it"):
+        assert line in run.stdout
+    assert (tmp_path / "test_resnet.safetensors").stat().st_size > 1_000_000
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    rows = (tmp_path / "results.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [
+        "float", "float, trained as long", "W4A4", "W8A8", "searched W4A8",
+    ]  # fmt: skip
