@@ -205,6 +205,9 @@ def create_network(args: argparse.Namespace) -> nn.Module:
     pretrained = args.pretrained or args.weights is not None
     options: dict[str, Any] = {"num_classes": args.num_classes, **args.model_args}
     network = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+    if pretrained and isinstance(network.get_classifier(), nn.Linear):
+        # A new classifier on trained features starts at zero: random logits would first be unlearned.
+        nn.init.zeros_(network.get_classifier().weight)
     return network.to(memory_format=layout(args))
 
 

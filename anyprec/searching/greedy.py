@@ -5,11 +5,15 @@ Here: the search of "Retraining-free Model Quantization via One-Shot Weight-Coup
 worse than the uniform ones. Not here: how a loss is measured, what a configuration costs (both are callables), and
 reading budgets (`anyprec.searching.budget`).
 
-The search goes in two phases.
+The search goes in three phases.
 
-*Descent*, from the cheapest uniform configuration that does not fit (with what costs nothing at its highest). A round
-considers, for every layer and operand, one candidate down and, where that operand was lowered before, one candidate up;
-it takes the move with the lowest
+*Leap* (lazy search only), from the cheapest uniform configuration that does not fit (with what costs nothing at its
+highest). Every single down is measured once; where losses and costs added up, the best configuration of any budget
+would follow (see `allocation.py`). The one a little over the budget is evaluated, and is where the descent starts if
+it is no worse than the uniform configurations.
+
+*Descent*. A round considers, for every layer and operand, one candidate down and, where that operand was lowered
+before, one candidate up; it takes the move with the lowest
 
     score = alpha * normalised loss increase - normalised cost saving
 
@@ -46,6 +50,7 @@ from typing import Literal
 
 from anyprec.bits import MAX_BITS, BitConfig, Bits, Candidates
 from anyprec.errors import BudgetError
+from anyprec.searching.allocation import allocate
 
 Operand = Literal["weight", "activation"]
 OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
@@ -54,6 +59,7 @@ OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
 _POOL = 10  # ups, and as many downs, that are combined
 _MOST_CHANGES = 4  # of one exchange
 _REACH = 2  # candidates that one change may pass
+_LEAP_MARGIN = 0.02  # the leap lands this far over the budget, so that the descent has something to choose
 _PATIENCE = 24  # turns without a gain, after which the exchange ends
 # Predicted costs add up the changes' single costs. The truth is a little different under several limits, and where both
 # operands of a layer change. A prediction may exceed the budget by this share, before the true cost is asked for.
@@ -217,7 +223,7 @@ class _Search:
         for config in [*fitting, start, *_maximal_pairs(self._candidates, self._ledger.fits)]:
             if not self._ledger.exhausted:
                 self._ledger.loss(config)
-        self._descend(start)
+        self._descend(self._leap(start))
         self._exchange()
         return self._result()
 
@@ -266,6 +272,53 @@ class _Search:
         )
         self._history.append(step)
         self._on_step(step)
+
+    # The leap
+
+    def _leap(self, start: BitConfig) -> BitConfig:
+        """Go near the budget at once, as far as single changes tell; `start` if it fits or too little is known."""
+        if not self._lazy or self._ledger.fits(start):
+            return start
+        self._measure_all(start, [self._option(start, move) for move in self._moves(start, direction=-1)])
+        within, beyond = (self._allocation(start, limit) for limit in (1.0, 1.0 + _LEAP_MARGIN))
+        if within is None or beyond is None:
+            return start
+        for target in (within, beyond):
+            if self._ledger.exhausted:
+                return start
+            self._ledger.loss(target)
+        # A leap that made things worse than the uniform configurations is none.
+        return beyond if self._ledger.loss(beyond) <= self._ledger.loss(self._ledger.best_fit) else start
+
+    def _allocation(self, start: BitConfig, limit: float) -> BitConfig | None:
+        """The best configuration of at most `limit` if the changes' losses and costs from `start` on added up."""
+        spent = self._ledger.utilisation(start)
+        choices: list[list[Bits]] = []
+        options: list[list[tuple[float, float]]] = []
+        for path, layer in self._candidates.items():
+            pairs = list(itertools.starmap(Bits, itertools.product(layer.weight, layer.activation)))
+            losses = [self._predicted_change(path, start[path], bits) for bits in pairs]
+            if any(loss is None for loss in losses):
+                return None
+            costs = [self._ledger.utilisation(start.replace({path: bits})) - spent for bits in pairs]
+            choices.append(pairs)
+            options.append([(loss or 0.0, cost) for loss, cost in zip(losses, costs, strict=True)])
+        chosen = allocate(options, limit - spent)
+        if chosen is None:
+            return None
+        picked = zip(self._candidates, choices, chosen, strict=True)
+        return BitConfig({path: pairs[index] for path, pairs, index in picked})
+
+    def _predicted_change(self, path: str, before: Bits, after: Bits) -> float | None:
+        """Loss increase of one layer's change of both operands; None if nothing is known of one."""
+        total = 0.0
+        for operand in OPERANDS:
+            move = Move(path, operand, getattr(before, operand), getattr(after, operand))
+            increase = 0.0 if move.before == move.after else self._predictor.increase(move)
+            if increase is None or not math.isfinite(increase):
+                return None
+            total += increase
+        return total
 
     # The descent
 
@@ -477,6 +530,14 @@ class _Ledger:
             if self.fits(config) and (self._best is None or self._losses[config] < self._losses[self._best]):
                 self._best = config
         return self._losses[config]
+
+    @property
+    def best_fit(self) -> BitConfig:
+        """The best evaluated configuration that fits; uniform ones are evaluated before all else."""
+        if self._best is None:
+            msg = "nothing that fits was evaluated"
+            raise AssertionError(msg)
+        return self._best
 
     def better_fit(self, config: BitConfig) -> BitConfig | None:
         """The best evaluated configuration that fits, if its loss is lower than that of `config`."""

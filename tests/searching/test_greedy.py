@@ -383,7 +383,7 @@ def test_a_cut_that_came_too_early_is_undone_in_the_descent():
         return 17 * large + 16 * first + 17 * last + 58 * (first and last) - 5 * (large and first)
 
     macs = {"large": 10, "first": 4, "last": 8}
-    result = search_by_hand(loss, macs, limit=104, layer=LayerCandidates((4, 8), (8,)))
+    result = search_by_hand(loss, macs, limit=104, layer=LayerCandidates((4, 8), (8,)), lazy=False)
     moves = [str(move) for step in result.history if step.utilisation > 1 for move in step.moves]
     assert moves == ["first weight 8 -> 4", "large weight 8 -> 4", "first weight 4 -> 8"]
     assert result.config == BitConfig({"large": (4, 8), "first": (8, 8), "last": (4, 8)})
@@ -444,12 +444,21 @@ def test_a_network_without_layers_has_one_configuration():
     assert result.evaluations == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_evaluations_for_each_operand_already_beat_the_uniform_configuration(kind):
+    net = FakeNetwork(3, layers=50, widths=(2, 3, 4, 5, 6, 8), kind=kind)
+    for bits in (4, 5, 6):
+        budget = parse_budget(f"W{bits}A{bits}", net)
+        result = net.search(budget, max_evaluations=int(1.5 * 2 * 48))
+        assert result.loss < 0.8 * net.loss(uniform(bits, net.candidates))
+
+
 def test_when_evaluations_are_used_up_the_descent_goes_on_with_predictions():
     net = FakeNetwork(2, layers=10, widths=(2, 3, 4, 5, 6))
     budget = parse_budget("W3A3", net)
     full = net.search(budget)
-    short = net.search(budget, max_evaluations=30)
-    assert short.evaluations == 30 < full.evaluations
+    short = net.search(budget, max_evaluations=24)
+    assert short.evaluations == 24 < full.evaluations
     assert any(math.isnan(step.loss) for step in short.history)
     assert full.loss <= short.loss < net.loss(uniform(3, net.candidates))
 
