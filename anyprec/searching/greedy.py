@@ -59,6 +59,7 @@ OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
 _POOL = 10  # ups, and as many downs, that are combined
 _MOST_CHANGES = 4  # of one exchange
 _REACH = 2  # candidates that one change may pass
+_LEAP_REACHES = (1, 2, MAX_BITS)  # candidates that a leap may go from the uniform configuration; the last is any
 _LEAP_MARGIN = 0.02  # the leap lands this far over the budget, so that the descent has something to choose
 _PATIENCE = 24  # turns without a gain, after which the exchange ends
 # Predicted costs add up the changes' single costs. The truth is a little different under several limits, and where both
@@ -280,23 +281,38 @@ class _Search:
         if not self._lazy or self._ledger.fits(start):
             return start
         self._measure_all(start, [self._option(start, move) for move in self._moves(start, direction=-1)])
-        within, beyond = (self._allocation(start, limit) for limit in (1.0, 1.0 + _LEAP_MARGIN))
-        if within is None or beyond is None:
-            return start
-        for target in (within, beyond):
-            if self._ledger.exhausted:
-                return start
-            self._ledger.loss(target)
+        # Predictions get worse the further they reach: near the uniform configuration they hold best.
+        limits = (1.0, 1.0 + _LEAP_MARGIN)
+        targets = [self._allocation(start, limit, reach) for reach in _LEAP_REACHES for limit in limits]
+        known = [target for target in targets if target is not None]
+        for target in known:
+            if not self._ledger.exhausted:
+                self._ledger.loss(target)
+        landings = [target for target in known if not self._ledger.fits(target) and self._ledger.knows(target)]
+        best = min(landings, key=self._ledger.loss, default=start)
         # A leap that made things worse than the uniform configurations is none.
-        return beyond if self._ledger.loss(beyond) <= self._ledger.loss(self._ledger.best_fit) else start
+        return best if self._ledger.loss(best) <= self._ledger.loss(self._ledger.best_fit) else start
 
-    def _allocation(self, start: BitConfig, limit: float) -> BitConfig | None:
-        """The best configuration of at most `limit` if the changes' losses and costs from `start` on added up."""
+    def _allocation(self, start: BitConfig, limit: float, reach: int) -> BitConfig | None:
+        """The best configuration of at most `limit` if the changes' losses and costs from `start` on added up.
+
+        Bit-widths stay within `reach` candidates of those of the best configuration that fits, or are those of `start`.
+        """
+        middle = self._ledger.best_fit
         spent = self._ledger.utilisation(start)
         choices: list[list[Bits]] = []
         options: list[list[tuple[float, float]]] = []
         for path, layer in self._candidates.items():
-            pairs = list(itertools.starmap(Bits, itertools.product(layer.weight, layer.activation)))
+            near = [
+                [
+                    width
+                    for index, width in enumerate(widths)
+                    if abs(index - widths.index(getattr(middle[path], operand))) <= reach
+                    or width == getattr(start[path], operand)
+                ]
+                for operand, widths in zip(OPERANDS, (layer.weight, layer.activation), strict=True)
+            ]
+            pairs = list(itertools.starmap(Bits, itertools.product(*near)))
             losses = [self._predicted_change(path, start[path], bits) for bits in pairs]
             if any(loss is None for loss in losses):
                 return None
