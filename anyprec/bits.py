@@ -56,7 +56,7 @@ class Bits:
         """
         match = _NOTATION.fullmatch(text.strip())
         if match is None:
-            msg = f"cannot read {text!r} as a precision: write it as 'W4A6' (weight bits, activation bits)"
+            msg = f"cannot read {text[:60]!r} as a precision: write it as 'W4A6' (weight bits, activation bits)"
             raise BitsError(msg)
         return cls(int(match[1]), int(match[2]))
 
