@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (optional)
     from matplotlib.figure import Figure  # noqa: PLC0415 (optional)
+    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415 (optional)
 
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -43,10 +45,10 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
                 fontsize=8,
                 color=color,
             )
-    for r in results:
-        if r.kind == "float":
-            axes.axhline(r.accuracy, color="#6b6b6b", linestyle="--", linewidth=1, label=r.name)
+    for r, line in zip((r for r in results if r.kind == "float"), itertools.cycle(("--", ":", "-.")), strict=False):
+        axes.axhline(r.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=r.name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("BitOPs of one image, in G (log scale)")
     axes.set_ylabel("top-1 accuracy, %")
     axes.margins(x=0.08, y=0.12)
