@@ -5,7 +5,7 @@ import random
 from functools import cache, cached_property
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates, uniform
@@ -210,8 +210,17 @@ class Problem:
         maximal = {(w, a) for w, a in fits if not {(w + 1, a), (w, a + 1)} & fits}
         return [pairs[w, a] for w, a in fits if w == a or (w, a) in maximal]
 
-    def search(self, **options) -> GreedyResult:
-        return bidirectional_greedy(self.evaluate, candidates=self.candidates, utilisation=self.utilisation, **options)
+    def search(self, on_step=None, **options) -> GreedyResult:
+        def watched(step: Step) -> None:
+            steps.append(step)
+            assert len(steps) < 2000, "the search does not end"
+            if on_step is not None:
+                on_step(step)
+
+        steps: list[Step] = []
+        return bidirectional_greedy(
+            self.evaluate, candidates=self.candidates, utilisation=self.utilisation, on_step=watched, **options
+        )
 
 
 widths = st.lists(st.sampled_from([2, 3, 4, 6, 8]), min_size=1, max_size=3, unique=True).map(sorted).map(tuple)
@@ -245,6 +254,11 @@ def test_the_result_is_never_worse_than_a_uniform_configuration_that_fits(proble
 
 @thorough
 @given(problem=problems, options=modes)
+@example(
+    # The last round of the exact search finds a better configuration, and nothing else to try.
+    problem=Problem([LayerCandidates((2, 3), (4,)), LayerCandidates((2, 3, 4), (2,))], [1, 1], 0.5, "monotone", 0),
+    options={"lazy": False, "alpha": 0.1},
+)
 def test_no_evaluated_configuration_that_fits_is_better_than_the_result(problem, options):
     result = problem.search(**options)
     assert result.loss == min(loss for config, loss in result.evaluated.items() if problem.utilisation(config) <= 1)
