@@ -33,6 +33,9 @@ _GRID = (0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.55, 0.67, 0.8, 1.0)
 
 _REFINEMENTS = 4
 
+_CHUNK = 2**18
+"""Weights whose step sizes are sought together."""
+
 
 def calibrate(
     model: ConvertedModel,
@@ -141,8 +144,9 @@ def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     if not torch.isfinite(rows).all():
         msg = "a weight holds NaN or infinite values: calibrate a network with finite weights"
         raise CalibrationError(msg)
+    parts = rows.split(max(1, _CHUNK // rows.shape[1]))  # so that the many passes over a part stay in the cache
     steps = [
-        usable_steps(_least_squares(rows, *quantizer.limits(index)), weight)
+        usable_steps(torch.cat([_least_squares(part, *quantizer.limits(index)) for part in parts]), weight)
         for index in range(len(quantizer.candidates))
     ]
     return torch.stack(steps)

@@ -19,13 +19,16 @@ from anyprec.bits import LayerCandidates, check_bit_width, check_candidates, mat
 from anyprec.errors import BitsError, ConversionError
 from anyprec.graph import LayerFacts, NetworkFacts, analyze
 from anyprec.layers import (
-    LAYER_TYPES,
     FunctionalOwner,
     QuantizedLayer,
+    QuantizedModule,
+    QuantizedParameter,
     intercept_in_owner,
     quantize_layer,
+    quantize_parameter,
     restore_layer,
     restore_owner,
+    restore_parameters,
 )
 from anyprec.model import (
     ConversionRecord,
@@ -35,6 +38,7 @@ from anyprec.model import (
     Coverage,
 )
 from anyprec.norms import SwitchableNorm, restore_norm, switch_norm
+from anyprec.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
 from anyprec.specialize import Specialized, despecialize, specialize
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
@@ -53,8 +57,10 @@ def convert(
     example_input: Tensor | None = None,
     inplace: bool = True,
 ) -> ConvertedModel:
-    """Make every Conv and Linear layer of `model` run at any of several bit-widths, sharing one weight.
+    """Make every layer of `model` with a weight run at any of several bit-widths, sharing one weight.
 
+    Layers are all Conv and Linear layers, subclasses included, and whatever else multiplies its input by a parameter:
+    the packed projection of `nn.MultiheadAttention`, the matrices of an LSTM, a bare parameter in a matrix product.
     The model stays its own class, keeps its methods and parameter names, and runs in floating point, bit for bit as
     before, until `set_bits` is called. Calibrate it before that.
 
@@ -129,24 +135,20 @@ def revert(model: nn.Module) -> None:
         vars(model).pop("anyprec_record", None)
         despecialize(model)
     for module in list(model.modules()):
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, FunctionalOwner):  # outermost, where a module is several of these
+            restore_owner(module)
+        if isinstance(module, QuantizedModule):
             restore_layer(module)
         elif isinstance(module, SwitchableNorm):
             restore_norm(module)
-        elif isinstance(module, FunctionalOwner):
-            restore_owner(module)
+        elif isinstance(module, QuantizedParameter):
+            restore_parameters(module.holder)
 
 
 def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, paths: list[str]) -> dict[str, str | None]:
     for path in paths:
-        layer_facts = facts.layers[path]
-        quantize_layer(
-            model.get_submodule(path),
-            layer_candidates(layer_facts, settings),
-            nonnegative=layer_facts.nonnegative,
-            per_channel=settings.per_channel,
-        )
-    for owner, children in _functional_uses(facts, paths).items():
+        _quantize(model, facts.layers[path], settings)
+    for owner, children in _functional_uses(model, facts, paths).items():
         intercept_in_owner(model.get_submodule(owner), children)
     norms: dict[str, str | None] = {}
     for path, feeding in facts.norms.items():
@@ -161,6 +163,18 @@ def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, path
             switch_norm(norm, 1)
             norms[path] = None
     return norms
+
+
+def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) -> None:
+    candidates = layer_candidates(facts, settings)
+    per_channel = settings.per_channel and not facts.per_tensor
+    if facts.parameter is not None:
+        holder, _, name = facts.parameter.rpartition(".")
+        quantize_parameter(model.get_submodule(holder), name, candidates, axis=facts.axis if per_channel else None)
+        return
+    layer = model.get_submodule(facts.path)
+    axis = channel_axis(layer) if per_channel else None
+    quantize_layer(layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic)
 
 
 def layer_candidates(facts: LayerFacts, settings: ConvertSettings) -> LayerCandidates:
@@ -190,7 +204,7 @@ def _decide(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts) ->
     excluded = _matched(settings.exclude, facts.layers, "exclude")
     rows = []
     for path, layer in facts.layers.items():
-        kind = type(model.get_submodule(path)).__name__
+        kind = type(model.get_submodule(path)).__name__ if layer.parameter is None else "Parameter"
         status, reason = "quantized", ""
         if path in excluded:
             status, reason = "exempt", f"excluded by {excluded[path]!r}"
@@ -215,14 +229,22 @@ def _matched(patterns: Iterable[str], paths: Mapping[str, Any], argument: str) -
     return found
 
 
-def _functional_uses(facts: NetworkFacts, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    owners: dict[str, tuple[str, ...]] = {}
+def _functional_uses(model: nn.Module, facts: NetworkFacts, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Path of every module that uses weights without calling their layers, with these layers' paths relative to it."""
+    owners: dict[str, list[str]] = {}
     for path in paths:
         owner = facts.layers[path].owner
         if owner is not None:
-            relative = path.removeprefix(f"{owner}.") if owner else path
-            owners[owner] = (*owners.get(owner, ()), relative)
-    return owners
+            owners.setdefault(owner, []).append(path)
+    for owner, module in model.named_modules():
+        if isinstance(module, FUSING_TYPES):
+            inside = [path for path in paths if path.startswith(f"{owner}.") or not owner]
+            owners.setdefault(owner, []).extend(path for path in inside if path not in owners[owner])
+    return {
+        owner: tuple(path.removeprefix(f"{owner}.") if owner else path for path in children)
+        for owner, children in owners.items()
+        if children
+    }
 
 
 def _refuse_unfit(model: object) -> None:
@@ -265,16 +287,19 @@ def _analyze(model: nn.Module, example_input: Tensor | None) -> NetworkFacts:
 def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     """Shapes of one sample to try: what the network says of itself, then the usual one."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    sizes = [(224, 224)]
+    channels = [3]
+    if isinstance(config, Mapping) and config.get("input_size"):
+        channels.insert(0, config["input_size"][0])
+        sizes.insert(0, tuple(config["input_size"][1:]))
     first = next((m for m in model.modules() if isinstance(m, LAYER_TYPES)), None)
-    channels = getattr(first, "in_channels", 3)
-    shapes = []
+    if isinstance(getattr(first, "in_channels", None), int):
+        channels.insert(0, first.in_channels)  # type: ignore[union-attr, arg-type]
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(size, (tuple, list)):
-        shapes.append((channels, *size))
-    if isinstance(config, Mapping) and config.get("input_size"):
-        shapes.append((channels, *tuple(config["input_size"])[1:]))
-    shapes.append((channels, 224, 224))
-    return list(dict.fromkeys(shapes))
+        sizes.insert(0, tuple(size))
+    # The first layer knows best how many channels there are, unless the network rearranges pixels before it.
+    return list(dict.fromkeys((count, *size) for count in channels for size in sizes))
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def cost_model(model: ConvertedModel) -> CostModel:
     record = model.anyprec_record
     quantized = model.quantized_layers
     layers = {
-        path: LayerCost(path, record.facts.layers[path].macs, layer.weight.numel()) for path, layer in quantized.items()
+        path: LayerCost(path, record.facts.layers[path].macs, record.facts.layers[path].weights) for path in quantized
     }
     own = ("weight_quantizer.", "input_quantizer.", "bank.")
     names = [name for name, _ in model.named_parameters() if not any(part in name for part in own)]

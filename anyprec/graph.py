@@ -4,9 +4,9 @@ Two sources, each for what it knows best:
 
 - The torch.fx graph of the eval-mode network tells how layers are connected: which read the image, which make the
   output, whose input can never be negative, and which single layer feeds a BatchNorm.
-- One real forward pass on an example input, with every operator watched, tells what happens: how often each layer
-  runs, its MACs, whether its weight is used without calling it, and what else costs something. It is also the
-  fallback where a network cannot be traced; then tensors are followed by identity and signs stay unknown.
+- One real forward pass (`observation.py`) tells what happens: in which operators each weight meets an input, its
+  MACs, whether it is used without calling its layer, and what else costs something. It is also the fallback where a
+  network cannot be traced; then layers are taken in the order of their calls, and signs stay unknown.
 
 Nothing is rewritten and nothing of the network is changed here. Tracing follows timm's own lists of modules and
 functions that must not be traced through.
@@ -16,31 +16,33 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-from anyprec.errors import ConversionError
-from anyprec.layers import LAYER_TYPES, OPERATORS, operands
 from anyprec.modes import evaluating
+from anyprec.observation import Observation, named_layers, observe
+from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of one Conv or Linear layer.
+    """What is known of one layer: a Conv or Linear layer, or anything else that multiplies its input by a weight.
 
     Attributes:
-        path: Path of the layer in the network.
+        path: Path of the layer in the network; `HOLDER.matrices.NAME` for a bare parameter of a module.
         calls: How often its weight met an input in one forward pass.
         macs: Multiply-accumulates for one sample, over all calls.
-        weights: Number of weights.
+        weights: Number of weights; 0 if they are the products of another layer.
         owner: Path of the module that uses the weight without calling the layer, or None.
+        parameter: Path of the bare parameter that is the weight, or None.
+        axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer, whose class says.
+        per_tensor: The weight operand has no fixed output channels, so one step size serves all of it.
+        dynamic: The weight operand depends on the network's input.
         depthwise: A grouped convolution with one input channel per group.
         nonnegative: The graph proves that the input cannot be negative.
         first: It reads the network's input, with no other layer in between.
@@ -54,6 +56,10 @@ class LayerFacts:
     macs: int
     weights: int
     owner: str | None = None
+    parameter: str | None = None
+    axis: int | None = None
+    per_tensor: bool = False
+    dynamic: bool = False
     depthwise: bool = False
     nonnegative: bool = False
     first: bool = False
@@ -67,7 +73,7 @@ class NetworkFacts:
     """What is known of a network.
 
     Attributes:
-        layers: Facts of every Conv and Linear layer, by path, in the order of `named_modules`.
+        layers: Facts of every layer with a weight, by path, in the order of `named_modules`.
         norms: Path of every BatchNorm to the path of the one layer that feeds it, or None.
         uncounted: Operators with a cost of their own that are no layer, with calls and MACs for one sample.
         example_shape: Shape of the example input, batch first.
@@ -92,175 +98,104 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
         ConversionError: The network does not run on `example_input`.
     """
     with evaluating(model):
-        seen = _observe(model, example_input)
+        seen = observe(model, example_input)
         flow, untraceable = _trace(model)
     if flow is None:
-        flow = seen.flow()
-    layers = {path: _layer_facts(path, layer, seen, flow) for path, layer in _named_layers(model)}
+        flow = _flow_without_graph(seen)
+    layers = {facts.path: facts for facts in _all_layer_facts(model, seen, flow)}
     norms = {path: flow.feeds.get(path) for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
-    samples = example_input.shape[0]
-    uncounted = {name: (calls, macs // samples) for name, (calls, macs) in sorted(seen.uncounted.items())}
+    uncounted = {name: (calls, macs // seen.samples) for name, (calls, macs) in sorted(seen.uncounted.items())}
     return NetworkFacts(layers, norms, uncounted, tuple(example_input.shape), untraceable)
 
 
-def _layer_facts(path: str, layer: nn.Module, seen: _Watcher, flow: _Flow) -> LayerFacts:
-    calls = seen.calls.get(path, [])
+def _all_layer_facts(model: nn.Module, seen: Observation, flow: _Flow) -> Iterable[LayerFacts]:
+    """Facts of every Conv and Linear layer, and of whatever else was seen to multiply by a weight, in network order."""
+    matrices: dict[str, list[str]] = {}
+    for path in {**seen.uses, **seen.hidden}:
+        if path in seen.parameters:
+            matrices.setdefault(seen.parameters[path].rpartition(".")[0], []).append(path)
+    for path, module in model.named_modules():
+        if isinstance(module, LAYER_TYPES) or path in seen.uses:
+            yield _layer_facts(path, module, seen, flow)
+        for matrix in matrices.get(path, ()):
+            yield _matrix_facts(matrix, model.get_parameter(seen.parameters[matrix]), seen)
+
+
+def _layer_facts(path: str, layer: nn.Module, seen: Observation, flow: _Flow) -> LayerFacts:
+    uses = seen.uses.get(path, [])
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    owners = {call.owner for call in calls}
-    owner = next(iter(owners)) if len(owners) == 1 else None
+    is_class = isinstance(layer, LAYER_TYPES)
+    mixed = f"{path}.{MATRICES}.weight" in seen.uses  # a product of its weight (experts) is what meets the input
     return LayerFacts(
         path=path,
-        calls=len(calls),
-        macs=sum(call.macs for call in calls) // seen.samples,
-        weights=weight.numel(),
-        owner=owner,
+        calls=len(uses),
+        macs=sum(use.macs for use in uses) // seen.samples,
+        weights=0 if mixed else weight.numel(),
+        owner=_owner(path, [use.module for use in uses if use.module != path]),
+        per_tensor=not is_class or not all(use.rows for use in uses),
+        dynamic=any(use.dynamic for use in uses),
         depthwise=getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels,
         nonnegative=path in flow.nonnegative,
         first=path in flow.first,
         last=path in flow.last,
-        constant=path in flow.constant,
-        problem=_problem(path, layer, seen),
+        # Both must say so: the graph may hide what a block does, and a tensor of another kind may hide where it is from.
+        constant=bool(uses)
+        and not any(use.varies for use in uses)
+        and (flow.constant is None or path in flow.constant),
+        problem=_problem(path, weight, seen),
     )
 
 
-def _problem(path: str, layer: nn.Module, seen: _Watcher) -> str | None:
-    calls = seen.calls.get(path, [])
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+def _matrix_facts(path: str, parameter: nn.Parameter, seen: Observation) -> LayerFacts:
+    uses = seen.uses.get(path, [])
+    name = seen.parameters[path]
+    axes = {use.axis for use in uses}
+    return LayerFacts(
+        path=path,
+        calls=len(uses),
+        macs=sum(use.macs for use in uses) // seen.samples,
+        weights=parameter.numel(),
+        owner=_owner(name, [use.module for use in uses]),
+        parameter=name,
+        axis=next(iter(axes)) if len(axes) == 1 else None,
+        per_tensor=len(axes) != 1 or None in axes,
+        constant=bool(uses) and not any(use.varies for use in uses),
+        problem=_problem(path, parameter, seen),
+    )
+
+
+def _owner(path: str, modules: list[str]) -> str | None:
+    """The innermost module around the layer and all modules that use its weight without calling it."""
+    if not modules:
+        return None
+    around = path.split(".")[:-1]
+    for module in modules:
+        common = 0
+        for mine, other in zip(around, module.split("."), strict=False):
+            if mine != other:
+                break
+            common += 1
+        around = around[:common]
+    return ".".join(around)
+
+
+def _problem(path: str, weight: Tensor, seen: Observation) -> str | None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet: run the network once before converting"
     if path in seen.hidden:
         return f"its weight is used inside {seen.hidden[path]}, which hides the operator"
-    if not calls:
+    if path not in seen.uses:
         return "never used in an eval-mode forward pass"
-    if any(call.weight_shape != tuple(weight.shape) for call in calls):
-        return "its operator uses a weight of another shape than the layer holds"
-    if len({call.owner for call in calls}) > 1:
-        return "its weight is used by several modules"
     return None
 
 
-# --- The observed forward pass ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Call:
-    owner: str | None
-    macs: int
-    weight_shape: tuple[int, ...]
-
-
-class _Watcher(TorchFunctionMode):
-    """Records every operator of one forward pass, with the module that it runs in."""
-
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
-        super().__init__()
-        self.samples = example_input.shape[0]
-        self.calls: dict[str, list[_Call]] = {}
-        self.hidden: dict[str, str] = {}
-        self.uncounted: dict[str, tuple[int, int]] = {}
-        self.stack: list[tuple[str, nn.Module]] = []
-        self.order: list[str] = []
-        self.fed: dict[str, str | None] = {}
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._layer_of_weight = {id(layer.weight): path for path, layer in _named_layers(model)}
-        self._producer: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # keeps outputs alive, so that no id is used twice
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in OPERATORS:
-            self._record(func, args, kwargs, result)
-        elif func is F.multi_head_attention_forward:
-            self._record_hidden(args, kwargs, "nn.MultiheadAttention")
-        elif func is F.batch_norm:
-            self._record_norm(args[0] if args else kwargs["input"])
-        standardising = bool(self.stack) and isinstance(self.stack[-1][1], LAYER_TYPES)
-        if (func in _PRODUCTS or func in _NORM_FUNCTIONS) and not standardising:
-            self._count(func, args, kwargs, result)
-        return result
-
-    def flow(self) -> _Flow:
-        """Connections as far as tensor identity shows them, for networks that cannot be traced."""
-        flow = _Flow(feeds=dict(self.fed))
-        if self.order:
-            flow.first.add(self.order[0])
-            flow.last.add(self.order[-1])
-        return flow
-
-    def _record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-        input_, weight = operands(args, kwargs)
-        running = next(((path, module) for path, module in reversed(self.stack)), ("", None))
-        macs = OPERATORS[func].macs(input_, weight, result)
-        path = self._layer_of_weight.get(id(weight))
-        if path is None and isinstance(running[1], LAYER_TYPES):
-            path = running[0]  # the layer derives the operand from its weight (weight standardisation)
-        if path is None:
-            self._add("weight of no layer, in " + (type(running[1]).__name__ if running[1] else "the network"), macs)
-            return
-        owner = None if running[0] == path else running[0]
-        self.calls.setdefault(path, []).append(_Call(owner, macs, tuple(weight.shape)))
-        self.order.append(path)
-        self._producer[id(result)] = path
-        self._alive.append(result)
-
-    def _record_hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and id(value) in self._layer_of_weight:
-                self.hidden[self._layer_of_weight[id(value)]] = where
-        self._add(where, 0)
-
-    def _record_norm(self, input_: Tensor) -> None:
-        if self.stack and isinstance(self.stack[-1][1], _BatchNorm):
-            self.fed[self.stack[-1][0]] = self._producer.get(id(input_))
-
-    def _count(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        macs = 0
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args[:3] if len(args) > 2 else (kwargs[name] for name in ("query", "key", "value"))
-            macs = query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
-        elif func in _PRODUCTS and isinstance(result, Tensor) and func is not torch.einsum:
-            macs = result.numel() * args[0].shape[-1]
-        self._add(getattr(func, "__name__", str(func)).strip("_"), macs)
-
-    def _add(self, name: str, macs: int) -> None:
-        calls, total = self.uncounted.get(name, (0, 0))
-        self.uncounted[name] = calls + 1, total + macs
-
-    def enter_module(self, module: nn.Module, _args: Any) -> None:
-        """Forward pre-hook: `module` starts."""
-        self.stack.append((self._paths[id(module)], module))
-
-    def leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        """Forward hook: the innermost module ends."""
-        self.stack.pop()
-
-
-_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum,
-             F.scaled_dot_product_attention}  # fmt: skip
-_NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
-
-
-def _observe(model: nn.Module, example_input: Tensor) -> _Watcher:
-    watcher = _Watcher(model, example_input)
-    modules = {id(module): module for module in model.modules()}.values()
-    hooks = [module.register_forward_pre_hook(watcher.enter_module) for module in modules]
-    hooks += [module.register_forward_hook(watcher.leave_module, always_call=True) for module in modules]
-    devices = [example_input.device] if example_input.is_cuda else []
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad(), watcher:
-            model(example_input)
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, AttributeError) as error:
-        shape = tuple(example_input.shape)
-        msg = f"{type(model).__name__} does not run on an example input of shape {shape} ({error}): pass one that fits "
-        msg += "as example_input="
-        raise ConversionError(msg) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return watcher
+def _flow_without_graph(seen: Observation) -> _Flow:
+    """Connections as far as one forward pass shows them."""
+    flow = _Flow(feeds=dict(seen.fed), constant=None)
+    if seen.order:
+        flow.first.add(seen.order[0])
+        flow.last.add(seen.order[-1])
+    return flow
 
 
 # --- The torch.fx graph -------------------------------------------------------------------------------------------
@@ -273,7 +208,7 @@ class _Flow:
     feeds: dict[str, str | None] = field(default_factory=dict)
     first: set[str] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
-    constant: set[str] = field(default_factory=set)
+    constant: set[str] | None = field(default_factory=set)  # None if unknown
     nonnegative: set[str] = field(default_factory=set)
 
 
@@ -294,7 +229,7 @@ class _Tracer(fx.Tracer):
         if isinstance(m, (*LAYER_TYPES, _BatchNorm)):
             return True
         if isinstance(m, self._notrace):
-            return not (self._opening and any(_named_layers(m)))
+            return not (self._opening and any(named_layers(m)))
         return super().is_leaf_module(m, module_qualified_name)
 
 
@@ -387,7 +322,7 @@ class _FlowBuilder:
             self.flow.feeds[path] = feeding if self.flow.feeds.get(path, feeding) == feeding else None
             activation = getattr(module, "act", None)
             return _merge(inputs, nonnegative=activation is not None and _maps_to_nonnegative(activation))
-        inside = frozenset(f"{path}.{name}" for name, _ in _named_layers(module))
+        inside = frozenset(f"{path}.{name}" for name, _ in named_layers(module))
         if inside:  # a block that could not be traced: what happens in it is unknown
             self.consumed = self.consumed.union(*(value.layers for value in inputs))
             return _Value(layers=inside, varies=any(value.varies for value in inputs))
@@ -477,10 +412,3 @@ _KEEPING_FUNCTIONS = {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool1d", "avg_pool1d",
     "boolean_dispatch", "mean", "sum", "amax", "max", "pad", "pad_same", "upsample",
 }  # fmt: skip
-
-
-# --- Shared -------------------------------------------------------------------------------------------------------
-
-
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((path, module) for path, module in model.named_modules() if isinstance(module, LAYER_TYPES))

@@ -1,88 +1,34 @@
-"""Quantized layers, and the table of operators that a layer may use its weight in.
+"""Quantized layers: what runs at any of several bit-widths, and the interception that makes it do so.
 
-A quantized layer is the float layer itself with a derived class (see `specialize.py`). Its forward runs the forward
-of the original class unchanged and intercepts the one operator in which the weight meets the input (`F.conv2d`,
-`F.linear`, ...): there the two operands are replaced by their fake-quantized values. So bias, dilation, padding mode,
-SAME padding and weight standardisation are never typed again, and a standardised weight is quantized after it was
-standardised. The same interception in an *owner* covers weights that are used without calling their layer
-(`F.linear(x, self.qkv.weight)` in timm's EVA, BEiT and Swin-V2).
+A quantized Conv or Linear layer is the float layer itself with a derived class (see `specialize.py`). Its forward runs
+the forward of the original class unchanged and intercepts the one operator in which the weight meets the input
+(`F.conv2d`, `F.linear`, ...): there the two operands are replaced by their fake-quantized values. So bias, dilation,
+padding mode, SAME padding and weight standardisation are never typed again, and a standardised weight is quantized
+after it was standardised. The same interception in an *owner* covers weights that are used without calling a layer:
+`F.linear(x, self.qkv.weight)` in timm's EVA, BEiT and Swin-V2, rows of a weight, the packed projection of
+`nn.MultiheadAttention`, the matrices of an LSTM, a bare parameter in a matrix product.
 
-Which layers exist, and what they are fed, is found in `graph.py`; this file only executes.
+Which layers exist, and what they are fed, is found in `graph.py`; the operators are in `operators.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.errors import ConversionError
+from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS, PRODUCTS, body_of, operands, product_operands
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 from anyprec.specialize import Specialized, despecialize, specialize
 
 
-@dataclass(frozen=True)
-class Operator:
-    """What anyprec needs to know of an operator that multiplies an input by a weight.
-
-    Attributes:
-        channel_axis: Axis of the weight that holds (a group's) output channels.
-        transposed: Whether each input element, not each output element, meets one slice of the weight.
-    """
-
-    channel_axis: int = 0
-    transposed: bool = False
-
-    def macs(self, input_: Tensor, weight: Tensor, output: Tensor) -> int:
-        """Multiply-accumulates of one call, for the whole batch."""
-        if self.transposed:
-            return input_.numel() * (weight.numel() // weight.shape[0])
-        return output.numel() * (weight.numel() // weight.shape[0])
-
-
-OPERATORS: dict[Callable[..., Any], Operator] = {
-    F.linear: Operator(),
-    F.conv1d: Operator(),
-    F.conv2d: Operator(),
-    F.conv3d: Operator(),
-    F.conv_transpose1d: Operator(channel_axis=1, transposed=True),
-    F.conv_transpose2d: Operator(channel_axis=1, transposed=True),
-    F.conv_transpose3d: Operator(channel_axis=1, transposed=True),
-}
-"""Every operator whose operands can be quantized."""
-
-LAYER_TYPES = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-"""Classes that, with all their subclasses, count as Conv/Linear layers."""
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Axis of the layer's weight that holds the output channels."""
-    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    return 1 if transposed else 0
-
-
-def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Input and weight of a call of one of `OPERATORS`, however they were passed."""
-    input_ = args[0] if args else kwargs["input"]
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    return input_, weight
-
-
-class QuantizedLayer(Specialized):
-    """Mixin of a Conv or Linear layer that runs at any of its candidate bit-widths, or in floating point.
+class QuantizedLayer(nn.Module):
+    """What has a precision: a weight that meets an input, each quantized at one of its candidate bit-widths.
 
     Attributes:
         weight: The latent float weight, under its old name.
@@ -91,14 +37,12 @@ class QuantizedLayer(Specialized):
         observer: If set, it is called with every float input and weight operand (calibration).
     """
 
-    class_prefix: ClassVar[str] = "Quantized"
-    _transient: ClassVar[dict[str, Any]] = {"_weight_cache": {}}
-
     weight: Tensor
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer
     observer: Callable[[Tensor, Tensor], None] | None
     _bits: Bits | None
+    _dynamic: bool
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
 
     @property
@@ -118,29 +62,41 @@ class QuantizedLayer(Specialized):
             self._input_index = self.input_quantizer.candidates.index(bits.activation)
         self._bits = bits
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original layer's forward, with the operands of its operator quantized."""
-        if self._bits is None and self.observer is None:
-            return super().forward(*args, **kwargs)
-        with _LayerInterceptor(self):
-            return super().forward(*args, **kwargs)
-
-    def run_operator(self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `operator` with its input and weight quantized at the active precision."""
-        input_, weight = operands(args, kwargs)
+    def run_operator(
+        self,
+        operator: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        input_: Tensor,
+        weight: Tensor,
+    ) -> Any:
+        """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
         if self.observer is not None:
-            self.observer(input_, weight)
+            self.observer(input_, self.weight if self._is_view(weight) else weight)
         if self._bits is None:
             return operator(*args, **kwargs)
-        quantized = (self.input_quantizer(input_, self._input_index), self.quantized_weight(weight))
-        rest = {name: value for name, value in kwargs.items() if name not in {"input", "weight"}}
-        return operator(*quantized, *args[2:], **rest)
+        quantized = self.input_quantizer(input_, self._input_index), self.quantized_operand(weight)
+
+        def replaced(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return quantized[0] if value is input_ else quantized[1] if value is weight else value
+            return type(value)(map(replaced, value)) if type(value) in (tuple, list) else value
+
+        return operator(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
+
+    def quantized_operand(self, weight: Tensor) -> Tensor:
+        """Fake-quantized `weight`, which is the latent weight, a view of it, or a tensor made of it."""
+        if not self._is_view(weight):
+            return self.quantized_weight(weight)
+        whole = self.quantized_weight(self.weight)
+        offset = weight.storage_offset() - self.weight.storage_offset() + whole.storage_offset()
+        return whole.as_strided(weight.shape, weight.stride(), offset)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`; in eval mode without gradients it is computed once for each bit-width."""
         index = self._weight_index
         needs_gradient = torch.is_grad_enabled() and (weight.requires_grad or self.weight_quantizer.step.requires_grad)
-        if self.training or needs_gradient or torch.compiler.is_compiling():
+        if self.training or needs_gradient or self._dynamic or torch.compiler.is_compiling():
             return self.weight_quantizer(weight, index)  # type: ignore[no-any-return]
         stamp = self._weight_stamp()
         if stamp is None:
@@ -158,11 +114,21 @@ class QuantizedLayer(Specialized):
         self._weight_cache.clear()
         return super().train(mode)
 
+    def _is_view(self, weight: Tensor) -> bool:
+        latent = self.weight
+        return weight is not latent and weight._base is latent  # noqa: SLF001 (torch has no public name for it)
+
+    def _weight_sources(self) -> list[Tensor | None]:
+        """What the weight operand is made of."""
+        sources: list[Tensor | None] = [*self._parameters.values(), *self._buffers.values()]
+        if len(self._modules) > 2:  # torch's parametrizations keep the weight's factors in children
+            sources += [*self.parameters(), *self.buffers()]
+        return sources
+
     def _weight_stamp(self) -> tuple[int, ...] | None:
         """What changes whenever the quantized weight would; None where that cannot be known."""
-        sources = [*self._parameters.values(), *self._buffers.values(), self.weight_quantizer.step]
         stamp: list[int] = []
-        for source in sources:
+        for source in (*self._weight_sources(), self.weight_quantizer.step):
             if source is None:
                 continue
             if source.is_inference():
@@ -171,8 +137,58 @@ class QuantizedLayer(Specialized):
         return tuple(stamp)
 
 
+class QuantizedModule(QuantizedLayer, Specialized):
+    """Mixin of a Conv or Linear layer, or of a module that makes its operand from a weight of its own."""
+
+    class_prefix: ClassVar[str] = "Quantized"
+    _transient: ClassVar[dict[str, Any]] = {"_weight_cache": {}}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original layer's forward, with the operands of its operator quantized."""
+        if self._bits is None and self.observer is None:
+            return super().forward(*args, **kwargs)
+        with _LayerInterceptor(self):
+            return super().forward(*args, **kwargs)
+
+
+class QuantizedParameter(QuantizedLayer):
+    """What quantizes a bare parameter of a module, e.g. `in_proj_weight` of `nn.MultiheadAttention`.
+
+    It is a child of that module's `matrices` and holds no copy of the parameter, which keeps its name and place.
+
+    Args:
+        holder: The module whose parameter it is.
+        name: The parameter's name in it.
+    """
+
+    def __init__(self, holder: nn.Module, name: str) -> None:
+        super().__init__()
+        vars(self)["_holder"] = holder  # past nn.Module, which would make the holder a child of its child
+        self._name = name
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose parameter it is."""
+        return vars(self)["_holder"]  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The parameter."""
+        return self.holder.get_parameter(self._name)
+
+    def extra_repr(self) -> str:
+        """The parameter's name, for `print(model)`."""
+        return self._name
+
+    def _weight_sources(self) -> list[Tensor | None]:
+        return [self.weight]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_weight_cache": {}}
+
+
 class FunctionalOwner(Specialized):
-    """Mixin of a module whose forward uses the weights of its layers without calling these layers.
+    """Mixin of a module in whose forward weights are used without calling a layer that holds them.
 
     Attributes:
         functional_layers: Paths, relative to the module, of the layers whose weights it uses.
@@ -205,7 +221,7 @@ class _LayerInterceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in OPERATORS:
-            return self.layer.run_operator(func, args, kwargs or {})
+            return self.layer.run_operator(func, args, kwargs or {}, *operands(args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -217,42 +233,110 @@ class _OwnerInterceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in OPERATORS:
-            layer = self.layers.get(id(operands(args, kwargs or {})[1]))
+            input_, weight = operands(args, kwargs)
+            layer = self._layer_of(weight)
             if layer is not None:
-                return layer.run_operator(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+                return layer.run_operator(func, args, kwargs, input_, weight)
+        elif func in PRODUCTS:
+            factors = product_operands(func, args, kwargs)
+            for weight, input_ in zip(factors, reversed(factors), strict=True) if len(factors) == 2 else ():
+                layer = self._layer_of(weight)
+                if layer is not None:
+                    return layer.run_operator(func, args, kwargs, input_, weight)
+        else:
+            body = body_of(func, args)
+            if body is not None:
+                with self:
+                    return body(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer_of(self, weight: Tensor) -> QuantizedLayer | None:
+        layer = self.layers.get(id(weight))
+        base = weight._base if layer is None else None  # noqa: SLF001 (torch has no public name for it)
+        return layer if base is None else self.layers.get(id(base))
 
 
-def quantize_layer(layer: nn.Module, candidates: LayerCandidates, *, nonnegative: bool, per_channel: bool) -> None:
-    """Turn a Conv or Linear layer into a `QuantizedLayer`, in place, in floating point until switched.
+class Matrices(nn.ModuleDict):
+    """Holds a `QuantizedParameter` for every quantized parameter of its parent, by the parameter's name."""
+
+
+def quantize_layer(
+    layer: nn.Module,
+    candidates: LayerCandidates,
+    *,
+    nonnegative: bool,
+    axis: int | None,
+    dynamic: bool = False,
+) -> None:
+    """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
 
     Args:
-        layer: An instance of `LAYER_TYPES`.
+        layer: An instance of `LAYER_TYPES`, or another module with one operator whose operand its `weight` makes.
         candidates: The bit-widths that it may take.
         nonnegative: Its input cannot be negative.
-        per_channel: One weight step size per output channel instead of one per tensor.
+        axis: Axis of the weight operand with a step size for each index; None for one step size.
+        dynamic: The weight operand may change with the input.
     """
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    axis = channel_axis(layer)
-    channels = weight.shape[axis] if per_channel else None
-    weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
+    quantizers = _quantizers(weight, candidates, nonnegative=nonnegative, axis=axis)
+    specialize(layer, QuantizedModule)
+    vars(layer).update(_DORMANT, _weight_cache={}, _dynamic=dynamic or not isinstance(layer, LAYER_TYPES))
+    layer.weight_quantizer, layer.input_quantizer = quantizers
+    for quantizer in quantizers:
+        quantizer.train(layer.training)
+
+
+def quantize_parameter(holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: int | None) -> None:
+    """Make a bare parameter of `holder` a quantized layer, in place, in floating point until switched.
+
+    It is found as the child `matrices.NAME` of `holder`; see `QuantizedParameter`.
+
+    Args:
+        holder: The module that has the parameter.
+        name: The parameter's name in it.
+        candidates: The bit-widths that it may take.
+        axis: Axis of the parameter with a step size for each index; None for one step size.
+
+    Raises:
+        ConversionError: `holder` has an attribute `matrices` that is not ours.
+    """
+    layer = QuantizedParameter(holder, name)
+    vars(layer).update(_DORMANT, _weight_cache={}, _dynamic=False)
+    layer.weight_quantizer, layer.input_quantizer = _quantizers(layer.weight, candidates, nonnegative=False, axis=axis)
+    present = getattr(holder, MATRICES, None)
+    if present is not None and not isinstance(present, Matrices):
+        msg = f"{type(holder).__name__} has an attribute {MATRICES!r} of its own, which is where the step sizes of its "
+        msg += f"parameter {name!r} would stand: exclude that parameter or rename the attribute"
+        raise ConversionError(msg)
+    matrices = present or Matrices()
+    matrices.add_module(name, layer)
+    holder.add_module(MATRICES, matrices.train(holder.training))
+
+
+def _quantizers(
+    weight: Tensor, candidates: LayerCandidates, *, nonnegative: bool, axis: int | None
+) -> tuple[WeightQuantizer, InputQuantizer]:
+    channels = None if axis is None else weight.shape[axis]
+    weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis or 0).to(weight.device)
     weight_quantizer.initialize(weight)
     input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
-    specialize(layer, QuantizedLayer)
-    layer.weight_quantizer = weight_quantizer.to(weight.device)
-    layer.input_quantizer = input_quantizer.to(weight.device)
-    layer.weight_quantizer.train(layer.training)
-    layer.input_quantizer.train(layer.training)
-    vars(layer).update(observer=None, _bits=None, _weight_cache={})
+    return weight_quantizer, input_quantizer.to(weight.device)
 
 
-def restore_layer(layer: QuantizedLayer) -> None:
+def restore_layer(layer: QuantizedModule) -> None:
     """Undo `quantize_layer`."""
     del layer.weight_quantizer, layer.input_quantizer
-    for name in ("observer", "_bits", "_weight_cache", "_weight_index", "_input_index"):
+    for name in (*_DORMANT, "_dynamic", "_weight_cache", "_weight_index", "_input_index"):
         vars(layer).pop(name, None)
     despecialize(layer)
+
+
+def restore_parameters(holder: nn.Module) -> None:
+    """Undo every `quantize_parameter` of `holder`."""
+    if isinstance(getattr(holder, MATRICES, None), Matrices):
+        delattr(holder, MATRICES)
 
 
 def intercept_in_owner(owner: nn.Module, functional_layers: tuple[str, ...]) -> None:
@@ -265,3 +349,6 @@ def restore_owner(owner: FunctionalOwner) -> None:
     """Undo `intercept_in_owner`."""
     vars(owner).pop("functional_layers", None)
     despecialize(owner)
+
+
+_DORMANT: dict[str, Any] = {"observer": None, "_bits": None}

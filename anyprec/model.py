@@ -18,8 +18,9 @@ from torch import nn
 from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
 from anyprec.errors import BitsError, ConversionError, NotCalibratedError
 from anyprec.graph import LayerFacts, NetworkFacts
-from anyprec.layers import LAYER_TYPES, QuantizedLayer, quantize_layer
+from anyprec.layers import QuantizedLayer, quantize_layer
 from anyprec.norms import SwitchableNorm
+from anyprec.operators import LAYER_TYPES
 from anyprec.specialize import Specialized
 
 Request = BitsLike | Mapping[str, BitsLike] | None
@@ -28,11 +29,11 @@ Request = BitsLike | Mapping[str, BitsLike] | None
 
 @dataclass(frozen=True)
 class Coverage:
-    """What became of one Conv or Linear layer of the float network.
+    """What became of one layer of the float network that multiplies its input by a weight.
 
     Attributes:
         path: Its path.
-        kind: Its class in the float network.
+        kind: Its class in the float network; "Parameter" for a bare parameter of a module.
         status: "quantized"; "exempt" (by a rule or on request); "skipped" (it could not be quantized).
         reason: Why it is not quantized; empty if it is.
     """
@@ -108,7 +109,7 @@ class ConvertedModel(Specialized):
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
-        """What became of every Conv and Linear layer of the float network."""
+        """What became of every layer of the float network that multiplies its input by a weight."""
         return self.anyprec_record.coverage
 
     @property
@@ -322,7 +323,7 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
         ]
         quantized = sum(row.candidates is not None for row in self.rows)
-        title = f"{self.name}: {quantized} of {len(self.rows)} Conv/Linear layers quantized"
+        title = f"{self.name}: {quantized} of {len(self.rows)} layers quantized"
         return "\n".join([title, *lines])
 
 
@@ -352,8 +353,8 @@ def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
 
 
 def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
-    per_channel = old.weight_quantizer.axis is not None
-    quantize_layer(new, old.candidates, nonnegative=old.input_quantizer.nonnegative, per_channel=per_channel)
+    nonnegative = old.input_quantizer.nonnegative
+    quantize_layer(new, old.candidates, nonnegative=nonnegative, axis=old.weight_quantizer.axis)
     if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
         new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())
 

@@ -159,9 +159,9 @@ def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
     He-initialised weight of its fan-in would have.
     """
     dead = steps <= STEP_FLOOR
-    if not dead.any():
-        return steps
+    living = (~dead).sum()
     fan_in = max(1, weight[0].numel())
-    living = steps[~dead]
-    fill = living.mean() if living.numel() else steps.new_tensor(math.sqrt(2 / fan_in))
+    mean = torch.where(dead, 0, steps).sum() / living.clamp_min(1)
+    # No branch on the values: they may be on a device that answers late, or on the meta device.
+    fill = torch.where(living > 0, mean, math.sqrt(2 / fan_in)).to(steps.dtype)
     return torch.where(dead, fill, steps)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from anyprec.bits import Bits, LayerCandidates
 from anyprec.functional import fake_quantize
 from anyprec.layers import QuantizedLayer, quantize_layer, restore_layer
+from anyprec.operators import channel_axis
 
 CANDIDATES = LayerCandidates((2, 4, 8), (3, 8))
 
@@ -37,7 +38,7 @@ LAYERS: list[tuple[Any, tuple[int, ...]]] = [
 def make(factory: Any, shape: tuple[int, ...], *, per_channel: bool = True) -> tuple[QuantizedLayer, nn.Module, Tensor]:
     layer = factory()
     original = copy.deepcopy(layer)
-    quantize_layer(layer, CANDIDATES, nonnegative=False, per_channel=per_channel)
+    quantize_layer(layer, CANDIDATES, nonnegative=False, axis=channel_axis(layer) if per_channel else None)
     layer.input_quantizer.set_grid(torch.tensor([0.4, 0.02]), torch.tensor([3, 100]))
     return layer, original, torch.randn(shape)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from anyprec.checkpoint.document import Architecture
 from anyprec.errors import CheckpointError
+from anyprec.layers import Matrices, QuantizedParameter
 from anyprec.model import ConvertedModel
 from anyprec.norms import NormBank
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
@@ -33,7 +34,7 @@ _DESCRIPTION = (
 )
 """Entries of a pretrained_cfg that describe images and labels; none names a file or an address."""
 
-_OUR_MODULES = (WeightQuantizer, InputQuantizer, NormBank)
+_OUR_MODULES = (WeightQuantizer, InputQuantizer, NormBank, Matrices, QuantizedParameter)
 _RUNTIME_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "observer", "row", "functional_layers"}
 _Signature = dict[str, dict[str, str]]
 

@@ -64,7 +64,7 @@ class Document:
                 "version": self.version,
                 "architecture": architecture,
                 "settings": dataclasses.asdict(self.settings),
-                "layers": [dataclasses.asdict(layer) for layer in self.facts.layers.values()],
+                "layers": [_layer_json(layer) for layer in self.facts.layers.values()],
                 "norms": self.facts.norms,
                 "uncounted": self.facts.uncounted,
                 "example_shape": self.facts.example_shape,
@@ -126,6 +126,10 @@ class _Fields:
             msg = f"the checkpoint's {self._where}.{name} is {reprlib.repr(value)}, expected {expected}"
             raise CheckpointError(msg)
         return value
+
+    def take_or(self, name: str, *kinds: type, default: Any) -> Any:
+        """As `take`, of a field that older files of this format lack."""
+        return self.take(name, *kinds) if name in self._raw else default
 
     def items(self, name: str, kind: type) -> tuple[Any, ...]:
         """A list whose entries are all of one kind."""
@@ -221,6 +225,10 @@ def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
             macs=entry.count("macs"),
             weights=entry.count("weights"),
             owner=entry.take("owner", str, type(None)),
+            parameter=entry.take_or("parameter", str, type(None), default=None),
+            axis=entry.take_or("axis", int, type(None), default=None),
+            per_tensor=entry.take_or("per_tensor", bool, default=False),
+            dynamic=entry.take_or("dynamic", bool, default=False),
             depthwise=entry.take("depthwise", bool),
             nonnegative=entry.take("nonnegative", bool),
             first=entry.take("first", bool),
@@ -233,6 +241,18 @@ def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
             raise CheckpointError(msg)
         layers[layer.path] = layer
     return layers
+
+
+def _layer_json(layer: LayerFacts) -> dict[str, Any]:
+    """The fields of a layer; those that most layers lack are left out there, as in the first files of this format."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(layer).items()
+        if name not in _RARE or (value is not None and value is not False)
+    }
+
+
+_RARE = {"parameter", "axis", "per_tensor", "dynamic"}
 
 
 def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:

@@ -12,9 +12,9 @@ from anyprec.bits import BitConfig, shorten
 from anyprec.checkpoint.document import Document
 from anyprec.conversion import layer_candidates
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.graph import NetworkFacts
-from anyprec.layers import LAYER_TYPES
+from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.model import ConvertedModel
+from anyprec.operators import LAYER_TYPES, MATRICES
 
 
 def require_float_fit(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> None:
@@ -114,28 +114,54 @@ def require_same_tensors(own: Mapping[str, Any], found: Mapping[str, Tensor]) ->
 def our_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
     """What the names of all tensors start with that conversion adds, or would add, to the float network's."""
     canonical = {id(module): path for path, module in network.named_modules()}
+    matrices: dict[str, list[str]] = {}
+    for facts_of_one in facts.layers.values():
+        if facts_of_one.parameter is not None:
+            holder = facts_of_one.parameter.rpartition(".")[0]
+            relative = facts_of_one.path.removeprefix(f"{holder}.") if holder else facts_of_one.path
+            matrices.setdefault(holder, []).append(relative)
     prefixes: list[str] = []
     for path, module in network.named_modules(remove_duplicate=False):  # a shared layer has its state at every path
         if canonical[id(module)] in facts.layers:
             prefixes += (f"{path}.weight_quantizer.", f"{path}.input_quantizer.")
         elif canonical[id(module)] in facts.norms:
             prefixes.append(f"{path}.bank.")
+        prefixes += (
+            f"{path}.{matrix}." if path else f"{matrix}." for matrix in matrices.get(canonical[id(module)], ())
+        )
     return tuple(prefixes)
 
 
 def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
-    """Every layer is a Conv or Linear, every norm a BatchNorm, every owner a module around its layer."""
+    """Every layer has its weight, every norm is a BatchNorm, every owner a module around its layer."""
     modules = dict(network.named_modules())
-    layers = [path for path in facts.layers if not (path and isinstance(modules.get(path), LAYER_TYPES))]
+    layers = [path for path, layer in facts.layers.items() if not holds_layer(network, layer)]
     norms = [path for path in facts.norms if not (path and isinstance(modules.get(path), _BatchNorm))]
     owned = [layer for layer in facts.layers.values() if layer.owner is not None]
     owners = [layer.path for layer in owned if not _is_around(layer.path, layer.owner, modules)]
-    parts = [f"no Conv or Linear layers {shorten(layers, 4)}"] if layers else []
+    parts = [f"no layers {shorten(layers, 4)}"] if layers else []
     parts += [f"no BatchNorms {shorten(norms, 4)}"] if norms else []
     parts += [f"no owners of the layers {shorten(owners, 4)}"] if owners else []
     if parts:
         msg = f"the checkpoint does not match the network {type(network).__name__}, which has {'; '.join(parts)}"
         raise CheckpointError(msg)
+
+
+def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
+    """Whether a network has the layer that these facts are about, or what it can be made of."""
+    holder, _, name = (facts.parameter or f"{facts.path}.weight").rpartition(".")
+    try:
+        module = network.get_submodule(holder)
+    except AttributeError:
+        return False
+    if facts.parameter is None and isinstance(module, LAYER_TYPES):
+        return bool(holder)
+    parameter = dict(module.named_parameters(recurse=False)).get(name)
+    axes = 0 if parameter is None else parameter.ndim
+    path = f"{holder}.{MATRICES}.{name}" if holder else f"{MATRICES}.{name}"
+    if facts.parameter is None:
+        return bool(holder) and axes > 1
+    return axes > 1 and facts.path == path and (facts.axis is None or 0 <= facts.axis < axes)
 
 
 def _is_around(path: str, owner: str | None, modules: Mapping[str, nn.Module]) -> bool:

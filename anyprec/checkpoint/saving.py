@@ -23,6 +23,7 @@ from anyprec.checkpoint.document import Document
 from anyprec.checkpoint.file import digest, read_file, stored_once, with_aliases, write_file
 from anyprec.checkpoint.matching import (
     fitting_configs,
+    holds_layer,
     our_prefixes,
     require_converted_fit,
     require_float_fit,
@@ -31,7 +32,6 @@ from anyprec.checkpoint.matching import (
 from anyprec.conversion import apply_settings, revert
 from anyprec.errors import AnyprecError, BitsError, CheckpointError
 from anyprec.graph import NetworkFacts
-from anyprec.layers import LAYER_TYPES
 from anyprec.model import ConvertedModel, require_converted
 
 
@@ -183,8 +183,7 @@ def _match_dtypes(network: nn.Module, state: Mapping[str, Tensor], *, only: tupl
 def _present_facts(model: ConvertedModel) -> NetworkFacts:
     """The facts without layers that the network lost since its conversion (`reset_classifier(0)`)."""
     facts = model.anyprec_record.facts
-    modules = dict(model.named_modules())
-    present = {row.path for row in model.coverage if isinstance(modules.get(row.path), LAYER_TYPES)}
+    present = {row.path for row in model.coverage if holds_layer(model, facts.layers[row.path])}
     present |= model.quantized_layers.keys()  # raises if one was replaced: such a file could not be loaded
     return dataclasses.replace(
         facts,

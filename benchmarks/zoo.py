@@ -1,0 +1,290 @@
+"""Does anyprec take every timm model? Convert all of them, and try every promise on each.
+
+    python benchmarks/zoo.py run                  # all of timm.list_models(); resumable; hours on two cores
+    python benchmarks/zoo.py run 'resnet*' --again
+    python benchmarks/zoo.py render               # docs/zoo.md from the results
+
+Each model is looked at twice, in a process of its own with a time and memory limit:
+
+- *Structure*, on the meta device, at the input size and depth that `timm.create_model(name)` gives: does `convert`
+  take it, what is covered, do our MACs equal those of torch's counter; and as a feature extractor, where it is one.
+- *Numbers*, with random weights, at the smallest input that the model takes: the checks of `promises.py`. A model of
+  more than `--largest` parameters has fewer blocks there, through timm's own arguments, and is marked so.
+
+A result is one line of JSON in `--results`. A model that failed, ran out of time or died is a result too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import multiprocessing
+import random
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from promises import Report, examine, examine_structure
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import anyprec
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+
+SIZES = (56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 384)
+"""Image sizes to try, smallest first; some divide by 14, some by 16 and 32."""
+
+RATES = ({"drop_rate": 0.1, "drop_path_rate": 0.1, "patch_drop_rate": 0.25}, {"drop_rate": 0.1, "drop_path_rate": 0.1},
+         {"drop_path_rate": 0.1}, {"drop_rate": 0.1}, {})  # fmt: skip
+"""Arguments that make train mode differ from eval mode; a model takes the first that it knows."""
+
+SHALLOW = ({"depth": 2}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)}, {"stages": (1, 1, 2, 1)})
+"""Arguments that give a model fewer blocks."""
+
+
+# --- One model ----------------------------------------------------------------------------------------------------
+
+
+def look_at(name: str, largest: int) -> dict[str, Any]:
+    """Everything about one model, as JSON can hold it."""
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    model = create_on_meta(name)
+    record: dict[str, Any] = {
+        "name": name,
+        "family": type(model).__module__.rpartition(".")[2],
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    structure = examine_structure(model)
+    if isinstance(model, anyprec.ConvertedModel):
+        facts = model.anyprec_record.facts
+        record |= {"input": facts.example_shape[1:], "untraceable": facts.untraceable}
+        record["uncounted"] = {entry.name: entry.macs for entry in anyprec.cost_model(model).uncounted}
+    record["structure"] = dataclasses.asdict(structure)
+    record["features"] = look_at_features(name)
+    record["structure_seconds"] = round(time.perf_counter() - start, 2)
+    del model
+    arguments = smaller_depth(name) if record["parameters"] > largest else {}
+    if record["parameters"] > largest and not arguments:
+        record["reduced"] = "no argument reduces its depth"
+    start = time.perf_counter()
+    report, used = examine_at_smallest(name, arguments)
+    record |= {"numbers": dataclasses.asdict(report), "arguments": used}
+    record["numbers_seconds"] = round(time.perf_counter() - start, 2)
+    return record
+
+
+def create_on_meta(name: str, **arguments: Any) -> nn.Module:
+    """A model without values."""
+    with torch.device("meta"):
+        return timm.create_model(name, **arguments)
+
+
+def look_at_features(name: str) -> dict[str, str]:
+    """What broke in the model as a feature extractor; "none" where timm has no such form."""
+    try:
+        model = create_on_meta(name, features_only=True)
+    except Exception as error:  # noqa: BLE001 (models refuse in their own ways)
+        return {"none": f"{type(error).__name__}: {error}"[:200]}
+    return examine_structure(model).broken
+
+
+def smaller_depth(name: str) -> dict[str, Any]:
+    """Arguments that give the model fewer blocks, or none."""
+    full = sum(parameter.numel() for parameter in create_on_meta(name).parameters())
+    for arguments in SHALLOW:
+        try:
+            model = create_on_meta(name, **arguments)
+        except Exception:  # noqa: BLE001, S112 (an argument that this model does not know)
+            continue
+        if sum(parameter.numel() for parameter in model.parameters()) < full / 2:
+            return arguments
+    return {}
+
+
+def examine_at_smallest(name: str, arguments: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
+    """Try all promises at the smallest input at which they hold; else at the last that the model takes.
+
+    At the smallest sizes a deep stage may see a single position, in which attention has nothing to choose and no
+    gradient: then a larger one is tried.
+    """
+    report, used = Report(broken={"input": "no size of input fits"}), dict(arguments)
+    for size, created in islice(fitting_sizes(name, arguments), 3):
+        model = timm.create_model(name, **created)
+        used = {**created, "size": size}
+        channels = in_channels(model)
+
+        def make_images(shape: tuple[int, ...] = (2, channels, size, size)) -> Tensor:
+            return torch.randn(shape)
+
+        report = Report()
+        with report.check("the float network runs"):
+            report = examine(model, make_images)
+        if not any(check.startswith("gradients") for check in report.broken):
+            break
+    return report, used
+
+
+def fitting_sizes(name: str, arguments: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Sizes that the model takes, smallest first, with the arguments that create it for them."""
+    known = next(rates for rates in RATES if creates(name, {**arguments, **rates}))
+    native = create_on_meta(name, **arguments, **known).pretrained_cfg.get("input_size", (3, 224, 224))[-1]
+    for size in sorted({*(size for size in SIZES if size < native), native}):
+        for created in ({**arguments, **known, "img_size": size}, {**arguments, **known}):
+            if runs(name, created, size):
+                yield size, created
+                break
+
+
+def creates(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether the model knows these arguments."""
+    try:
+        create_on_meta(name, **arguments)
+    except Exception:  # noqa: BLE001 (models refuse in their own ways)
+        return False
+    return True
+
+
+def runs(name: str, arguments: dict[str, Any], size: int) -> bool:
+    """Whether the model takes images of this size, in both modes."""
+    try:
+        model = create_on_meta(name, **arguments)
+        for train in (False, True):
+            with torch.no_grad():
+                model.train(train)(torch.zeros(2, in_channels(model), size, size, device="meta"))
+    except NotImplementedError:
+        return True  # an operator without a meta form: the real run will tell
+    except Exception:  # noqa: BLE001 (models refuse in their own ways)
+        return False
+    return True
+
+
+def in_channels(model: nn.Module) -> int:
+    """Channels of an image."""
+    return int(model.pretrained_cfg.get("input_size", (3,))[0])
+
+
+# --- All models ---------------------------------------------------------------------------------------------------
+
+
+def _work(name: str, largest: int, limit: int, sender: Any) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    sender.send(look_at(name, largest))
+
+
+def supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """`look_at` in a process of its own, which is ended when its time is over."""
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(name, options.largest, int(options.memory * GIB), sender))
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(options.seconds):
+            return {"name": name, "died": f"not done after {options.seconds} s"}
+        record: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        return {
+            "name": name,
+            "died": f"ended with exit code {process.exitcode} after {time.perf_counter() - start:.0f} s",
+        }
+    else:
+        return record
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Look at every model that has no result yet."""
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    known = {} if options.again else read(options.results)
+    names = [name for name in timm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)]
+    waiting = [name for name in names if name not in known]
+    random.Random(0).shuffle(waiting)  # so that the first results tell of every family
+    if options.again == "failed":
+        broken = {name for name, record in read(options.results).items() if shortfalls(record)}
+        waiting = [name for name in names if name in broken]
+    stamp = {"commit": commit(), "timm": timm.__version__, "torch": torch.__version__}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["promises", "timm", "torch", "anyprec"])
+    with (
+        Progress(disable=not sys.stdout.isatty()) as progress,
+        ThreadPoolExecutor(options.workers) as pool,
+        options.results.open("a") as file,
+    ):
+        task = progress.add_task("models", total=len(waiting))
+        for record in pool.map(lambda name: supervised(name, options), waiting):
+            file.write(json.dumps({**record, **stamp}, default=str) + "\n")
+            file.flush()
+            progress.advance(task)
+            for shortfall in shortfalls(record):
+                print(f"{record['name']}: {shortfall}", flush=True)
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
+    return asked.stdout.strip() or "unknown"
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last result of every model."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return {record["name"]: record for record in records}
+
+
+def shortfalls(record: dict[str, Any]) -> list[str]:
+    """Everything in which a model falls short, in words."""
+    if "died" in record:
+        return [record["died"]]
+    found = [f"{check}: {what}" for check, what in record["structure"]["broken"].items()]
+    found += [
+        f"at size {record['arguments'].get('size')}: {check}: {what}"
+        for check, what in record["numbers"]["broken"].items()
+    ]
+    found += [f"as feature extractor: {check}: {what}" for check, what in record["features"].items() if check != "none"]
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "zoo.jsonl")
+    commands = parser.add_subparsers(required=True)
+    runner = commands.add_parser("run", help="look at models")
+    runner.add_argument("patterns", nargs="*", default=["*"], help="names of models, with wildcards")
+    runner.add_argument("--again", choices=("all", "failed"), help="also models that have a result")
+    runner.add_argument("--workers", type=int, default=2)
+    runner.add_argument("--seconds", type=float, default=600, help="for one model")
+    runner.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
+    runner.add_argument("--largest", type=int, default=100_000_000, help="parameters of the largest model to try whole")
+    runner.set_defaults(command=run)
+    options = parser.parse_args()
+    options.command(options)
+
+
+if __name__ == "__main__":
+    main()
