@@ -100,19 +100,20 @@ def look_at_features(name: str) -> dict[str, str]:
         model = create_on_meta(name, features_only=True)
     except Exception as error:  # noqa: BLE001 (models refuse in their own ways)
         return {"none": f"{type(error).__name__}: {error}"[:200]}
-    return examine_structure(model).broken
+    broken = examine_structure(model).broken
+    if any("meta tensors" in text for text in broken.values()):  # the network looks at values, and there are none
+        broken = examine_structure(timm.create_model(name, features_only=True)).broken
+    return broken
 
 
 def smaller_depth(name: str) -> dict[str, Any]:
     """Arguments that give the model fewer blocks, or none."""
     full = sum(parameter.numel() for parameter in create_on_meta(name).parameters())
     for arguments in SHALLOW:
-        try:
+        if creates(name, arguments) and next(fitting_sizes(name, arguments), None) is not None:
             model = create_on_meta(name, **arguments)
-        except Exception:  # noqa: BLE001, S112 (an argument that this model does not know)
-            continue
-        if sum(parameter.numel() for parameter in model.parameters()) < full / 2:
-            return arguments
+            if sum(parameter.numel() for parameter in model.parameters()) < full / 2:
+                return arguments
     return {}
 
 
@@ -132,22 +133,26 @@ def examine_at_smallest(name: str, arguments: dict[str, Any]) -> tuple[Report, d
             return torch.randn(shape)
 
         report = Report()
-        with report.check("the float network runs"):
+        with report.check(FLOAT_RUNS):
             report = examine(model, make_images)
-        if not any(check.startswith("gradients") for check in report.broken):
+        del model
+        if not any(check == FLOAT_RUNS or check.startswith("gradients") for check in report.broken):
             break
     return report, used
 
 
+FLOAT_RUNS = "the float network runs"
+
+
 def fitting_sizes(name: str, arguments: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Sizes that the model takes, smallest first, with the arguments that create it for them."""
-    known = next(rates for rates in RATES if creates(name, {**arguments, **rates}))
-    native = create_on_meta(name, **arguments, **known).pretrained_cfg.get("input_size", (3, 224, 224))[-1]
+    known = [{**arguments, **rates} for rates in RATES if creates(name, {**arguments, **rates})]
+    native = create_on_meta(name, **known[0]).pretrained_cfg.get("input_size", (3, 224, 224))[-1]
     for size in sorted({*(size for size in SIZES if size < native), native}):
-        for created in ({**arguments, **known, "img_size": size}, {**arguments, **known}):
-            if runs(name, created, size):
-                yield size, created
-                break
+        sized = [{**rates, "img_size": size} for rates in known]
+        fitting = next((created for created in (*sized, *known) if runs(name, created, size)), None)
+        if fitting is not None:
+            yield size, fitting
 
 
 def creates(name: str, arguments: dict[str, Any]) -> bool:
