@@ -70,7 +70,7 @@ def test_every_layer_is_covered_or_named_with_the_reason(float_net: nn.Module, i
     assert rows["head"] == ("exempt", "excluded by 'head'")
     assert rows["spare"] == ("skipped", "never used in an eval-mode forward pass")
     assert {path for path, (status, _) in rows.items() if status == "quantized"} == set(model.quantized_layers)
-    assert "4 of 6 Conv/Linear layers quantized" in str(model.summary())
+    assert "4 of 6 layers quantized" in str(model.summary())
     assert "excluded by 'head'" in str(model.summary())
 
 

@@ -117,14 +117,14 @@ def test_hidden_and_unused_layers_have_a_problem_named() -> None:
     class Hiding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.memory = nn.GRU(8, 8, batch_first=True)
             self.unused, self.fc = nn.Linear(8, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.attention(x, x, x)[0])
+            return self.fc(self.memory(x)[0])
 
     layers = analyze(Hiding(), torch.randn(1, 5, 8)).layers
-    assert layers["attention.out_proj"].problem is not None
+    assert layers["memory.matrices.weight_ih_l0"].problem == "its weight is used inside gru, which hides the operator"
     assert layers["unused"].problem == "never used in an eval-mode forward pass"
     assert layers["fc"].problem is None
 

@@ -160,7 +160,7 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     axes = 0 if parameter is None else parameter.ndim
     path = f"{holder}.{MATRICES}.{name}" if holder else f"{MATRICES}.{name}"
     if facts.parameter is None:
-        return bool(holder) and axes > 1
+        return bool(holder) and axes > 1 and facts.per_tensor
     return axes > 1 and facts.path == path and (facts.axis is None or 0 <= facts.axis < axes)
 
 
