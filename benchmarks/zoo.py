@@ -274,6 +274,132 @@ def shortfalls(record: dict[str, Any]) -> list[str]:
     return found
 
 
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def render(options: argparse.Namespace) -> None:
+    """Write docs/zoo.md."""
+    records = read(options.results)
+    names = timm.list_models()
+    found = [records[name] for name in names if name in records]
+    missing = [name for name in names if name not in records]
+    lines = [_HEAD.format(counts=_totals(names, found), versions=_versions(found))]
+    lines += ["## By family", "", *_family_table(found), ""]
+    lines += ["## What falls short", "", *_shortfall_table(found, missing), ""]
+    lines += ["## Layers that are not quantized", "", *_reason_table(found), ""]
+    lines += ["## Tried with fewer blocks", "", *_reduced(found)]
+    options.page.write_text("\n".join(lines).rstrip() + "\n")
+
+
+_HEAD = """# Every timm model
+
+{counts}
+
+Each model is converted twice. *Structure*: without values, at the input size and depth of `timm.create_model(name)`;
+nothing may be skipped, and our MACs must equal those of torch's counter; so too as a feature extractor, where timm has
+one. *Numbers*: with random weights, at the smallest input that the model takes: bits None bit-identical to the float
+network in eval and train mode (dropout, drop path and patch drop under one seed); finite output at 2 and at 8 bits; a
+gradient on both step sizes of every layer; A -> B -> A exact; deepcopy; state dict into a fresh network; float state
+dict; `forward_features`; `reset_classifier`; the same after `reparameterize_model`, where it merges branches.
+
+With random weights and 2 bits, whole inputs can round to zero and pass no gradient on. Layers without a gradient in such
+a pass are tried again with all others at 8 bits; how many networks needed that is counted above.
+
+{versions}
+
+```sh
+python benchmarks/zoo.py run      # hours on two cores; resumable
+python benchmarks/zoo.py render   # this page
+```
+"""
+
+
+def _totals(names: list[str], found: list[dict[str, Any]]) -> str:
+    alive = [record for record in found if "died" not in record]
+    clean = [record for record in found if not shortfalls(record)]
+    whole = [record for record in clean if not _is_reduced(record)]
+    coverage = {kind: sum(record["structure"]["coverage"].get(kind, 0) for record in alive) for kind in _KINDS}
+    functional = {kind: sum(record["structure"]["functional"].get(kind, 0) for record in alive) for kind in _USES}
+    equal = sum(record["structure"]["macs"][0] == record["structure"]["macs"][1] for record in alive)
+    features = [record for record in alive if "none" not in record["features"]]
+    alone = [record for record in alive if any(record["numbers"]["alone"].values())]
+    return "\n".join(
+        [
+            f"- **{len(clean)} of {len(names)}** models of timm keep every promise; {len(found)} were looked at so far.",
+            f"- {len(whole)} of them were tried whole; {len(clean) - len(whole)} with fewer blocks (their structure whole).",
+            f"- Layers: {coverage['quantized']:,} quantized, {coverage['exempt']:,} exempt by rule, "
+            f"{coverage['skipped']:,} skipped. Of the quantized, {functional['used without a call']:,} have a weight that "
+            f"is used without calling the layer, and {functional['bare parameters']:,} are bare parameters of a module.",
+            f"- MACs equal those of torch's counter, to the last one, in {equal} of {len(alive)} models.",
+            f"- {sum(not record['features'] for record in features)} of {len(features)} feature extractors convert.",
+            f"- {len(alone)} networks have layers whose gradient at 2 bits took the others at 8 bits.",
+        ]
+    )
+
+
+_KINDS = ("quantized", "exempt", "skipped")
+_USES = ("used without a call", "bare parameters")
+
+
+def _versions(found: list[dict[str, Any]]) -> str:
+    used = {key: sorted({record[key] for record in found}) for key in ("timm", "torch", "commit")}
+    return "; ".join(f"{key} {', '.join(values)}" for key, values in used.items()) + "."
+
+
+def _family_table(found: list[dict[str, Any]]) -> list[str]:
+    families: dict[str, list[dict[str, Any]]] = {}
+    for record in found:
+        families.setdefault(record.get("family", "unknown"), []).append(record)
+    lines = [
+        "| family | models | keep every promise | quantized | exempt | skipped |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for family, members in sorted(families.items()):
+        alive = [record for record in members if "died" not in record]
+        counts = [sum(record["structure"]["coverage"].get(kind, 0) for record in alive) for kind in _KINDS]
+        clean = sum(not shortfalls(record) for record in members)
+        lines.append(f"| {family} | {len(members)} | {clean} | {' | '.join(f'{count:,}' for count in counts)} |")
+    return lines
+
+
+def _shortfall_table(found: list[dict[str, Any]], missing: list[str]) -> list[str]:
+    short = {record["name"]: shortfalls(record) for record in found if shortfalls(record)}
+    lines = ["None of those looked at."]
+    if short:
+        lines = ["| model | what |", "| --- | --- |"]
+        lines += [
+            f"| `{name}` | {'<br>'.join(_cell(text) for text in texts)} |" for name, texts in sorted(short.items())
+        ]
+    if missing:
+        lines += ["", f"Not looked at yet ({len(missing)}): {', '.join(f'`{name}`' for name in missing)}."]
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")[:240]
+
+
+def _reason_table(found: list[dict[str, Any]]) -> list[str]:
+    reasons: dict[str, dict[str, int]] = {}
+    for record in found:
+        for reason, count in record.get("structure", {}).get("reasons", {}).items():
+            reasons.setdefault(reason, {})[record["family"]] = reasons.get(reason, {}).get(record["family"], 0) + count
+    lines = ["| reason | layers | families |", "| --- | ---: | --- |"]
+    for reason, families in sorted(reasons.items()):
+        lines.append(f"| {reason} | {sum(families.values()):,} | {', '.join(sorted(families))} |")
+    return lines if reasons else ["There are none."]
+
+
+def _is_reduced(record: dict[str, Any]) -> bool:
+    return any(name in record["arguments"] for arguments in SHALLOW for name in arguments)
+
+
+def _reduced(found: list[dict[str, Any]]) -> list[str]:
+    reduced = [record for record in found if "died" not in record and _is_reduced(record)]
+    entries = [f"`{record['name']}` ({record['parameters'] / 1e6:.0f} M)" for record in reduced]
+    return [", ".join(entries) + "." if entries else "None."]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -287,6 +413,9 @@ def main() -> None:
     runner.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
     runner.add_argument("--largest", type=int, default=100_000_000, help="parameters of the largest model to try whole")
     runner.set_defaults(command=run)
+    renderer = commands.add_parser("render", help="write the page")
+    renderer.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
+    renderer.set_defaults(command=render)
     options = parser.parse_args()
     options.command(options)
 

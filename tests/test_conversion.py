@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import pickle
+from pathlib import Path
 
 import pytest
 import timm
@@ -145,104 +146,9 @@ def test_a_network_whose_input_cannot_be_guessed_says_so() -> None:
         anyprec.convert(nn.Sequential(nn.Linear(7, 3)))
 
 
-# One network for each mechanism of the converter, all small.
-NETWORKS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
-    "plain and depthwise": lambda: (timm.create_model("test_efficientnet", num_classes=5), 64),
-    "residual": lambda: (timm.create_model("test_resnet", num_classes=5, drop_path_rate=0.2), 64),
-    "weight standardisation": lambda: (timm.create_model("test_nfnet", num_classes=5), 64),
-    "pre-norm with StdConv": lambda: (timm.create_model("test_byobnet", num_classes=5), 64),
-    "LayerNorm": lambda: (timm.create_model("test_convnext", num_classes=5, drop_path_rate=0.2), 64),
-    "attention": lambda: (timm.create_model("test_vit", num_classes=5, img_size=48, drop_rate=0.1), 48),
-    "F.linear in the owner": lambda: (
-        timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=2, num_classes=5, attn_drop_rate=0.1),
-        28,
-    ),
-    "F.linear and constant inputs": lambda: (
-        timm.create_model(
-            "swinv2_tiny_window8_256",
-            img_size=32,
-            window_size=4,
-            embed_dim=12,
-            depths=(1, 1),
-            num_heads=(2, 2),
-            num_classes=5,
-            drop_path_rate=0.2,
-        ),
-        32,
-    ),
-    "norms after a concatenation": lambda: (
-        timm.create_model("densenet121", growth_rate=4, block_config=(2, 2), num_classes=5, drop_rate=0.1),
-        32,
-    ),
-    "SAME padding": lambda: (timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=5), 32),
-    "several branches with their own norms": lambda: (timm.create_model("repvgg_a0", num_classes=5), 32),
-}
-
-
-def _waken(model: nn.Module, size: int) -> None:
-    """Give zero-initialised parameters a value (they would block every gradient), and norms some statistics."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() == 1 or parameter.std() == 0:
-                parameter.copy_(
-                    0.3 + torch.rand_like(parameter) if parameter.ndim < 2 else torch.randn_like(parameter) * 0.1
-                )
-        model.train()
-        for _ in range(3):
-            model(torch.randn(4, 3, size, size))
-
-
-@pytest.mark.parametrize("name", list(NETWORKS))
-def test_a_network_of_each_kind_keeps_every_promise(name: str) -> None:
-    model, size = NETWORKS[name]()
-    _waken(model, size)
-    original, x = copy.deepcopy(model), torch.randn(8, 3, size, size)
-    anyprec.convert(model, bits=BITS, example_input=x[:1])
-    assert all(row.status != "skipped" for row in model.coverage)
-    anyprec.calibrate(model, [x])
-
-    # Floating point: bit for bit, in both modes.
-    for training in (False, True):
-        outputs = []
-        for network in (copy.deepcopy(original), copy.deepcopy(model)):
-            torch.manual_seed(3)
-            outputs.append(network.train(training)(x))
-        assert torch.equal(*outputs)
-
-    # Switching there and back; a copy; a round trip through a fresh network.
-    model.eval()
-    with torch.no_grad():
-        model.set_bits(4)
-        first = model(x)
-        with model.using_bits(2):
-            assert not torch.equal(model(x), first)
-        assert torch.equal(model(x), first)
-        assert torch.equal(copy.deepcopy(model)(x), first)
-        fresh = anyprec.convert(copy.deepcopy(original), bits=BITS, example_input=x[:1])
-        fresh.load_state_dict(model.state_dict())
-        fresh.eval().set_bits(4)
-        assert torch.equal(fresh(x), first)
-
-    # One backward pass at the lowest bits reaches both steps of every layer: none is bypassed.
-    model.train().set_bits(2)
-    model(x).square().sum().backward()
-    for path, layer in model.quantized_layers.items():
-        assert layer.weight_quantizer.step.grad is not None, path
-        assert layer.weight_quantizer.step.grad[0].any(), path
-        assert layer.input_quantizer.step.grad[0].any(), path
-
-    # timm's own methods.
-    model.eval().set_bits(4)
-    assert torch.isfinite(model.forward_features(x)).all()
-    model.reset_classifier(3)
-    anyprec.calibrate(model, [x])
-    model.set_bits(2)
-    assert model(x).shape == (8, 3)
-    assert set(model.quantized_layers) == {row.path for row in model.coverage if row.status == "quantized"}
-
-
 def test_quantizing_a_weight_that_its_owner_uses_changes_the_output() -> None:
-    model, size = NETWORKS["F.linear in the owner"]()
+    size = 28
+    model = timm.create_model("eva02_tiny_patch14_224", img_size=size, depth=2, num_classes=5)
     x = torch.randn(2, 3, size, size)
     model = anyprec.convert(model.eval(), bits=BITS, include="*qkv", first_last_bits=None, example_input=x)
     anyprec.calibrate(model, [x])
@@ -251,3 +157,92 @@ def test_quantizing_a_weight_that_its_owner_uses_changes_the_output() -> None:
     low = model(x)
     model.set_bits((8, 8))
     assert not torch.equal(low, model(x))
+
+
+class Attentive(nn.Module):
+    """A bare parameter in a matrix product, and attention, whose packed projection is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mix = nn.Parameter(torch.randn(8, 6) * 0.3)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.fc((tokens @ self.mix).mean(dim=1))
+
+
+@pytest.fixture
+def attentive(images: Tensor) -> anyprec.ConvertedModel:
+    model = anyprec.convert(Attentive().eval(), bits=BITS, example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    return model
+
+
+def test_bare_parameters_are_layers_and_keep_their_names(attentive: anyprec.ConvertedModel) -> None:
+    assert list(attentive.quantized_layers) == [
+        "matrices.mix",
+        "patches",
+        "attention.matrices.in_proj_weight",
+        "attention.out_proj",
+        "fc",
+    ]
+    assert set(Attentive().state_dict()) <= set(attentive.state_dict())
+    assert {row.kind for row in attentive.coverage if "matrices" in row.path} == {"Parameter"}
+    projection = attentive.quantized_layers["attention.matrices.in_proj_weight"]
+    assert projection.weight is attentive.attention.in_proj_weight
+    assert projection.weight_quantizer.step.shape == (len(BITS), 24)
+    assert attentive.quantized_layers["matrices.mix"].weight_quantizer.step.shape == (len(BITS), 6)
+
+
+def test_a_bare_parameter_is_quantized_where_it_is_used(attentive: anyprec.ConvertedModel, images: Tensor) -> None:
+    attentive.set_bits({"*": 8, "matrices.mix": 2})
+    found = attentive(images)
+    layer = attentive.quantized_layers["matrices.mix"]
+    tokens = attentive.patches(images).flatten(2).transpose(1, 2)
+    tokens = attentive.attention(tokens, tokens, tokens, need_weights=False)[0]
+    product = layer.input_quantizer(tokens, 0) @ layer.weight_quantizer(attentive.mix, 0)
+    assert torch.equal(found, attentive.fc(product.mean(dim=1)))
+
+
+def test_bare_parameters_survive_copies_pickles_and_files(
+    attentive: anyprec.ConvertedModel, images: Tensor, tmp_path: Path
+) -> None:
+    attentive.configs["low"] = attentive.resolve_bits(2)
+    attentive.set_bits("low")
+    expected = attentive(images)
+    copied = copy.deepcopy(attentive)
+    assert copied.quantized_layers["matrices.mix"].weight is copied.mix
+    assert torch.equal(copied(images), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(attentive))(images), expected)
+    anyprec.save(attentive, tmp_path / "file", rebuildable=False)
+    loaded = anyprec.load(tmp_path / "file", Attentive().eval())
+    loaded.set_bits("low")
+    assert torch.equal(loaded(images), expected)
+
+
+def test_reverting_removes_what_quantized_bare_parameters(attentive: anyprec.ConvertedModel) -> None:
+    revert(attentive)
+    assert list(attentive.state_dict()) == list(Attentive().state_dict())
+    assert [type(module) for module in attentive.modules()] == [type(module) for module in Attentive().modules()]
+
+
+def test_a_holder_with_an_attribute_of_our_name_is_refused_and_left_as_it_was(images: Tensor) -> None:
+    model = Attentive().eval()
+    model.matrices = nn.Identity()
+    with pytest.raises(ConversionError, match=r"Attentive has an attribute 'matrices' of its own.*parameter 'mix'"):
+        anyprec.convert(model, bits=BITS, example_input=images[:1])
+    assert list(model.state_dict()) == list(Attentive().state_dict())
+    assert isinstance(model.matrices, nn.Identity)
+    anyprec.convert(model, bits=BITS, example_input=images[:1], exclude="matrices.mix")
+
+
+def test_a_network_converts_without_values(images: Tensor) -> None:
+    with torch.device("meta"):
+        model = timm.create_model("test_vit")
+    converted = anyprec.convert(model)
+    assert anyprec.cost_of(converted, 4).bitops > 0
+    assert all(parameter.is_meta for parameter in converted.parameters())

@@ -190,9 +190,7 @@ def test_a_layer_that_is_no_conv_or_linear_is_refused(tamper, plain, photograph,
     path = tamper(lambda raw: raw["layers"].append({**raw["layers"][0], "path": where}))
     network = plain()
     check = photograph(network)
-    with pytest.raises(
-        anyprec.CheckpointError, match=rf"no layers '{where}'|unknown to the network: '1.bank"
-    ):
+    with pytest.raises(anyprec.CheckpointError, match=rf"no layers '{where}'|unknown to the network: '1.bank"):
         anyprec.load(path, network)
     check()
 
