@@ -58,7 +58,7 @@ SHALLOW = ({"depth": 2}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)}, {"s
 # --- One model ----------------------------------------------------------------------------------------------------
 
 
-def look_at(name: str, largest: int) -> dict[str, Any]:
+def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[str, Any]:
     """Everything about one model, as JSON can hold it."""
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -78,9 +78,9 @@ def look_at(name: str, largest: int) -> dict[str, Any]:
     record["features"] = look_at_features(name)
     record["structure_seconds"] = round(time.perf_counter() - start, 2)
     del model
+    if structure_only:
+        return {**record, "numbers": None, "arguments": {}}
     arguments = smaller_depth(name) if record["parameters"] > largest else {}
-    if record["parameters"] > largest and not arguments:
-        record["reduced"] = "no argument reduces its depth"
     start = time.perf_counter()
     report, used = examine_at_smallest(name, arguments)
     record |= {"numbers": dataclasses.asdict(report), "arguments": used}
@@ -186,19 +186,19 @@ def in_channels(model: nn.Module) -> int:
 # --- All models ---------------------------------------------------------------------------------------------------
 
 
-def _work(name: str, largest: int, limit: int, sender: Any) -> None:
+def _work(name: str, options: argparse.Namespace, sender: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    sender.send(look_at(name, largest))
+    if options.memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * GIB),) * 2)
+    sender.send(look_at(name, options.largest, structure_only=options.structure))
 
 
 def supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """`look_at` in a process of its own, which is ended when its time is over."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, options.largest, int(options.memory * GIB), sender))
+    process = context.Process(target=_work, args=(name, options, sender))
     start = time.perf_counter()
     process.start()
     sender.close()
@@ -225,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     known = {} if options.again else read(options.results)
     names = [name for name in timm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)]
-    waiting = [name for name in names if name not in known]
+    waiting = [name for name in names if name not in known or _is_open(known[name], options)]
     random.Random(0).shuffle(waiting)  # so that the first results tell of every family
     if options.again == "failed":
         broken = {name for name, record in read(options.results).items() if shortfalls(record)}
@@ -244,6 +244,11 @@ def run(options: argparse.Namespace) -> None:
             progress.advance(task)
             for shortfall in shortfalls(record):
                 print(f"{record['name']}: {shortfall}", flush=True)
+
+
+def _is_open(record: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a result holds the structure alone, and more is asked for."""
+    return not options.structure and "died" not in record and record["numbers"] is None
 
 
 def commit() -> str:
@@ -266,11 +271,13 @@ def shortfalls(record: dict[str, Any]) -> list[str]:
     if "died" in record:
         return [record["died"]]
     found = [f"{check}: {what}" for check, what in record["structure"]["broken"].items()]
+    found += [f"as feature extractor: {check}: {what}" for check, what in record["features"].items() if check != "none"]
+    if record["numbers"] is None:
+        return found
     found += [
         f"at size {record['arguments'].get('size')}: {check}: {what}"
         for check, what in record["numbers"]["broken"].items()
     ]
-    found += [f"as feature extractor: {check}: {what}" for check, what in record["features"].items() if check != "none"]
     return found
 
 
@@ -316,17 +323,20 @@ python benchmarks/zoo.py render   # this page
 
 def _totals(names: list[str], found: list[dict[str, Any]]) -> str:
     alive = [record for record in found if "died" not in record]
-    clean = [record for record in found if not shortfalls(record)]
+    tried = [record for record in alive if record["numbers"] is not None]
+    clean = [record for record in found if _keeps_all(record)]
+    sound = [record for record in alive if not record["structure"]["broken"]]
     whole = [record for record in clean if not _is_reduced(record)]
     coverage = {kind: sum(record["structure"]["coverage"].get(kind, 0) for record in alive) for kind in _KINDS}
     functional = {kind: sum(record["structure"]["functional"].get(kind, 0) for record in alive) for kind in _USES}
     equal = sum(record["structure"]["macs"][0] == record["structure"]["macs"][1] for record in alive)
     features = [record for record in alive if "none" not in record["features"]]
-    alone = [record for record in alive if any(record["numbers"]["alone"].values())]
+    alone = [record for record in tried if any(record["numbers"]["alone"].values())]
     return "\n".join(
         [
-            f"- **{len(clean)} of {len(names)}** models of timm keep every promise; {len(found)} were looked at so far.",
-            f"- {len(whole)} of them were tried whole; {len(clean) - len(whole)} with fewer blocks (their structure whole).",
+            f"- **{len(sound)} of {len(names)}** models of timm convert as they are created, with nothing skipped.",
+            f"- **{len(clean)} of {len(names)}** keep every promise; the numbers of {len(tried)} were tried so far.",
+            f"- {len(whole)} of these were tried whole; {len(clean) - len(whole)} with fewer blocks (their structure whole).",
             f"- Layers: {coverage['quantized']:,} quantized, {coverage['exempt']:,} exempt by rule, "
             f"{coverage['skipped']:,} skipped. Of the quantized, {functional['used without a call']:,} have a weight that "
             f"is used without calling the layer, and {functional['bare parameters']:,} are bare parameters of a module.",
@@ -357,19 +367,22 @@ def _family_table(found: list[dict[str, Any]]) -> list[str]:
     for family, members in sorted(families.items()):
         alive = [record for record in members if "died" not in record]
         counts = [sum(record["structure"]["coverage"].get(kind, 0) for record in alive) for kind in _KINDS]
-        clean = sum(not shortfalls(record) for record in members)
+        clean = sum(map(_keeps_all, members))
         lines.append(f"| {family} | {len(members)} | {clean} | {' | '.join(f'{count:,}' for count in counts)} |")
     return lines
 
 
 def _shortfall_table(found: list[dict[str, Any]], missing: list[str]) -> list[str]:
     short = {record["name"]: shortfalls(record) for record in found if shortfalls(record)}
-    lines = ["None of those looked at."]
+    untried = [record["name"] for record in found if "died" not in record and record["numbers"] is None]
+    lines = ["None of those tried."]
     if short:
         lines = ["| model | what |", "| --- | --- |"]
         lines += [
             f"| `{name}` | {'<br>'.join(_cell(text) for text in texts)} |" for name, texts in sorted(short.items())
         ]
+    if untried:
+        lines += ["", f"Numbers not tried yet ({len(untried)}): {', '.join(f'`{name}`' for name in untried)}."]
     if missing:
         lines += ["", f"Not looked at yet ({len(missing)}): {', '.join(f'`{name}`' for name in missing)}."]
     return lines
@@ -388,6 +401,10 @@ def _reason_table(found: list[dict[str, Any]]) -> list[str]:
     for reason, families in sorted(reasons.items()):
         lines.append(f"| {reason} | {sum(families.values()):,} | {', '.join(sorted(families))} |")
     return lines if reasons else ["There are none."]
+
+
+def _keeps_all(record: dict[str, Any]) -> bool:
+    return not shortfalls(record) and record["numbers"] is not None
 
 
 def _is_reduced(record: dict[str, Any]) -> bool:
@@ -411,6 +428,7 @@ def main() -> None:
     runner.add_argument("--workers", type=int, default=2)
     runner.add_argument("--seconds", type=float, default=600, help="for one model")
     runner.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
+    runner.add_argument("--structure", action="store_true", help="the structure alone: minutes instead of hours")
     runner.add_argument("--largest", type=int, default=100_000_000, help="parameters of the largest model to try whole")
     runner.set_defaults(command=run)
     renderer = commands.add_parser("render", help="write the page")
