@@ -166,9 +166,10 @@ class _Watcher(TorchFunctionMode):
         path, source = self._source(weight)
         running, module = self.stack[-1] if self.stack else ("", None)
         own: Any = getattr(module, "weight", None)
-        # A layer may derive the operand from its weight (standardisation), another module too (a mixture of experts).
-        if (isinstance(module, LAYER_TYPES) and (path is None or source is own)) or (path is None and _is_matrix(own)):
-            path, source = running, own
+        if isinstance(module, LAYER_TYPES) and (path is None or source is own):
+            path, source = running, own  # it may derive the operand from its weight (standardisation)
+        elif path is None and running and module is not None and _is_matrix(own) and not any(named_layers(module)):
+            path, source = running, own  # so may another module (a mixture of experts), if all in it is its own doing
         if path is None:
             self._add("weight of no layer, in " + (type(module).__name__ if module else "the network"), macs)
             return

@@ -74,7 +74,7 @@ def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[st
         facts = model.anyprec_record.facts
         record |= {"input": facts.example_shape[1:], "untraceable": facts.untraceable}
         record["uncounted"] = {entry.name: entry.macs for entry in anyprec.cost_model(model).uncounted}
-    record["structure"] = dataclasses.asdict(structure)
+    record["structure"] = as_json(structure)
     record["features"] = look_at_features(name)
     record["structure_seconds"] = round(time.perf_counter() - start, 2)
     del model
@@ -83,9 +83,14 @@ def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[st
     arguments = smaller_depth(name) if record["parameters"] > largest else {}
     start = time.perf_counter()
     report, used = examine_at_smallest(name, arguments)
-    record |= {"numbers": dataclasses.asdict(report), "arguments": used}
+    record |= {"numbers": as_json(report), "arguments": used}
     record["numbers_seconds"] = round(time.perf_counter() - start, 2)
     return record
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """A report with the checks that held counted, not named."""
+    return {**dataclasses.asdict(report), "held": len(report.held)}
 
 
 def create_on_meta(name: str, **arguments: Any) -> nn.Module:
