@@ -172,3 +172,14 @@ def test_restoring_gives_the_float_layer_back() -> None:
     assert type(layer) is nn.Linear
     assert list(layer.state_dict()) == list(original.state_dict())
     assert torch.equal(layer(x), original(x))
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_view_of_the_weight_is_quantized_as_part_of_the_whole(per_channel: bool) -> None:
+    layer, _, _ = make(lambda: nn.Linear(6, 5), (4, 6), per_channel=per_channel)
+    layer.switch(Bits(2, 8))
+    whole = layer.quantized_operand(layer.weight)
+    assert torch.equal(layer.quantized_operand(layer.weight[3:]), whole[3:])
+    assert torch.equal(layer.quantized_operand(layer.weight[1:4].t()), whole[1:4].t())
+    layer.quantized_operand(layer.weight[3:]).sum().backward()
+    assert layer.weight_quantizer.step.grad[0].any()

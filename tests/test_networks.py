@@ -20,6 +20,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
 
+import anyprec
 from anyprec.layers import FunctionalOwner, QuantizedLayer
 
 BITS = (2, 4, 8)
@@ -211,3 +212,22 @@ def test_the_checks_find_a_weight_that_is_not_quantized(monkeypatch: pytest.Monk
     monkeypatch.setattr(QuantizedLayer, "quantized_weight", lambda self, weight: weight)
     report = examine(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert {"gradients at 2 bits", "gradients at 8 bits"} <= report.broken.keys()
+
+
+def test_a_weight_that_depends_on_the_image_is_quantized_anew_for_each() -> None:
+    images = torch.randn(4, 3, 24, 24)
+    model = anyprec.convert(Mixture().eval(), bits=BITS, example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    model.set_bits(8)
+    with torch.no_grad():
+        one_by_one = torch.cat([model(image) for image in images.split(1)])
+        # Convolutions of other batch sizes add in another order; kernels of another image would be far off.
+        torch.testing.assert_close(one_by_one, model(images), rtol=1e-3, atol=1e-4)
+
+
+def test_experts_count_once_in_the_size() -> None:
+    model = anyprec.convert(Mixture(), bits=BITS, example_input=torch.randn(1, 3, 24, 24))
+    layers = anyprec.cost_model(model).layers
+    assert layers["mixed.matrices.weight"].weights == 4 * 12 * 8 * 9
+    assert layers["mixed"].weights == 0
+    assert layers["mixed"].macs == 12 * 12 * 12 * 8 * 9
