@@ -285,8 +285,9 @@ def _analyze(model: nn.Module, example_input: Tensor | None) -> NetworkFacts:
 
 
 def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes of one sample to try: what the network says of itself, then the usual one."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    """Shapes of one sample to try: what the network, or one inside it, says of itself; then the usual one."""
+    configs = (getattr(module, "pretrained_cfg", None) for module in model.modules())
+    config = next((config for config in configs if config), getattr(model, "default_cfg", None))
     sizes = [(224, 224)]
     channels = [3]
     if isinstance(config, Mapping) and config.get("input_size"):
@@ -295,7 +296,8 @@ def _likely_shapes(model: nn.Module) -> list[tuple[int, ...]]:
     first = next((m for m in model.modules() if isinstance(m, LAYER_TYPES)), None)
     if isinstance(getattr(first, "in_channels", None), int):
         channels.insert(0, first.in_channels)  # type: ignore[union-attr, arg-type]
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    embeddings = (module for path, module in model.named_modules() if path.rpartition(".")[2] == "patch_embed")
+    size = getattr(next(embeddings, None), "img_size", None)
     if isinstance(size, (tuple, list)):
         sizes.insert(0, tuple(size))
     # The first layer knows best how many channels there are, unless the network rearranges pixels before it.

@@ -192,16 +192,22 @@ def _without_override_check(function: Any) -> Any:
     return copy
 
 
-BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _without_override_check(F.multi_head_attention_forward),
-    torch.lstm: _lstm,
-}
+BODIES: dict[Callable[..., Any], Callable[..., Any]] = {torch.lstm: _lstm}
 """Functions that hide their operators, and a body for each that shows them."""
+
+if "has_torch_function" in F.multi_head_attention_forward.__code__.co_names:  # else it would offer itself forever
+    BODIES[F.multi_head_attention_forward] = _without_override_check(F.multi_head_attention_forward)
 
 FUSING_TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules that run as one native operator in eval mode, unless a mode that watches operators is active."""
 
-HIDING = {torch.gru: "gru", torch.rnn_tanh: "rnn", torch.rnn_relu: "rnn", F.bilinear: "bilinear"}
+HIDING = {
+    F.multi_head_attention_forward: "nn.MultiheadAttention",
+    torch.gru: "gru",
+    torch.rnn_tanh: "rnn",
+    torch.rnn_relu: "rnn",
+    F.bilinear: "bilinear",
+}
 """Functions that use weights behind one name and have no body here."""
 
 

@@ -141,6 +141,11 @@ def test_the_input_is_guessed_from_timms_configuration() -> None:
     assert model.anyprec_record.facts.example_shape == (1, 1, 48, 48)
 
 
+def test_the_input_of_a_wrapped_network_is_guessed_from_the_network_inside() -> None:
+    model = anyprec.convert(nn.Sequential(timm.create_model("test_vit", img_size=48, num_classes=3)), bits=BITS)
+    assert model.anyprec_record.facts.example_shape == (1, 3, 48, 48)
+
+
 def test_a_network_whose_input_cannot_be_guessed_says_so() -> None:
     with pytest.raises(ConversionError, match="cannot guess what input Sequential takes.*example_input"):
         anyprec.convert(nn.Sequential(nn.Linear(7, 3)))
