@@ -279,7 +279,7 @@ def _analyze(model: nn.Module, example_input: Tensor | None) -> NetworkFacts:
         try:
             return analyze(model, torch.zeros((1, *shape), device=device, dtype=dtype))
         except ConversionError as error:
-            failure = error
+            failure = failure or error  # of the likeliest shape
     msg = f"cannot guess what input {type(model).__name__} takes: {failure}"
     raise ConversionError(msg) from failure
 
