@@ -22,10 +22,10 @@ from anyprec.operators import (
     BODIES,
     HIDING,
     LAYER_TYPES,
-    MATRICES,
     OPERATORS,
     PRODUCTS,
     body_of,
+    matrix_path,
     operands,
     product_macs,
     product_operands,
@@ -209,8 +209,7 @@ class _Watcher(TorchFunctionMode):
 
     def _bare_path(self, parameter: Tensor) -> str:
         name = self._bare[id(parameter)]
-        holder, _, local = name.rpartition(".")
-        path = f"{holder}.{MATRICES}.{local}" if holder else f"{MATRICES}.{local}"
+        path = matrix_path(name)
         self.seen.parameters[path] = name
         return path
 

@@ -76,6 +76,12 @@ PRODUCTS: dict[Callable[..., Any], int] = {
 _OPERAND_NAMES = ("self", "input", "mat", "mat1", "batch1", "other", "mat2", "batch2", "vec", "operands")
 
 
+def matrix_path(parameter: str) -> str:
+    """Path of the layer that a bare parameter is, from the parameter's own path."""
+    holder, _, name = parameter.rpartition(".")
+    return f"{holder}.{MATRICES}.{name}" if holder else f"{MATRICES}.{name}"
+
+
 def channel_axis(layer: nn.Module) -> int:
     """Axis of the layer's weight that holds the output channels."""
     transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))

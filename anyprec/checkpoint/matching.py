@@ -14,7 +14,7 @@ from anyprec.conversion import layer_candidates
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.model import ConvertedModel
-from anyprec.operators import LAYER_TYPES, MATRICES
+from anyprec.operators import LAYER_TYPES, matrix_path
 
 
 def require_float_fit(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> None:
@@ -158,10 +158,9 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
         return bool(holder)
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     axes = 0 if parameter is None else parameter.ndim
-    path = f"{holder}.{MATRICES}.{name}" if holder else f"{MATRICES}.{name}"
     if facts.parameter is None:
         return bool(holder) and axes > 1 and facts.per_tensor
-    return axes > 1 and facts.path == path and (facts.axis is None or 0 <= facts.axis < axes)
+    return axes > 1 and facts.path == matrix_path(facts.parameter) and (facts.axis is None or 0 <= facts.axis < axes)
 
 
 def _is_around(path: str, owner: str | None, modules: Mapping[str, nn.Module]) -> bool:
