@@ -43,6 +43,7 @@ class Report:
         broken: Check that failed to what was wrong.
         held: Checks that held.
         alone: Layers whose step sizes got a gradient only with all others at their highest bits, by bit-width.
+        unreached: Layers without a gradient, to whose weights the float network passes none either.
         convert_seconds: Time of `convert`.
     """
 
@@ -53,6 +54,7 @@ class Report:
     broken: dict[str, str] = field(default_factory=dict)
     held: list[str] = field(default_factory=list)
     alone: dict[str, int] = field(default_factory=dict)
+    unreached: list[str] = field(default_factory=list)
     convert_seconds: float = 0.0
 
     @contextmanager
@@ -167,7 +169,8 @@ def examine(model: nn.Module, make_images: Callable[[], Tensor], *, bits: tuple[
         _require_same(run(copy.deepcopy(model), images), run(model, images))
     for width in (bits[0], bits[-1]):
         with report.check(f"gradients at {width} bits"):
-            report.alone[str(width)] = len(_check_gradients(model, images, width))
+            alone, report.unreached = _check_gradients(model, images, width, highest=bits[-1])
+            report.alone[str(width)] = len(alone)
     with report.check("state dict into a fresh network"):
         _check_state_dict(model, fresh, images, bits)
     with report.check("float state dict"):
@@ -178,6 +181,9 @@ def examine(model: nn.Module, make_images: Callable[[], Tensor], *, bits: tuple[
     if reparameterized is not None:
         with report.check("after reparameterize_model"):
             _check_reparameterized(reparameterized, images, bits)
+        if "after reparameterize_model" in report.held:
+            with report.check("gradients after reparameterize_model"):
+                _check_gradients(reparameterized, images, bits[0], highest=bits[-1])
     if hasattr(model, "forward_features"):
         with report.check("forward_features"), model.using_bits(bits[0]), torch.no_grad():
             _require_finite(_tensors(model.eval().forward_features(images)))
@@ -203,15 +209,21 @@ def waken(model: nn.Module, make_images: Callable[[], Tensor]) -> None:
 
 def run(model: nn.Module, images: Tensor, *, train: bool = False) -> list[Tensor]:
     """All tensors of the output in the given mode, under one seed; buffers are left as they were."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()} if train else {}
     model.train(train)
     torch.manual_seed(5)
-    with torch.no_grad():
+    with _keeping_buffers(model), torch.no_grad():
         outputs = _tensors(model(images))
-        for name, buffer in before.items():
-            model.get_buffer(name).copy_(buffer)
     model.eval()
     return outputs
+
+
+@contextmanager
+def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()} if model.training else {}
+    yield
+    with torch.no_grad():
+        for name, buffer in before.items():
+            model.get_buffer(name).copy_(buffer)
 
 
 def _check_extremes(model: anyprec.ConvertedModel, images: Tensor, bits: tuple[int, ...], floats: list[Tensor]) -> None:
@@ -234,18 +246,21 @@ def _check_switching(model: anyprec.ConvertedModel, images: Tensor, bits: tuple[
     model.set_bits(None)
 
 
-def _check_gradients(model: anyprec.ConvertedModel, images: Tensor, width: int) -> list[str]:
+def _check_gradients(
+    model: anyprec.ConvertedModel, images: Tensor, width: int, *, highest: int
+) -> tuple[list[str], list[str]]:
     """Backward passes leave a gradient on both active step sizes of every layer: none is bypassed.
 
     With random weights and few bits whole inputs round to zero, or gates saturate, and pass no gradient on. Layers
-    that a pass with all layers at `width` missed so are tried again with the others at their highest bits, at last one
-    by one.
+    that a pass with all layers at `width` missed so are tried again with the others at `highest`, at last one by one.
+    What is still missed then counts as bypassed, unless the float network itself passes no gradient to the weight: where
+    a class token alone reaches the head, say.
 
     Returns:
-        The layers that were reached only with the others at their highest bits.
+        The layers that were reached only with the others at their highest bits, and those that nothing reaches.
     """
     layers = model.quantized_layers
-    lowest, highest = model.resolve_bits(width), model.resolve_bits(max(BITS))
+    lowest, others = model.resolve_bits(width), model.resolve_bits(highest)
     steps = {path: layer.input_quantizer.step.detach().clone() for path, layer in layers.items()}
     try:
         missing = _missed(model, images, lowest, set(layers))
@@ -257,9 +272,11 @@ def _check_gradients(model: anyprec.ConvertedModel, images: Tensor, width: int) 
             _restore_steps(layers, {path: 1.07 * step for path, step in steps.items()})
         alone = sorted(missing)
         if missing:
-            missing = _missed(model, images, highest.replace({path: lowest[path] for path in missing}), missing)
+            missing = _missed(model, images, others.replace({path: lowest[path] for path in missing}), missing)
+        unreached = _without_float_gradient(model, images, missing)
+        missing = missing - unreached
         for path in list(missing)[:_MOST_ALONE]:
-            if not _missed(model, images, highest.replace({path: lowest[path]}), {path}):
+            if not _missed(model, images, others.replace({path: lowest[path]}), {path}):
                 missing.remove(path)
     finally:
         model.set_bits(None)
@@ -267,7 +284,7 @@ def _check_gradients(model: anyprec.ConvertedModel, images: Tensor, width: int) 
         model.eval()
         _restore_steps(layers, steps)
     _require(not missing, f"{len(missing)} layers have none: {', '.join(sorted(missing)[:4])}")
-    return alone
+    return alone, sorted(unreached)
 
 
 _MOST_ALONE = 40
@@ -279,12 +296,29 @@ def _missed(model: anyprec.ConvertedModel, images: Tensor, config: anyprec.BitCo
     missing = looked_for
     with model.using_bits(config):
         for train in (False, True):
-            model.train(train)
-            sum(output.float().square().mean() for output in _tensors(model(images))).backward()  # type: ignore[union-attr]
+            _run_backward(model.train(train), images)
             missing = {path for path in looked_for if not _has_gradients(model.get_submodule(path))}
             if not missing:
                 break
     return missing
+
+
+def _without_float_gradient(model: anyprec.ConvertedModel, images: Tensor, paths: set[str]) -> set[str]:
+    """Which of these layers have a latent weight that no element of the output depends on in floating point."""
+    reached: set[str] = set()
+    with model.using_bits(None):
+        for train in (False, True) if paths else ():
+            model.zero_grad(set_to_none=True)
+            model.train(train)
+            with _keeping_buffers(model):
+                _run_backward(model, images)
+            weights = {path: model.quantized_layers[path].weight for path in paths}
+            reached |= {path for path, weight in weights.items() if weight.grad is not None and bool(weight.grad.any())}
+    return paths - reached
+
+
+def _run_backward(model: nn.Module, images: Tensor) -> None:
+    sum(output.float().square().mean() for output in _tensors(model(images))).backward()  # type: ignore[union-attr]
 
 
 def _has_gradients(layer: Any) -> bool:
@@ -364,7 +398,7 @@ def _reparameterized(model: nn.Module) -> nn.Module | None:
     return merged if list(merged.state_dict()) != list(model.state_dict()) else None
 
 
-def _check_reparameterized(model: nn.Module, images: Tensor, bits: tuple[int, ...]) -> None:
+def _check_reparameterized(model: Any, images: Tensor, bits: tuple[int, ...]) -> None:
     expected = run(model, images)
     anyprec.convert(model, bits=bits, example_input=images[:1])
     _require_same(run(model, images), expected)
@@ -372,7 +406,6 @@ def _check_reparameterized(model: nn.Module, images: Tensor, bits: tuple[int, ..
     _require(not skipped, f"skipped: {skipped[:4]}")
     anyprec.calibrate(model, [images], step_batches=1, norm_batches=1)
     _check_extremes(model, images, bits, expected)
-    _check_gradients(model, images, bits[0])
 
 
 # --- Shared -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Does anyprec take every timm model? Convert all of them, and try every promise on each.
 
     python benchmarks/zoo.py run                  # all of timm.list_models(); resumable; hours on two cores
-    python benchmarks/zoo.py run 'resnet*' --again
+    python benchmarks/zoo.py run 'resnet*' --again all
+    python benchmarks/zoo.py beyond               # a few networks of torchvision and Hugging Face
     python benchmarks/zoo.py render               # docs/zoo.md from the results
 
 Each model is looked at twice, in a process of its own with a time and memory limit:
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,61 @@ def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[st
     return record
 
 
+def look_beyond(name: str) -> dict[str, Any]:
+    """Everything about one network that is not timm's, at full depth."""
+    torch.manual_seed(0)
+    create, size = BEYOND[name]
+    start = time.perf_counter()
+    with torch.device("meta"):
+        model = create()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    structure = examine_structure(model, torch.zeros(1, 3, size, size, device="meta"))
+    numbers = examine(create(), lambda: torch.randn(2, 3, size, size))
+    return {
+        "name": name,
+        "class": type(model).original_class.__name__ if isinstance(model, anyprec.ConvertedModel) else "",
+        "parameters": parameters,
+        "structure": as_json(structure),
+        "features": {"none": "not timm's"},
+        "numbers": as_json(numbers),
+        "arguments": {"size": size},
+        "numbers_seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+def _torchvision(name: str, **arguments: Any) -> Callable[[], nn.Module]:
+    def create() -> nn.Module:
+        import torchvision  # noqa: PLC0415 (only the networks that are not timm's need it)
+
+        model: nn.Module = getattr(torchvision.models, name)(**arguments)
+        return model
+
+    return create
+
+
+def _hugging_face(kind: str, **arguments: Any) -> Callable[[], nn.Module]:
+    def create() -> nn.Module:
+        import transformers  # noqa: PLC0415 (an optional extra)
+
+        config = getattr(transformers, f"{kind}Config")(**arguments)
+        model: nn.Module = getattr(transformers, f"{kind}ForImageClassification")(config)
+        return model
+
+    return create
+
+
+BEYOND: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "torchvision/resnet18": (_torchvision("resnet18"), 64),
+    "torchvision/mobilenet_v3_small": (_torchvision("mobilenet_v3_small"), 64),
+    "torchvision/convnext_tiny": (_torchvision("convnext_tiny"), 64),
+    "torchvision/swin_v2_t": (_torchvision("swin_v2_t"), 64),
+    "torchvision/vit_b_16": (_torchvision("vit_b_16", image_size=64), 64),
+    "transformers/ViT": (_hugging_face("ViT", image_size=64), 64),
+    "transformers/ResNet": (_hugging_face("ResNet"), 64),
+}
+"""Networks that are not timm's: how to create them, and the size of their images."""
+
+
 def as_json(report: Report) -> dict[str, Any]:
     """A report with the checks that held counted, not named."""
     return {**dataclasses.asdict(report), "held": len(report.held)}
@@ -141,17 +197,15 @@ def examine_at_smallest(name: str, arguments: dict[str, Any]) -> tuple[Report, d
         with report.check(FLOAT_RUNS):
             report = examine(model, make_images)
         del model
-        missed += any(check.startswith("gradients") for check in report.broken)
-        if FLOAT_RUNS not in report.broken and (missed in {0, 3} or not _only_gradients(report)):
+        lacking = bool(report.unreached) or any(check.startswith("gradients") for check in report.broken)
+        missed += lacking
+        others = [check for check in report.broken if not check.startswith("gradients")]
+        if FLOAT_RUNS not in report.broken and (others or not lacking or missed == 3):
             break
     return report, used
 
 
 FLOAT_RUNS = "the float network runs"
-
-
-def _only_gradients(report: Report) -> bool:
-    return all(check.startswith("gradients") for check in report.broken)
 
 
 def fitting_sizes(name: str, arguments: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -201,7 +255,10 @@ def _work(name: str, options: argparse.Namespace, sender: Any) -> None:
     torch.set_num_threads(1)
     if options.memory:
         resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * GIB),) * 2)
-    sender.send(look_at(name, options.largest, structure_only=options.structure))
+    if name in BEYOND:
+        sender.send(look_beyond(name))
+    else:
+        sender.send(look_at(name, options.largest, structure_only=options.structure))
 
 
 def supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +289,6 @@ def supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> None:
     """Look at every model that has no result yet."""
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     known = {} if options.again else read(options.results)
     names = [name for name in timm.list_models() if any(fnmatch.fnmatch(name, pattern) for pattern in options.patterns)]
     waiting = [name for name in names if name not in known or _is_open(known[name], options)]
@@ -240,6 +296,17 @@ def run(options: argparse.Namespace) -> None:
     if options.again == "failed":
         broken = {name for name, record in read(options.results).items() if shortfalls(record)}
         waiting = [name for name in names if name in broken]
+    look_at_all(waiting, options)
+
+
+def run_beyond(options: argparse.Namespace) -> None:
+    """Look at the networks that are not timm's."""
+    look_at_all(list(BEYOND), options)
+
+
+def look_at_all(waiting: list[str], options: argparse.Namespace) -> None:
+    """Look at models side by side, and append their results."""
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"commit": commit(), "timm": timm.__version__, "torch": torch.__version__}
     multiprocessing.get_context("forkserver").set_forkserver_preload(["promises", "timm", "torch", "anyprec"])
     with (
@@ -303,6 +370,7 @@ def render(options: argparse.Namespace) -> None:
     lines = [_HEAD.format(counts=_totals(names, found), versions=_versions(found))]
     lines += ["## By family", "", *_family_table(found), ""]
     lines += ["## What falls short", "", *_shortfall_table(found, missing), ""]
+    lines += ["## Beyond timm", "", *_beyond_table(records), ""]
     lines += ["## Layers that are not quantized", "", *_reason_table(found), ""]
     lines += ["## Tried with fewer blocks", "", *_reduced(found)]
     options.page.write_text("\n".join(lines).rstrip() + "\n")
@@ -320,7 +388,8 @@ gradient on both step sizes of every layer; A -> B -> A exact; deepcopy; state d
 dict; `forward_features`; `reset_classifier`; the same after `reparameterize_model`, where it merges branches.
 
 With random weights and 2 bits, whole inputs can round to zero and pass no gradient on. Layers without a gradient in such
-a pass are tried again with all others at 8 bits; how many networks needed that is counted above.
+a pass are tried again with all others at 8 bits, and then in floating point: where the float network passes no gradient
+to the weight either, none can be expected. How many networks needed that is counted above.
 
 {versions}
 
@@ -342,6 +411,7 @@ def _totals(names: list[str], found: list[dict[str, Any]]) -> str:
     equal = sum(record["structure"]["macs"][0] == record["structure"]["macs"][1] for record in alive)
     features = [record for record in alive if "none" not in record["features"]]
     alone = [record for record in tried if any(record["numbers"]["alone"].values())]
+    unreached = [record for record in tried if record["numbers"].get("unreached")]
     return "\n".join(
         [
             f"- **{len(sound)} of {len(names)}** models of timm convert as they are created, with nothing skipped.",
@@ -352,7 +422,8 @@ def _totals(names: list[str], found: list[dict[str, Any]]) -> str:
             f"is used without calling the layer, and {functional['bare parameters']:,} are bare parameters of a module.",
             f"- MACs equal those of torch's counter, to the last one, in {equal} of {len(alive)} models.",
             f"- {sum(not record['features'] for record in features)} of {len(features)} feature extractors convert.",
-            f"- {len(alone)} networks have layers whose gradient at 2 bits took the others at 8 bits.",
+            f"- {len(alone)} networks have layers whose gradient at 2 bits took the others at 8 bits; {len(unreached)} have "
+            "layers to which the float network passes no gradient either.",
         ]
     )
 
@@ -398,6 +469,18 @@ def _shortfall_table(found: list[dict[str, Any]], missing: list[str]) -> list[st
     return lines
 
 
+def _beyond_table(records: dict[str, dict[str, Any]]) -> list[str]:
+    lines = ["The same checks at full depth, with random weights (`python benchmarks/zoo.py beyond`).", ""]
+    lines += ["| network | parameters | layers quantized | what falls short |", "| --- | ---: | ---: | --- |"]
+    for name in BEYOND:
+        record = records.get(name, {"died": "not looked at yet"})
+        what = "<br>".join(map(_cell, shortfalls(record))) or "nothing"
+        quantized = record.get("structure", {}).get("coverage", {}).get("quantized", "")
+        size = f"{record['parameters'] / 1e6:.1f} M" if "parameters" in record else ""
+        lines.append(f"| `{name}` | {size} | {quantized} | {what} |")
+    return lines
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "/").replace("\n", " ")[:240]
 
@@ -432,15 +515,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "zoo.jsonl")
     commands = parser.add_subparsers(required=True)
-    runner = commands.add_parser("run", help="look at models")
+    limits = argparse.ArgumentParser(add_help=False)
+    limits.add_argument("--workers", type=int, default=2)
+    limits.add_argument("--seconds", type=float, default=600, help="for one model")
+    limits.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
+    runner = commands.add_parser("run", help="look at models", parents=[limits])
     runner.add_argument("patterns", nargs="*", default=["*"], help="names of models, with wildcards")
     runner.add_argument("--again", choices=("all", "failed"), help="also models that have a result")
-    runner.add_argument("--workers", type=int, default=2)
-    runner.add_argument("--seconds", type=float, default=600, help="for one model")
-    runner.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
     runner.add_argument("--structure", action="store_true", help="the structure alone: minutes instead of hours")
     runner.add_argument("--largest", type=int, default=100_000_000, help="parameters of the largest model to try whole")
     runner.set_defaults(command=run)
+    beyond = commands.add_parser("beyond", help="look at a few networks that are not timm's", parents=[limits])
+    beyond.set_defaults(command=run_beyond)
     renderer = commands.add_parser("render", help="write the page")
     renderer.add_argument("--page", type=Path, default=ROOT / "docs" / "zoo.md")
     renderer.set_defaults(command=render)

@@ -96,6 +96,21 @@ class Several(nn.Module):
         return {"maps": maps, "logits": self.fc(maps[-1].mean(dim=(2, 3)))}
 
 
+class Bypassed(nn.Module):
+    """Nothing of one convolution reaches the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.heard, self.unheard = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.heard(x) + 0 * self.unheard(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain and depthwise": (timm_model("test_efficientnet", drop_rate=0.1), 64),
     "residual, drop path": (timm_model("test_resnet", drop_path_rate=0.2), 64),
@@ -231,3 +246,9 @@ def test_experts_count_once_in_the_size() -> None:
     assert layers["mixed.matrices.weight"].weights == 4 * 12 * 8 * 9
     assert layers["mixed"].weights == 0
     assert layers["mixed"].macs == 12 * 12 * 12 * 8 * 9
+
+
+def test_a_layer_to_which_the_float_network_passes_no_gradient_is_named_and_excused() -> None:
+    report = examine(Bypassed(), lambda: torch.randn(4, 3, 16, 16), bits=BITS)
+    assert report.broken == {}
+    assert report.unreached == ["unheard"]
