@@ -21,10 +21,13 @@ from anyprec.searching.search import SearchResult, search
 from anyprec.training.fit import EpochRecord, fit
 from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import param_groups
+from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler
+from anyprec.training.scheduler import BitWidthScheduler
 
 __all__ = [
     "AnyprecError",
     "BitConfig",
+    "BitWidthScheduler",
     "Bits",
     "BitsError",
     "Budget",
@@ -36,10 +39,13 @@ __all__ = [
     "Cost",
     "CostModel",
     "EpochRecord",
+    "InstabilitySampler",
     "NotCalibratedError",
     "OneShot",
+    "SandwichSampler",
     "SearchResult",
     "TrainingError",
+    "UniformSampler",
     "calibrate",
     "calibrate_norms",
     "convert",

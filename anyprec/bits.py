@@ -112,6 +112,13 @@ class LayerCandidates:
         """`bits`, each rounded up to the nearest candidate (to the highest where none is above)."""
         return Bits(_round_up(bits.weight, self.weight), _round_up(bits.activation, self.activation))
 
+    def above(self, floor: Bits) -> LayerCandidates:
+        """Those that are not below `floor`, which must be among them."""
+        return LayerCandidates(
+            tuple(width for width in self.weight if width >= floor.weight),
+            tuple(width for width in self.activation if width >= floor.activation),
+        )
+
 
 Candidates = Mapping[str, LayerCandidates]
 """Layer path to the bit-widths that the layer may take."""

@@ -56,9 +56,7 @@ def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: i
     Shape:
         As `fake_quantize`.
     """
-    scale = _effective_step(step)
-    if axis is not None:
-        scale = _along(scale, axis, values.ndim)
+    scale = along(effective_step(step), axis, values.ndim)
     return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
 
 
@@ -67,7 +65,7 @@ class _PerTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
-        scale = _effective_step(step.reshape(()))
+        scale = effective_step(step.reshape(()))
         result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
         ctx.save_for_backward(values, step, result)
         ctx.constants = qmin, qmax, gradient_scale
@@ -78,7 +76,7 @@ class _PerTensor(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, step, result = ctx.saved_tensors
         qmin, qmax, gradient_scale = ctx.constants
-        scale = _effective_step(step.reshape(()))
+        scale = effective_step(step.reshape(()))
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
             # Reading the step size as a number costs nothing on a CPU and saves a pass over the tensor.
             number = float(scale)
@@ -101,7 +99,7 @@ class _PerChannel(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, step: Tensor, axis: int, qmin: int, qmax: int, gradient_scale: float
     ) -> Tensor:
-        scale = _along(_effective_step(step), axis, values.ndim)
+        scale = along(effective_step(step), axis, values.ndim)
         ctx.save_for_backward(values, step)
         ctx.constants = axis, qmin, qmax, gradient_scale
         return (values / scale).round_().clamp_(qmin, qmax).mul_(scale).to(values.dtype)
@@ -111,7 +109,7 @@ class _PerChannel(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, step = ctx.saved_tensors
         axis, qmin, qmax, gradient_scale = ctx.constants
-        ratio = values / _along(_effective_step(step), axis, values.ndim)
+        ratio = values / along(effective_step(step), axis, values.ndim)
         gradient = gradient.to(ratio.dtype)  # float32 step sizes make the ratio of a bfloat16 weight float32
         inside = torch.ops.aten.hardtanh_backward(gradient, ratio, qmin, qmax)
         if not ctx.needs_input_grad[1]:
@@ -124,7 +122,8 @@ class _PerChannel(torch.autograd.Function):
         return inside.to(values.dtype), step_gradient, None, None, None, None
 
 
-def _effective_step(step: Tensor) -> Tensor:
+def effective_step(step: Tensor) -> Tensor:
+    """Step sizes as they are used, without a gradient: never zero, whatever an optimizer made of them."""
     return step.detach().abs().clamp_min_(STEP_FLOOR)
 
 
@@ -132,7 +131,10 @@ def _sign(step: Tensor) -> Tensor:
     return torch.where(step < 0, -1.0, 1.0).to(step.dtype)
 
 
-def _along(step: Tensor, axis: int, ndim: int) -> Tensor:
+def along(step: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """`step`, shape `(channels,)`, shaped to multiply a tensor with `ndim` axes along `axis`; unchanged if it is None."""
+    if axis is None:
+        return step
     shape = [1] * ndim
     shape[axis] = -1
     return step.reshape(shape)

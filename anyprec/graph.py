@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.modes import evaluating
+from anyprec.norms import NORM_TYPES
 from anyprec.observation import Observation, named_layers, observe
 from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS
 
@@ -43,6 +44,7 @@ class LayerFacts:
         axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer, whose class says.
         per_tensor: The weight operand has no fixed output channels, so one step size serves all of it.
         dynamic: The weight operand depends on the network's input.
+        feature: Path of the norm (other than a BatchNorm) or activation right behind it, or None.
         depthwise: A grouped convolution with one input channel per group.
         nonnegative: The graph proves that the input cannot be negative.
         first: It reads the network's input, with no other layer in between.
@@ -60,6 +62,7 @@ class LayerFacts:
     axis: int | None = None
     per_tensor: bool = False
     dynamic: bool = False
+    feature: str | None = None
     depthwise: bool = False
     nonnegative: bool = False
     first: bool = False
@@ -134,6 +137,7 @@ def _layer_facts(path: str, layer: nn.Module, seen: Observation, flow: _Flow) ->
         owner=_owner(path, [use.module for use in uses if use.module != path]),
         per_tensor=not is_class or not all(use.rows for use in uses),
         dynamic=any(use.dynamic for use in uses),
+        feature=flow.features.get(path),
         depthwise=getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels,
         nonnegative=path in flow.nonnegative,
         first=path in flow.first,
@@ -203,13 +207,17 @@ def _flow_without_graph(seen: Observation) -> _Flow:
 
 @dataclass
 class _Flow:
-    """How layers are connected; all entries are paths of layers, `feeds` maps a norm to its layer."""
+    """How layers are connected, by paths.
+
+    `feeds` maps a BatchNorm to its layer, `features` a layer to the other norm or the activation behind it.
+    """
 
     feeds: dict[str, str | None] = field(default_factory=dict)
     first: set[str] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
     constant: set[str] | None = field(default_factory=set)  # None if unknown
     nonnegative: set[str] = field(default_factory=set)
+    features: dict[str, str] = field(default_factory=dict)
 
 
 class _Tracer(fx.Tracer):
@@ -226,7 +234,7 @@ class _Tracer(fx.Tracer):
         self._notrace = notrace_modules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*LAYER_TYPES, _BatchNorm)):
+        if isinstance(m, (*LAYER_TYPES, *NORM_TYPES)):
             return True
         if isinstance(m, self._notrace):
             return not (self._opening and any(named_layers(m)))
@@ -316,10 +324,13 @@ class _FlowBuilder:
         path = self.aliases[id(module)]
         if isinstance(module, LAYER_TYPES) and inputs:
             return self._visit_layer(path, inputs[0])
-        if isinstance(module, _BatchNorm):
-            feeding = inputs[0].direct
-            # A norm called with the outputs of several layers belongs to none of them.
-            self.flow.feeds[path] = feeding if self.flow.feeds.get(path, feeding) == feeding else None
+        feeding = inputs[0].direct if len(inputs) == 1 else None
+        if isinstance(module, NORM_TYPES):
+            if isinstance(module, _BatchNorm):
+                # A norm called with the outputs of several layers belongs to none of them.
+                self.flow.feeds[path] = feeding if self.flow.feeds.get(path, feeding) == feeding else None
+            elif feeding is not None:
+                self.flow.features.setdefault(feeding, path)
             activation = getattr(module, "act", None)
             return _merge(inputs, nonnegative=activation is not None and _maps_to_nonnegative(activation))
         inside = frozenset(f"{path}.{name}" for name, _ in named_layers(module))
@@ -328,6 +339,8 @@ class _FlowBuilder:
             return _Value(layers=inside, varies=any(value.varies for value in inputs))
         if isinstance(module, _KEEPING_MODULES):
             return _merge(inputs, direct=isinstance(module, _IDENTITY_MODULES))
+        if feeding is not None and _is_activation(module):
+            self.flow.features.setdefault(feeding, path)
         return _merge(inputs, nonnegative=_maps_to_nonnegative(module))
 
     def _visit_function(self, node: fx.Node, inputs: list[_Value]) -> _Value:
@@ -369,20 +382,37 @@ def _merge(
 
 
 def _maps_to_nonnegative(module: nn.Module) -> bool:
-    """Whether an activation module never returns a negative number, by trying it on the real line.
+    """Whether an activation module never returns a negative number."""
+    values = _on_the_real_line(module)
+    return values is not None and bool((values >= 0).all())
 
-    Trying covers every subclass and every timm variant, where a list of classes would miss some. Only modules
-    without parameters are tried; one that does not take a plain vector is taken to be signed.
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether a module changes every number by itself, always in the same way."""
+    values, again = _on_the_real_line(module), _on_the_real_line(module, reverse=True)
+    if values is None or again is None or values.shape != again.shape or values.shape != _REAL_LINE.shape:
+        return False
+    return torch.equal(values, again.flip(0)) and not torch.equal(values, _REAL_LINE)
+
+
+_REAL_LINE = torch.linspace(-100.0, 100.0, 4001)
+
+
+def _on_the_real_line(module: nn.Module, *, reverse: bool = False) -> Tensor | None:
+    """What a module without parameters makes of the real line, or None.
+
+    Trying it covers every subclass and every timm variant, where a list of classes would miss some. A module that has
+    parameters, or does not take a plain vector, is none that could be judged so.
     """
     if any(True for _ in module.parameters()):
-        return False
-    probe = torch.linspace(-100.0, 100.0, 4001)
+        return None
+    probe = _REAL_LINE.flip(0) if reverse else _REAL_LINE.clone()
     try:
         with torch.no_grad():
-            result = module(probe.clone())
+            result = module(probe)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return False
-    return isinstance(result, Tensor) and bool((result >= 0).all())
+        return None
+    return result if isinstance(result, Tensor) else None
 
 
 def _floor(node: fx.Node) -> float:

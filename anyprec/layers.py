@@ -34,13 +34,15 @@ class QuantizedLayer(nn.Module):
         weight: The latent float weight, under its old name.
         weight_quantizer: Step sizes of the weight, a row per candidate.
         input_quantizer: Step sizes and zero points of the input, an entry per candidate.
-        observer: If set, it is called with every float input and weight operand (calibration).
+        observer: If set, it is called with every float input and weight operand (calibration, training).
+        output_observer: If set, it is called with every output of the operator (training).
     """
 
     weight: Tensor
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer
     observer: Callable[[Tensor, Tensor], None] | None
+    output_observer: Callable[[Tensor], None] | None
     _bits: Bits | None
     _dynamic: bool
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
@@ -82,7 +84,10 @@ class QuantizedLayer(nn.Module):
                 return quantized[0] if value is input_ else quantized[1] if value is weight else value
             return type(value)(map(replaced, value)) if type(value) in (tuple, list) else value
 
-        return operator(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
+        result = operator(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
+        if self.output_observer is not None:
+            self.output_observer(result)
+        return result
 
     def quantized_operand(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`, which is the latent weight, a view of it, or a tensor made of it."""
@@ -351,4 +356,4 @@ def restore_owner(owner: FunctionalOwner) -> None:
     despecialize(owner)
 
 
-_DORMANT: dict[str, Any] = {"observer": None, "_bits": None}
+_DORMANT: dict[str, Any] = {"observer": None, "output_observer": None, "_bits": None}

@@ -68,6 +68,8 @@ class ConversionRecord:
     """Path of every switchable norm to the quantized layer that sets its row, or None for a single row."""
     configs: dict[str, BitConfig] = field(default_factory=dict)
     """Named configurations, kept in the checkpoint."""
+    floors: dict[str, Bits] = field(default_factory=dict)
+    """Lowest precision in use, of the layers where that is not the lowest candidate."""
     removed: dict[str, QuantizedLayer] = field(default_factory=dict)
     """Classifiers that `reset_classifier` took out without a new one, as patterns for one to come."""
 
@@ -106,6 +108,36 @@ class ConvertedModel(Specialized):
     def candidates(self) -> dict[str, LayerCandidates]:
         """The bit-widths that each quantized layer may take, by path."""
         return {path: layer.candidates for path, layer in self.quantized_layers.items()}
+
+    @property
+    def floors(self) -> dict[str, Bits]:
+        """The lowest precision that training draws and search tries, of layers whose lower candidates are frozen."""
+        return dict(self.anyprec_record.floors)
+
+    @property
+    def current_candidates(self) -> dict[str, LayerCandidates]:
+        """The candidates of each quantized layer without the frozen ones."""
+        floors = self.anyprec_record.floors
+        candidates = self.candidates.items()
+        return {path: layer.above(floors[path]) if path in floors else layer for path, layer in candidates}
+
+    def set_floors(self, floors: Mapping[str, BitsLike]) -> None:
+        """Freeze the candidates below these precisions: training draws and search tries only what is left.
+
+        The bit-width scheduler does this during training; what it froze last stays with the model and its file.
+        `set_bits` still takes every candidate, since a frozen one has its step sizes all the same.
+
+        Args:
+            floors: Path of a layer to its lowest precision in use, in place of all floors before; `{}` frees all.
+
+        Raises:
+            BitsError: No layer has that path, or a bit-width is not among its candidates; nothing is changed.
+        """
+        candidates = self.candidates
+        checked = resolve(_known_paths(floors, candidates), candidates)
+        self.anyprec_record.floors = {
+            path: checked[path] for path in floors if checked[path] != candidates[path].lowest
+        }
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:
@@ -250,6 +282,7 @@ class ConvertedModel(Specialized):
                 candidates=layers[row.path].candidates if row.path in layers else None,
                 input_kind=layers[row.path].input_quantizer.kind if row.path in layers else "",
                 bits=layers[row.path].bits if row.path in layers else None,
+                floor=self.anyprec_record.floors.get(row.path),
                 reason=row.reason,
             )
             for row in self.coverage
@@ -291,12 +324,13 @@ class ConvertedClassifier(ConvertedModel):
                 rows.pop(path, None)
         if set(rows) != {row.path for row in record.coverage}:
             record.configs.clear()
+            record.floors = {path: floor for path, floor in record.floors.items() if path in rows}
         record.coverage = tuple(rows.values())
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of `Summary`; `candidates` is None for a layer that is not quantized."""
+    """One line of `Summary`; `candidates` is None for a layer that is not quantized, `floor` where nothing is frozen."""
 
     path: str
     kind: str
@@ -305,12 +339,13 @@ class SummaryRow:
     candidates: LayerCandidates | None
     input_kind: str
     bits: Bits | None
+    floor: Bits | None
     reason: str
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Every Conv and Linear layer of a converted network; prints as a table."""
+    """Every layer of a converted network; prints as a table, with frozen candidates in parentheses."""
 
     name: str
     rows: tuple[SummaryRow, ...]
@@ -377,6 +412,20 @@ def _submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
 def _summary_cells(row: SummaryRow) -> tuple[str, ...]:
     if row.candidates is None:
         return row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}", "-", "-", "", row.reason
-    weight, activation = (",".join(map(str, widths)) for widths in (row.candidates.weight, row.candidates.activation))
+    floor = row.floor or row.candidates.lowest
+    weight = _widths_cell(row.candidates.weight, floor.weight)
+    activation = _widths_cell(row.candidates.activation, floor.activation)
     active = "float" if row.bits is None else str(row.bits)
     return row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}", weight, activation, row.input_kind, active
+
+
+def _widths_cell(widths: tuple[int, ...], floor: int) -> str:
+    return ",".join(f"({width})" if width < floor else str(width) for width in widths)
+
+
+def _known_paths(floors: Mapping[str, BitsLike], candidates: Mapping[str, LayerCandidates]) -> Mapping[str, BitsLike]:
+    for path in floors:
+        if path not in candidates:
+            msg = f"no quantized layer {path!r} that could have a floor; layers are {shorten(candidates)}"
+            raise BitsError(msg)
+    return floors

@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from anyprec.specialize import Specialized, despecialize, specialize
 
+NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+"""Norms, subclasses included; the graph is not traced into them."""
+
 
 class NormBank(nn.Module):
     """The copies of one BatchNorm, a row each.
@@ -69,12 +72,14 @@ class SwitchableNorm(Specialized):
     Attributes:
         bank: The copies.
         row: The active copy; None is the float network's own.
+        observer: If set, it is called with every normalised output of an active copy, before any activation (training).
     """
 
     class_prefix: ClassVar[str] = "Switchable"
 
     bank: NormBank
     row: int | None
+    observer: Callable[[Tensor], None] | None
     eps: float
     running_mean: Tensor
     running_var: Tensor
@@ -83,7 +88,7 @@ class SwitchableNorm(Specialized):
         """The original forward, with the active copy in place of the float parameters and statistics."""
         if self.row is None:
             return super().forward(*args, **kwargs)
-        with _NormInterceptor(self.bank, self.row):
+        with _NormInterceptor(self.bank, self.row, self.observer):
             return super().forward(*args, **kwargs)
 
     def active_statistics(self) -> tuple[Tensor, Tensor]:
@@ -94,16 +99,20 @@ class SwitchableNorm(Specialized):
 
 
 class _NormInterceptor(TorchFunctionMode):
-    def __init__(self, bank: NormBank, row: int) -> None:
+    def __init__(self, bank: NormBank, row: int, observer: Callable[[Tensor], None] | None) -> None:
         super().__init__()
         self.bank = bank
         self.row = row
+        self.observer = observer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm:
-            return func(**self._substituted(args, kwargs or {}))
+            result = func(**self._substituted(args, kwargs or {}))
+            if self.observer is not None:
+                self.observer(result)
+            return result
         return func(*args, **(kwargs or {}))
 
     def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -121,13 +130,14 @@ def switch_norm(norm: _BatchNorm, rows: int) -> None:
     bank.train(norm.training)
     specialize(norm, SwitchableNorm)
     norm.bank = bank
-    vars(norm)["row"] = None
+    vars(norm).update(row=None, observer=None)
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
     del norm.bank
-    vars(norm).pop("row", None)
+    for name in ("row", "observer"):
+        vars(norm).pop(name, None)
     despecialize(norm)
 
 

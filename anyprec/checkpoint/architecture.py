@@ -35,7 +35,15 @@ _DESCRIPTION = (
 """Entries of a pretrained_cfg that describe images and labels; none names a file or an address."""
 
 _OUR_MODULES = (WeightQuantizer, InputQuantizer, NormBank, Matrices, QuantizedParameter)
-_RUNTIME_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "observer", "row", "functional_layers"}
+_RUNTIME_SETTINGS = {
+    "training",
+    "grad_checkpointing",
+    "fused_attn",
+    "observer",
+    "output_observer",
+    "row",
+    "functional_layers",
+}
 _Signature = dict[str, dict[str, str]]
 
 

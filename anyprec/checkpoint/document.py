@@ -43,6 +43,7 @@ class Document:
         settings: The arguments of `convert`.
         facts: What was known of the network, so that loading observes nothing anew.
         configs: Named configurations.
+        floors: Lowest precision in use of layers with frozen candidates.
         aliases: Name of a tied tensor to the name under which it is stored.
         pretrained_cfg: timm's description of the weights (normalisation, labels), as far as JSON can hold it.
     """
@@ -52,12 +53,14 @@ class Document:
     settings: ConvertSettings
     facts: NetworkFacts
     configs: dict[str, BitConfig]
+    floors: BitConfig = field(default_factory=lambda: BitConfig({}))
     aliases: dict[str, str] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The document as text."""
         architecture = None if self.architecture is None else dataclasses.asdict(self.architecture)
+        floors = {"floors": self.floors.to_json()} if self.floors else {}
         return json.dumps(
             {
                 "format": FORMAT_VERSION,
@@ -70,6 +73,7 @@ class Document:
                 "example_shape": self.facts.example_shape,
                 "untraceable": self.facts.untraceable,
                 "configs": {name: config.to_json() for name, config in self.configs.items()},
+                **floors,
                 "aliases": self.aliases,
                 "pretrained_cfg": self.pretrained_cfg,
             }
@@ -100,6 +104,7 @@ class Document:
             settings=_read_settings(_Fields(fields.take("settings", dict), "metadata.settings")),
             facts=_read_facts(fields),
             configs=_read_configs(fields.take("configs", dict)),
+            floors=_read_config(fields.take_or("floors", dict, default={}), "metadata.floors"),
             aliases=_strings(fields.take("aliases", dict), "metadata.aliases"),
             pretrained_cfg=fields.take("pretrained_cfg", dict),
         )
@@ -229,6 +234,7 @@ def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
             axis=entry.take_or("axis", int, type(None), default=None),
             per_tensor=entry.take_or("per_tensor", bool, default=False),
             dynamic=entry.take_or("dynamic", bool, default=False),
+            feature=entry.take_or("feature", str, type(None), default=None),
             depthwise=entry.take("depthwise", bool),
             nonnegative=entry.take("nonnegative", bool),
             first=entry.take("first", bool),
@@ -252,19 +258,21 @@ def _layer_json(layer: LayerFacts) -> dict[str, Any]:
     }
 
 
-_RARE = {"parameter", "axis", "per_tensor", "dynamic"}
+_RARE = {"parameter", "axis", "per_tensor", "dynamic", "feature"}
 
 
 def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
-    configs = {}
-    for name, config in raw.items():
-        where = f"metadata.configs[{name!r:.40}]"
-        try:
-            configs[name] = BitConfig(dict(_strings(config, where)))
-        except ValueError as error:  # BitsError, or a number of more digits than Python reads
-            msg = f"the checkpoint's {where} holds a precision that cannot be read: {error}"
-            raise CheckpointError(msg) from error
-    return configs
+    return {name: _read_config(config, f"metadata.configs[{name!r:.40}]") for name, config in raw.items()}
+
+
+def _read_config(raw: Any, where: str) -> BitConfig:
+    try:
+        return BitConfig(dict(_strings(raw, where)))
+    except ValueError as error:  # BitsError, or a number of more digits than Python reads; also of our own refusal
+        if isinstance(error, CheckpointError):
+            raise
+        msg = f"the checkpoint's {where} holds a precision that cannot be read: {error}"
+        raise CheckpointError(msg) from error
 
 
 def _strings(raw: Any, where: str) -> dict[str, str]:

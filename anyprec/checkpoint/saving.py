@@ -79,6 +79,7 @@ def save(
         settings=model.anyprec_record.settings,
         facts=_present_facts(model),
         configs=named,
+        floors=BitConfig(model.floors),
         aliases=aliases,
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
     )
@@ -164,10 +165,19 @@ def _fill(model: ConvertedModel, document: Document, state: Mapping[str, Tensor]
     """Copy the file's values and configurations; all is checked before."""
     require_state_fit(model, state)
     configs = fitting_configs(model, document)
+    _set_floors(model, document)
     model.load_state_dict(state)
     model.set_bits(None)
     model.configs.clear()
     model.configs.update(configs)
+
+
+def _set_floors(model: ConvertedModel, document: Document) -> None:
+    try:
+        model.set_floors(document.floors)
+    except BitsError as error:
+        msg = f"the checkpoint's frozen candidates do not fit the network: {error}"
+        raise CheckpointError(msg) from error
 
 
 def _match_dtypes(network: nn.Module, state: Mapping[str, Tensor], *, only: tuple[str, ...] = ("",)) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,9 +62,10 @@ def search(
 ) -> SearchResult:
     """Find the configuration with the lowest objective within a budget, by forward passes alone.
 
-    Bidirectional greedy search (Tang et al., CVPR 2024, section 3.5) as described in `searching/greedy.py`. The
-    result fits the budget, and its objective is never worse than that of a uniform configuration that fits. The
-    model is left as it was. Report accuracy on other images than those that `val_loader` yields.
+    Bidirectional greedy search (Tang et al., CVPR 2024, section 3.5) as described in `searching/greedy.py`. Frozen
+    candidates (`model.floors`) are not tried. The result fits the budget, and its objective is never worse than that of
+    a uniform configuration that fits. The model is left as it was. Report accuracy on other images than those that
+    `val_loader` yields.
 
     Args:
         model: A converted and calibrated model.
@@ -100,6 +102,7 @@ def search(
     require_converted(model, purpose="search")
     costs = cost_model(model)
     limits = parse_budget(budget, costs)
+    costs = dataclasses.replace(costs, candidates=model.current_candidates)  # after "W2A2" was read against all of them
     require_reachable(limits, costs)
     with (
         evaluating(model),

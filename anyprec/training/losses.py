@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from anyprec.functional import along, effective_step
 
 
 def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -22,3 +25,47 @@ def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: flo
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(target_logits.detach().float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def quantization_error(
+    weight: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None, coarser: int = 1
+) -> Tensor:
+    """How far weights are from those codes that the lowest bit-width of their layer has too.
+
+    Squared distance of each weight inside the range to its quantized value, counted where the code is a multiple of
+    `coarser`, `2^(b - b_min)`; summed over output channels, mean over the rest (RFQuant, Tang et al. 2024, section 3.3).
+    It draws weights to points that all bit-widths share, and so away from rounding thresholds.
+
+    Args:
+        weight: The weight as it is quantized; the gradient goes here, and not to `step`.
+        step: Step size(s), as for `fake_quantize`.
+        qmin: Lowest integer code.
+        qmax: Highest integer code.
+        axis: Channel axis of per-channel step sizes; None for one step size.
+        coarser: Distance between two codes of the lowest bit-width, in codes of this one.
+
+    Returns:
+        A scalar.
+    """
+    scale = along(effective_step(step), axis, weight.ndim)
+    ratio = weight.detach() / scale
+    codes = ratio.round()
+    counted = (ratio >= qmin) & (ratio <= qmax) & (codes.remainder(coarser) == 0)
+    distance = torch.where(counted, weight - codes * scale, 0)
+    return distance.square().sum() * (weight.shape[axis or 0] / weight.numel())
+
+
+def feature_distance(feature: Tensor, target: Tensor, *, relative: bool) -> Tensor:
+    """Mean squared error between a feature and what it is at the highest precision (RFQuant, section 3.4).
+
+    Args:
+        feature: Output of a layer at a low precision, of any shape.
+        target: The same at the highest precision, of the same shape; no gradient flows into it.
+        relative: Divide by the mean square of the target, for features that no norm brought to a common scale.
+
+    Returns:
+        A scalar.
+    """
+    # The difference is a tensor of its own: `feature` may be changed in place before the backward pass.
+    error = (feature.float() - target.detach().float()).square().mean()
+    return error / target.detach().float().square().mean().clamp_min(1e-12) if relative else error

@@ -1,39 +1,78 @@
 """The one-shot training step: one max path, then K random paths, in the user's own loop.
 
 Method of RFQuant (Tang et al., CVPR 2024), section 3: every step runs the network at its highest precision and at K
-random mixed precisions, and takes one optimizer step on the gradients of all of them. The random paths learn from the
-labels and from the max path's logits (in-place distillation). Gradients are averaged over the paths, not summed, so a
-learning rate means what it means elsewhere (see docs/differences.md).
+random mixed precisions, and takes one optimizer step on the gradients of all of them. The max path learns from the labels
+(and a teacher, if there is one), the random paths from the labels and from the max path: from its logits (in-place
+distillation) and, where a layer is at its lowest bit-width, from its features (information distortion mitigation). Late
+in training, weights are drawn to codes that all bit-widths share (quantization-error term), and all along the bit-width
+scheduler freezes the lowest bit-width of unstable layers.
+
+Gradients are averaged over the paths, not summed, so a learning rate means what it means elsewhere (see
+docs/differences.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Bits
-from anyprec.errors import TrainingError
+from anyprec.bits import BitConfig, Candidates
+from anyprec.distributed import of_first_process
+from anyprec.errors import BitsError, TrainingError
+from anyprec.layers import QuantizedLayer
 from anyprec.model import ConvertedModel, require_converted
-from anyprec.training.losses import distillation_loss
+from anyprec.modes import evaluating
+from anyprec.training.decay import exempt_from_decay
+from anyprec.training.features import FeatureDistances
+from anyprec.training.losses import distillation_loss, quantization_error
+from anyprec.training.samplers import InstabilitySampler, SamplerLike, sampler_of
+from anyprec.training.scheduler import BitWidthScheduler, unstable_fractions
 
 Criterion = Callable[[Tensor, Any], Tensor]
 """Task loss of (network output, targets), a scalar."""
+
+Term = Callable[["Path", Any, Any], Tensor]
+"""A term of the loss of one's own: a scalar of (path, network output, targets), added to every path's loss."""
 
 
 class OneShot:
     """Draws the paths of each training step and composes their losses.
 
+    Loss of the max path: the task loss; with a teacher, `(1 - distillation)` of it and `distillation` of the distance
+    from the teacher's logits. Loss of a random path: `(1 - distillation)` of the task loss, `distillation` of the
+    distance from the max path's logits, `feature_weight` times the distances of features from the max path's, and
+    `error_weight` times the quantization error. Each is divided by the number of paths.
+
     Args:
         model: A converted and calibrated model.
         total_steps: Optimizer steps of the whole training; schedules are fractions of it.
         random_paths: Number K of random paths in a step, besides the max path.
-        distillation: Share of the distillation term in the loss of a random path; the task loss has the rest.
+        distillation: Share of the distillation term in the loss; the task loss has the rest.
         temperature: Of the distillation.
+        teacher: A network whose logits the max path mimics; its parameters are not trained. `paths` then needs the
+            images.
+        feature_weight: Weight of information distortion mitigation: for every layer that a random path draws at its
+            lowest weight bit-width, the mean squared error between its feature and the max path's. The features are
+            those of `training/features.py`; 0 takes none.
+        error_weight: Weight of the quantization-error term at the end of training; it rises to that on a cosine, from
+            0 at `error_start`. 0 turns the term off.
+        error_start: Time from 0 to 1, see `error_weight`.
+        scheduler: When to freeze the lowest bit-width of unstable layers; None never does.
+        sampler: The law of the random paths: `"uniform"` (the paper's), `"sandwich"` (the lowest precision, then
+            uniform), `"instability"` (unstable bit-widths less often), or an object with a method `draw`.
+        terms: Further terms of the loss, each called with the path, the output and the targets.
         seed: Of the generator that draws the bit-widths. With the same seed every process draws the same paths.
+
+    Attributes:
+        steps_done: Optimizer steps so far.
+        parts: Detached terms of the last path's loss by name, unweighted, to log them.
 
     Raises:
         ConversionError: `model` is not converted.
@@ -52,7 +91,7 @@ class OneShot:
         >>> oneshot.step()
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the settings of a method, by keyword)
         self,
         model: ConvertedModel,
         *,
@@ -60,6 +99,13 @@ class OneShot:
         random_paths: int = 3,
         distillation: float = 0.5,
         temperature: float = 1.0,
+        teacher: nn.Module | None = None,
+        feature_weight: float = 0.0,
+        error_weight: float = 0.0,
+        error_start: float = 0.25,
+        scheduler: BitWidthScheduler | None = None,
+        sampler: SamplerLike = "uniform",
+        terms: Sequence[Term] = (),
         seed: int = 0,
     ) -> None:
         self.model = require_converted(model, purpose="OneShot")
@@ -67,44 +113,75 @@ class OneShot:
         _require(random_paths >= 0, f"random_paths={random_paths} must not be negative")
         _require(0 <= distillation <= 1, f"distillation={distillation} must be from 0 to 1")
         _require(temperature > 0, f"temperature={temperature} must be positive")
+        _require(feature_weight >= 0, f"feature_weight={feature_weight} must not be negative")
+        _require(error_weight >= 0, f"error_weight={error_weight} must not be negative")
+        _require(0 <= error_start < 1, f"error_start={error_start} is a time: from 0, below 1")
         self.total_steps = total_steps
         self.random_paths = random_paths
         self.distillation = distillation
         self.temperature = temperature
+        self.teacher = teacher
+        self.feature_weight = feature_weight
+        self.error_weight = error_weight
+        self.error_start = error_start
+        self.scheduler = scheduler
+        self.sampler = sampler_of(sampler)
+        self.terms = tuple(terms)
         self.steps_done = 0
+        self.parts: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(seed)
-        self._max_logits: Tensor | None = None
+        self._instability: dict[str, dict[int, float]] = {}
+        self._step: _Step | None = None
+        self._operands: dict[str, Tensor] = {}
+        self._direct: set[str] = set()
+        self._features = FeatureDistances(model)
 
-    def paths(self) -> Iterator[Path]:
+    def paths(self, images: Any = None) -> Iterator[Path]:
         """The paths of one step (or of one micro-batch, under gradient accumulation), each made active in turn.
 
         The model's precision is restored at the end, also if the loop is left early.
+
+        Args:
+            images: The batch that the network is run on; only a teacher needs it.
+
+        Raises:
+            TrainingError: There is a teacher, and no `images`.
         """
-        configs = [self.highest_config(), *(self.random_config() for _ in range(self.random_paths))]
-        self._max_logits = None
-        with self.model.using_bits(configs[0]):
-            for index, config in enumerate(configs):
-                self.model.set_bits(config)
-                yield Path(self, index, config, weight=1 / len(configs))
-        self._max_logits = None
+        if self.teacher is not None and images is None:
+            msg = "the teacher needs the images of the batch: call paths(images)"
+            raise TrainingError(msg)
+        current = self.model.current_candidates
+        configs = [self.highest_config(), *self.random_configs(self.random_paths)]
+        at_lowest = [_at_lowest(config, current, self.model.candidates) for config in configs]
+        self._step = step = _Step(current, teacher_logits=self._teach(images))
+        try:
+            with self.model.using_bits(configs[0]):
+                for index, config in enumerate(configs):
+                    self.model.set_bits(config)
+                    with ExitStack() as watching:
+                        if self.feature_weight and index == 0:
+                            watching.enter_context(self._features.keeping(set().union(*at_lowest[1:])))
+                        elif self.feature_weight:
+                            step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
+                        if self._needs_operands(index):
+                            watching.enter_context(self._watching_operands())
+                        yield Path(self, index, config, weight=1 / len(configs))
+        finally:
+            self._features.forget()
+            self._step = None
 
     def highest_config(self) -> BitConfig:
         """Every layer at its highest candidates."""
         return BitConfig({path: layer.highest for path, layer in self.model.candidates.items()})
 
-    def random_config(self) -> BitConfig:
-        """Weight and activation bit-widths of every layer drawn independently and uniformly from its candidates."""
-        candidates = self.model.candidates
-        draws = torch.rand(len(candidates), 2, generator=self._generator, dtype=torch.float64).tolist()
-        return BitConfig(
-            {
-                path: Bits(_pick(layer.weight, weight_draw), _pick(layer.activation, activation_draw))
-                for (path, layer), (weight_draw, activation_draw) in zip(candidates.items(), draws, strict=True)
-            }
+    def random_configs(self, count: int) -> list[BitConfig]:
+        """Configurations drawn by the sampler from the candidates that are not frozen."""
+        return self.sampler.draw(
+            self.model.current_candidates, count, generator=self._generator, instability=self._instability
         )
 
     def step(self) -> None:
-        """Say that the optimizer has stepped.
+        """Say that the optimizer has stepped: at its times, the bit-width scheduler decides anew what is frozen.
 
         Raises:
             TrainingError: More steps than `total_steps`.
@@ -112,39 +189,181 @@ class OneShot:
         if self.steps_done >= self.total_steps:
             msg = f"OneShot was made for total_steps={self.total_steps} and has done them all: its schedules end there"
             raise TrainingError(msg)
+        if self._is_event():
+            self._instability = self.measure_instability()
+            if self.scheduler is not None:
+                time = (self.steps_done + 1) / self.total_steps
+                self.model.set_floors(self.scheduler.floors(self._instability, self.model.candidates, time))
+        self._operands.clear()
         self.steps_done += 1
 
+    def exempt_from_decay(self, optimizer: torch.optim.Optimizer, *, decoupled: bool | None = None) -> Any:
+        """Spare the weights inside the range of their layer's lowest current bit-width from weight decay.
+
+        It is cancelled once a step, before the optimizer's own. Layers that make their weight operand anew in every
+        forward pass (weight standardisation) are not spared: the scale of their weights means nothing.
+
+        Args:
+            optimizer: Trains the model's weights.
+            decoupled: Whether it shrinks weights by `1 - lr * weight_decay` (AdamW) instead of adding
+                `weight_decay * weight` to the gradient (SGD); None recognises torch's own.
+
+        Returns:
+            A handle; its `remove()` ends the exemption.
+
+        Raises:
+            ValueError: `decoupled` is None and the optimizer is not known.
+        """
+        return exempt_from_decay(optimizer, self.model, spared=lambda: self._direct, decoupled=decoupled)
+
+    def measure_instability(self) -> dict[str, dict[int, float]]:
+        """Fraction of weights near a rounding threshold, of every layer with several weight bit-widths, for each.
+
+        Layers that make their weight operand anew in every forward pass (weight standardisation) are measured on the
+        last one that a path of this step made. Processes of a distributed run agree on the figures of the first.
+        """
+        margin = (self.scheduler or BitWidthScheduler()).margin
+        found: dict[str, dict[int, Tensor]] = {}
+        for path, layer in self.model.quantized_layers.items():
+            if len(layer.candidates.weight) > 1:
+                operand = self._operands.get(path, layer.weight)
+                found[path] = unstable_fractions(operand, layer.weight_quantizer, margin=margin)
+        figures = {path: {bits: float(part) for bits, part in parts.items()} for path, parts in found.items()}
+        return of_first_process(figures)
+
+    def time(self) -> float:
+        """Share of the training that is done, from 0 to 1."""
+        return self.steps_done / self.total_steps
+
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: steps done and the state of the generator."""
-        return {"steps_done": self.steps_done, "generator": self._generator.get_state()}
+        """What continues the draws and schedules exactly where they stand, frozen candidates included."""
+        return {
+            "steps_done": self.steps_done,
+            "generator": self._generator.get_state(),
+            "floors": {path: str(bits) for path, bits in self.model.floors.items()},
+            "instability": {
+                path: {str(bits): fraction for bits, fraction in fractions.items()}
+                for path, fractions in self._instability.items()
+            },
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`.
 
         Raises:
-            TrainingError: A key is missing or strange.
+            TrainingError: A key is missing or strange, or the state is that of another network.
         """
-        if set(state) != {"steps_done", "generator"}:
-            msg = f"not a state of OneShot: found keys {sorted(state)}, expected 'generator' and 'steps_done'"
+        expected = {"steps_done", "generator", "floors", "instability"}
+        if set(state) != expected:
+            msg = f"not a state of OneShot: found keys {sorted(state)}, expected {sorted(expected)}"
             raise TrainingError(msg)
+        try:
+            self.model.set_floors(state["floors"])
+        except BitsError as error:
+            msg = f"not a state of this network: {error}"
+            raise TrainingError(msg) from error
         self.steps_done = int(state["steps_done"])
         self._generator.set_state(state["generator"])
+        self._instability = {
+            path: {int(bits): float(fraction) for bits, fraction in fractions.items()}
+            for path, fractions in state["instability"].items()
+        }
 
-    def loss_of(self, path: Path, output: Tensor, targets: Any, criterion: Criterion) -> Tensor:
+    def loss_of(self, path: Path, output: Any, targets: Any, criterion: Criterion) -> Tensor:
         """See `Path.loss`."""
-        task = criterion(output, targets)
-        if path.is_max:
-            self._max_logits = output.detach() if isinstance(output, Tensor) else None
-            return path.weight * task
-        if self.distillation == 0:
-            return path.weight * task
-        if self._max_logits is None:
-            found = "" if isinstance(output, Tensor) else f" (the network returns a {type(output).__name__})"
-            msg = "distillation needs the max path's logits as one tensor"
-            msg += f"{found}: call loss() on every path in order, or set distillation=0"
+        step = self._step
+        if step is None:
+            msg = "a path's loss is taken inside the loop over paths(), while the path is active"
             raise TrainingError(msg)
-        mimic = distillation_loss(output, self._max_logits, temperature=self.temperature)
-        return path.weight * ((1 - self.distillation) * task + self.distillation * mimic)
+        found = [_Part("task", 1.0, criterion(output, targets))]
+        if path.is_max:
+            step.max_logits = output.detach() if isinstance(output, Tensor) else None
+        if self.distillation and (self.teacher is not None or not path.is_max):
+            target = step.teacher_logits if path.is_max else step.max_logits
+            mimic = distillation_loss(*_logits(output, target, path), temperature=self.temperature)
+            found = [
+                _Part("task", 1 - self.distillation, found[0].value),
+                _Part("distillation", self.distillation, mimic),
+            ]
+        if step.distances:
+            found.append(_Part("features", self.feature_weight, torch.stack(step.distances).sum()))
+        weight = 0.0 if path.is_max else self.present_error_weight()
+        if weight:
+            found.append(_Part("quantization error", weight, self._quantization_error(path, step.candidates)))
+        found += [_Part(_name(term), 1.0, term(path, output, targets)) for term in self.terms]
+        self.parts = {part.name: part.value.detach() for part in found}
+        return path.weight * torch.stack([part.weight * part.value.float() for part in found]).sum()
+
+    def present_error_weight(self) -> float:
+        """The weight that the quantization-error term has now."""
+        passed = (self.time() - self.error_start) / (1 - self.error_start)
+        return self.error_weight * (1 - math.cos(math.pi * passed)) / 2 if passed > 0 else 0.0
+
+    def _teach(self, images: Any) -> Tensor | None:
+        if self.teacher is None:
+            return None
+        with evaluating(self.teacher), torch.no_grad():
+            logits: Tensor = self.teacher(images)
+        return logits
+
+    def _is_event(self) -> bool:
+        """Whether this step ends with measuring instability."""
+        wanted = self.scheduler is not None or isinstance(self.sampler, InstabilitySampler)
+        return wanted and (self.scheduler or BitWidthScheduler()).is_event(self.steps_done, self.total_steps)
+
+    def _needs_operands(self, index: int) -> bool:
+        """Whether the weight operands of a path are used: by its loss, by an event, or to know which are direct."""
+        return (index > 0 and self.present_error_weight() > 0) or self._is_event() or not self._direct
+
+    @contextmanager
+    def _watching_operands(self) -> Iterator[None]:
+        """Note the weight operands of a path's forward pass."""
+        layers = self.model.quantized_layers
+        facts = self.model.anyprec_record.facts.layers
+
+        def note(path: str, layer: QuantizedLayer, _input: Tensor, operand: Tensor) -> None:
+            self._operands[path] = operand
+            if operand is layer.weight:
+                self._direct.add(path)
+
+        try:
+            for path, layer in layers.items():
+                if not facts[path].dynamic:
+                    layer.observer = partial(note, path, layer)
+            yield
+        finally:
+            for layer in layers.values():
+                layer.observer = None
+
+    def _quantization_error(self, path: Path, candidates: Candidates) -> Tensor:
+        terms = []
+        layers = self.model.quantized_layers
+        for name, operand in self._operands.items():
+            quantizer = layers[name].weight_quantizer
+            bits = path.config[name].weight
+            index = quantizer.candidates.index(bits)
+            qmin, qmax = quantizer.limits(index)
+            coarser = 2 ** (bits - candidates[name].weight[0])
+            step = quantizer.step[index]
+            terms.append(quantization_error(operand, step, qmin=qmin, qmax=qmax, axis=quantizer.axis, coarser=coarser))
+        return torch.stack(terms).sum()
+
+
+@dataclass
+class _Step:
+    """What the paths of one step share."""
+
+    candidates: Candidates
+    teacher_logits: Tensor | None = None
+    max_logits: Tensor | None = None
+    distances: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    weight: float
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -167,22 +386,39 @@ class Path:
         """Whether every layer is at its highest precision."""
         return self.index == 0
 
-    def loss(self, output: Tensor, targets: Any, criterion: Criterion) -> Tensor:
+    def loss(self, output: Any, targets: Any, criterion: Criterion) -> Tensor:
         """The loss of this path, already multiplied by its weight: call `backward` on it.
 
         Args:
-            output: What the network returned at this path's configuration, shape `(batch, classes)`.
+            output: What the network returned at this path's configuration; for distillation, logits of shape
+                `(batch, classes)`.
             targets: Whatever `criterion` takes.
             criterion: Task loss.
 
         Raises:
-            TrainingError: The max path's loss was not taken first.
+            TrainingError: The max path's loss was not taken first, or the loop over the paths is left.
         """
         return self._oneshot.loss_of(self, output, targets, criterion)
 
 
-def _pick(candidates: tuple[int, ...], draw: float) -> int:
-    return candidates[int(draw * len(candidates))]
+def _at_lowest(config: BitConfig, current: Candidates, every: Candidates) -> set[str]:
+    """Layers with several weight bit-widths that are at the lowest of those in use."""
+    several = {path for path, layer in every.items() if len(layer.weight) > 1}
+    return {path for path in several if config[path].weight == current[path].weight[0]}
+
+
+def _logits(output: Any, target: Tensor | None, path: Path) -> tuple[Tensor, Tensor]:
+    if isinstance(output, Tensor) and target is not None:
+        return output, target
+    whose = "the teacher's" if path.is_max else "the max path's"
+    found = "" if isinstance(output, Tensor) else f" (the network returns a {type(output).__name__})"
+    msg = f"distillation needs {whose} logits as one tensor{found}: call loss() on every path in order, or set "
+    msg += "distillation=0"
+    raise TrainingError(msg)
+
+
+def _name(term: Term) -> str:
+    return getattr(term, "__name__", type(term).__name__)
 
 
 def _require(condition: bool, message: str) -> None:  # noqa: FBT001 (reads as a sentence)

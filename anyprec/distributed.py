@@ -1,0 +1,36 @@
+"""Several processes as one: what a run under `torchrun` must agree on. In a single process nothing happens here."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def process_count() -> int:
+    """Number of processes of the default group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return process_count() == 1 or dist.get_rank() == 0
+
+
+def of_first_process(value: T) -> T:
+    """The value that the first process has; any that pickle takes. Every process must call it."""
+    if process_count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` summed over all processes, in place. Every process must call it."""
+    if process_count() > 1:
+        dist.all_reduce(tensor)
+    return tensor

@@ -1,0 +1,138 @@
+"""The bit-width scheduler: which layers lose their lowest weight bit-width for a while, and when that is decided.
+
+Method of RFQuant (Tang et al., CVPR 2024), section 3.3. Bit-widths that share weights disturb each other, and the lowest
+one of an unstable layer most: its weights lie near rounding thresholds and flip at every step. So at some moments of
+training the most unstable layers lose their lowest candidate until the next such moment, fewer and fewer of them.
+
+Times are fractions of training, so that a short run and a long one mean the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anyprec.bits import Bits, LayerCandidates
+from anyprec.functional import along, effective_step
+from anyprec.quantizer import WeightQuantizer
+
+Instability = Mapping[str, Mapping[int, float]]
+"""Path of a layer to each of its weight bit-widths to the fraction of weights near a rounding threshold."""
+
+
+@dataclass(frozen=True)
+class BitWidthScheduler:
+    """When to freeze, and how much. The defaults are the paper's (150 epochs of ImageNet), as fractions.
+
+    Attributes:
+        start: Time of the first event.
+        period: Time between events.
+        late: From this time on, events are `late_period` apart.
+        late_period: See `late`.
+        first_ratio: Share of the layers to freeze at the beginning; it falls on a cosine.
+        last_ratio: That share at the end.
+        margin: A weight is unstable if it is further than this from its code, in step sizes (half a step is the
+            threshold itself).
+        activations: Freeze the lowest activation bit-width of these layers too.
+
+    Raises:
+        ValueError: A number is out of range.
+
+    Example:
+        >>> BitWidthScheduler().ratio(0.0), BitWidthScheduler().ratio(1.0)
+        (0.5, 0.2)
+    """
+
+    start: float = 6 / 150
+    period: float = 2 / 150
+    late: float = 0.72
+    late_period: float = 15 / 150
+    first_ratio: float = 0.5
+    last_ratio: float = 0.2
+    margin: float = 0.375
+    activations: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "late", "first_ratio", "last_ratio"):
+            _require_within(name, getattr(self, name), 0.0, 1.0)
+        for name in ("period", "late_period"):
+            if not getattr(self, name) > 0:
+                msg = f"{name}={getattr(self, name)} must be positive"
+                raise ValueError(msg)
+        _require_within("margin", self.margin, 0.0, 0.5)
+
+    def is_event(self, step: int, total_steps: int) -> bool:
+        """Whether an event falls between the beginning of training step `step` (from 0) and that of the next."""
+        return self._events_before((step + 1) / total_steps) > self._events_before(step / total_steps)
+
+    def ratio(self, time: float) -> float:
+        """Share of the layers to freeze at `time`, from 0 to 1."""
+        return self.last_ratio + (self.first_ratio - self.last_ratio) * (1 + math.cos(math.pi * time)) / 2
+
+    def floors(
+        self, instability: Instability, candidates: Mapping[str, LayerCandidates], time: float
+    ) -> dict[str, Bits]:
+        """The lowest precision of the layers that are frozen at an event; all other layers have all their candidates.
+
+        Args:
+            instability: Of every layer that has several weight bit-widths. The measure of a layer is the mean over
+                these of the fraction divided by the bit-width.
+            candidates: All candidates of every layer.
+            time: From 0 to 1.
+        """
+        layers = [path for path in candidates if len(candidates[path].weight) > 1]
+        measures = {path: layer_instability(instability[path]) for path in layers}
+        chosen = sorted(layers, key=lambda path: -measures[path])[: int(len(layers) * self.ratio(time))]
+        return {path: self._floor(candidates[path]) for path in candidates if path in set(chosen)}
+
+    def _floor(self, candidates: LayerCandidates) -> Bits:
+        several = self.activations and len(candidates.activation) > 1
+        return Bits(candidates.weight[1], candidates.activation[1 if several else 0])
+
+    def _events_before(self, time: float) -> int:
+        """Number of events in `[0, time)`."""
+        early_end = max(self.start, self.late)
+        early = _count(min(time, early_end) - self.start, self.period)
+        late_start = self.start + _count(early_end - self.start, self.period) * self.period
+        return early + (_count(time - late_start, self.late_period) if time > early_end else 0)
+
+
+def layer_instability(fractions: Mapping[int, float]) -> float:
+    """One number for a layer (method of the paper, section 3.3): the mean of the fractions over their bit-widths."""
+    return sum(fraction / bits for bits, fraction in fractions.items()) / len(fractions)
+
+
+@torch.no_grad()
+def unstable_fractions(weight: Tensor, quantizer: WeightQuantizer, *, margin: float) -> dict[int, Tensor]:
+    """Fraction of the weights near a rounding threshold, for each candidate bit-width.
+
+    Args:
+        weight: The weight as it is quantized.
+        quantizer: Its step sizes.
+        margin: A weight counts if `|w/s - round(w/s)| > margin` and it is not clipped.
+
+    Returns:
+        Bit-width to a scalar tensor.
+    """
+    found = {}
+    for index, bits in enumerate(quantizer.candidates):
+        qmin, qmax = quantizer.limits(index)
+        ratio = weight.float() / along(effective_step(quantizer.step[index]), quantizer.axis, weight.ndim)
+        near = (ratio - ratio.round()).abs_() > margin
+        found[bits] = (near & (ratio >= qmin) & (ratio <= qmax)).float().mean()
+    return found
+
+
+def _count(length: float, period: float) -> int:
+    """Number of multiples of `period`, zero included, in `[0, length)`."""
+    return max(0, math.ceil(length / period - 1e-9))
+
+
+def _require_within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        msg = f"{name}={value} must be from {low:g} to {high:g}"
+        raise ValueError(msg)
