@@ -1,7 +1,7 @@
 """One set of weights for every bit-width: retraining-free mixed-precision quantization for vision networks."""
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.calibration import calibrate, calibrate_norms
+from anyprec.calibration import calibrate, calibrate_norms, recalibrate
 from anyprec.checkpoint.saving import load, save
 from anyprec.conversion import convert
 from anyprec.cost import Cost, CostModel, cost_model, cost_of
@@ -54,6 +54,7 @@ __all__ = [
     "fit",
     "load",
     "param_groups",
+    "recalibrate",
     "save",
     "search",
 ]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.batches import Batch, device_of, images_of, take
-from anyprec.bits import Bits, shorten
-from anyprec.errors import CalibrationError
+from anyprec.bits import BitConfig, Bits, shorten
+from anyprec.distributed import of_all_processes, process_count, sum_over_processes
+from anyprec.errors import BitsError, CalibrationError
 from anyprec.functional import STEP_FLOOR
 from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model import ConvertedModel, Request, require_converted
 from anyprec.modes import evaluating
 from anyprec.norms import SwitchableNorm
 from anyprec.quantizer import InputQuantizer, WeightQuantizer, usable_steps
@@ -83,6 +84,7 @@ def calibrate(
             with torch.no_grad():
                 layer.weight_quantizer.step.copy_(weights[path])
         calibrate_norms(model, batches[:norm_batches], anchored=True)
+    model.anyprec_record.statistics.clear()
 
 
 def calibrate_norms(
@@ -96,7 +98,8 @@ def calibrate_norms(
     """Re-estimate the running statistics of every BatchNorm copy, at the precision that it belongs to.
 
     For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the
-    statistics of all batches together. Affine parameters and step sizes stay as they are.
+    statistics of all batches together. With one copy per weight bit-width, activations have the same bit-width there.
+    Norms that all precisions share are left alone. Affine parameters and step sizes stay as they are.
 
     Args:
         model: A converted and calibrated model.
@@ -117,7 +120,7 @@ def calibrate_norms(
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates them: choose one"
         raise ValueError(msg)
     require_converted(model, purpose="calibrate_norms")
-    norms = [norm for _, norm in _norms(model)]
+    norms = [norm for _, norm in _norms(model) if norm.bank is not None]
     if not norms:
         return
     held = _held(loader, batches, device_of(model))
@@ -132,6 +135,59 @@ def calibrate_norms(
                     _estimate_statistics(model, norms, held, reference)
                 done.add(rows)
         _require_finite_norms(model)
+
+
+def recalibrate(
+    model: ConvertedModel, loader: Iterable[Batch], bits: Request, *, batches: int | None = None
+) -> BitConfig:
+    """Re-estimate norm statistics for one configuration, which has them from then on.
+
+    They are used whenever exactly this configuration is active in eval mode, and kept in the model's file; those of all
+    other configurations stay as they are. Copies of a norm are estimated with all layers at one precision; in a mixed
+    configuration the layers before a norm are at others, so its own statistics fit better. Further training drops them.
+
+    Args:
+        model: A converted and calibrated model; its mode and precision are left as they are.
+        loader: Batches of images, or of pairs (images, labels); training images.
+        bits: The configuration: anything that `set_bits` takes, except None.
+        batches: At most so many of `loader`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConversionError: `model` is not converted.
+        BitsError: `bits` does not fit the model, or is None.
+        NotCalibratedError: Step sizes are missing.
+        CalibrationError: The loader is empty, or statistics come out not finite.
+
+    Example:
+        >>> import timm, torch, anyprec
+        >>> model = anyprec.convert(timm.create_model("test_resnet"))
+        >>> images = torch.randn(8, 3, 160, 160)
+        >>> anyprec.calibrate(model, [images])
+        >>> config = anyprec.recalibrate(model, [images], {"layer1.*": 4})
+        >>> model.set_bits(config)
+    """
+    require_converted(model, purpose="recalibrate")
+    config = model.resolve_bits(bits)
+    if config is None:
+        msg = "recalibrate takes a configuration; calibrate_norms(..., include_float=True) serves the float network"
+        raise BitsError(msg)
+    norms = dict(_norms(model))
+    held = _held(loader, batches, device_of(model))
+    with evaluating(model), torch.no_grad(), model.using_bits(config):
+        for norm in norms.values():
+            mean, variance = norm.active_statistics()
+            norm.override = mean.clone(), variance.clone()
+        _estimate_statistics(model, list(norms.values()), held, None)
+        found = {path: norm.active_statistics() for path, norm in norms.items()}
+    broken = [path for path, parts in found.items() if not all(torch.isfinite(part).all() for part in parts)]
+    _require_none_broken(broken)
+    model.anyprec_record.statistics[config] = found
+    if model.bits == config:
+        model.set_bits(config)
+    return config
 
 
 def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
@@ -244,7 +300,9 @@ class _Sampler:
         if not self._parts:
             msg = f"layer {path!r} was not reached by the calibration data"
             raise CalibrationError(msg)
-        sample = torch.cat(self._parts)
+        device = self._parts[0].device
+        shares = of_all_processes([part.cpu() for part in self._parts])
+        sample = torch.cat([part.to(device) for share in shares for part in share])
         if not torch.isfinite(sample).all():
             msg = f"the input of layer {path!r} holds NaN or infinite values: check the calibration data (and its "
             msg += "normalisation) and the network's weights"
@@ -273,9 +331,12 @@ def _watch_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> di
 
 
 def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
+    """Precisions whose uniform configurations reach every copy of every norm."""
     layers = model.candidates.values()
     weight = sorted({width for layer in layers for width in layer.weight})
     activation = sorted({width for layer in layers for width in layer.activation})
+    if model.anyprec_record.settings.norm == "per-width":
+        return [Bits(w, min(activation, key=lambda a: (abs(a - w), -a))) for w in weight]
     return [Bits(w, a) for w in weight for a in activation]
 
 
@@ -288,7 +349,7 @@ class _Statistics:
 
     def __init__(self) -> None:
         self.calls = 0
-        self._count = 0
+        self._count = 0.0
         self.mean = torch.zeros(())
         self._squares = torch.zeros(())
 
@@ -298,16 +359,26 @@ class _Statistics:
         return self._squares / max(1, self._count - 1)
 
     def add(self, values: Tensor) -> None:
-        """Take in a batch, channels on axis 1."""
-        count = values.numel() // values.shape[1]
+        """Take in a batch, channels on axis 1, together with those of all other processes of a distributed run."""
+        count: float = values.numel() // values.shape[1]
         dims = [dim for dim in range(values.ndim) if dim != 1]
         variance, mean = (part.double() for part in torch.var_mean(values.float(), dim=dims, correction=0))
+        if process_count() > 1:
+            count, mean, variance = _of_all_processes(count, mean, variance)
         total = self._count + count
         shift = mean - self.mean
         self._squares = self._squares + variance * count + shift**2 * (self._count * count / total)
         self.mean = self.mean + shift * (count / total)
         self._count = total
         self.calls += 1
+
+
+def _of_all_processes(count: float, mean: Tensor, variance: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Count, mean and biased variance of the batches of all processes together."""
+    sums = torch.cat((mean.new_tensor([count]), count * mean, count * (variance + mean**2)))
+    total, first, second = sum_over_processes(sums).split([1, len(mean), len(mean)])
+    mean = first / total
+    return float(total), mean, (second / total - mean**2).clamp_min_(0)
 
 
 def _estimate_statistics(
@@ -369,11 +440,17 @@ def _watch_norms(
 
 
 def _require_finite_norms(model: ConvertedModel) -> None:
-    broken = [
-        path
-        for path, norm in _norms(model)
-        if not all(torch.isfinite(value).all() for value in (norm.bank.running_mean, norm.bank.running_var))
-    ]
+    _require_none_broken(
+        [
+            path
+            for path, norm in _norms(model)
+            if norm.bank is not None
+            and not all(torch.isfinite(value).all() for value in (norm.bank.running_mean, norm.bank.running_var))
+        ]
+    )
+
+
+def _require_none_broken(broken: list[str]) -> None:
     if broken:
         msg = f"norm statistics of {shorten(broken, 3)} came out not finite: check the calibration data"
         raise CalibrationError(msg)
@@ -401,7 +478,7 @@ def _norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNorm]]:
 @contextmanager
 def _undo_on_error(model: ConvertedModel) -> Iterator[None]:
     """Restore step sizes, zero points and norm copies if the block fails."""
-    parts: list[nn.Module] = [norm.bank for _, norm in _norms(model)]
+    parts: list[nn.Module] = [norm.bank for _, norm in _norms(model) if norm.bank is not None]
     parts += [norm for _, norm in _norms(model)]
     parts += [part for _, layer in _layers(model) for part in (layer.weight_quantizer, layer.input_quantizer)]
     kept = [{name: value.clone() for name, value in part.state_dict().items()} for part in parts]

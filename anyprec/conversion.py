@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +36,16 @@ from anyprec.model import (
     ConvertedModel,
     ConvertSettings,
     Coverage,
+    norm_rows,
 )
-from anyprec.norms import SwitchableNorm, restore_norm, switch_norm
+from anyprec.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
 from anyprec.specialize import Specialized, despecialize, specialize
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
 
-def convert(
+def convert(  # noqa: PLR0913 (settings, by keyword)
     model: nn.Module,
     bits: Sequence[int] = DEFAULT_BITS,
     *,
@@ -52,6 +53,7 @@ def convert(
     first_last_bits: int | None = 8,
     depthwise_min_bits: int = 3,
     per_channel: bool = True,
+    norm: NormSharing = "per-pair",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     example_input: Tensor | None = None,
@@ -71,6 +73,9 @@ def convert(
         first_last_bits: Fixed bit-width of the layers that read the image or make the output; None searches them too.
         depthwise_min_bits: Depthwise convolutions get no candidate below this one.
         per_channel: One weight step size per output channel (what deployment wants) instead of one per tensor.
+        norm: BatchNorm copies: `"per-pair"`, one per (weight, activation) pair of the layer before it (the paper's);
+            `"per-width"`, one per weight bit-width; `"shared"`, a single one, with the quantized weights of the layer
+            before it corrected to the latent weight's mean and spread per channel (EMQNet).
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it is made from the
@@ -84,6 +89,7 @@ def convert(
         ConversionError: The model is converted already, has no layer to quantize, does not run on the example input,
             or a pattern matches nothing. The model is left as it was.
         BitsError: A bit-width is not supported.
+        ValueError: `norm` is none of the three.
 
     Example:
         >>> import timm, anyprec
@@ -92,6 +98,9 @@ def convert(
         LayerCandidates(weight=(2, 4, 8), activation=(2, 4, 8))
     """
     _refuse_unfit(model)
+    if norm not in get_args(NormSharing):
+        msg = f"norm={norm!r} is not known: use one of {get_args(NormSharing)}"
+        raise ValueError(msg)
     settings = ConvertSettings(
         bits=check_candidates(bits, what="bits"),
         activation_bits=check_candidates(bits if activation_bits is None else activation_bits, what="activation_bits"),
@@ -100,6 +109,7 @@ def convert(
         per_channel=per_channel,
         include=None if include is None else _patterns(include),
         exclude=_patterns(exclude),
+        norm=norm,
     )
     if not inplace:
         model = copy.deepcopy(model)
@@ -156,12 +166,11 @@ def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, path
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.momentum is None:
             continue  # without running statistics, or with cumulative ones, there is nothing that could be switched
         layer = model.get_submodule(feeding) if feeding else None
-        if isinstance(layer, QuantizedLayer):
-            switch_norm(norm, len(layer.candidates.weight) * len(layer.candidates.activation))
-            norms[path] = feeding
-        else:
-            switch_norm(norm, 1)
-            norms[path] = None
+        fed = layer if isinstance(layer, QuantizedLayer) else None
+        switch_norm(norm, norm_rows(fed, settings.norm))
+        norms[path] = feeding if fed is not None else None
+        if fed is not None and settings.norm == "shared" and not facts.layers[feeding or ""].dynamic:
+            fed.correct_moments(channel_axis(fed))
     return norms
 
 

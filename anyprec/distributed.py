@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,15 @@ def of_first_process(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def of_all_processes(value: T) -> list[T]:
+    """The values of all processes, in their order; any that pickle takes. Every process must call it."""
+    if process_count() == 1:
+        return [value]
+    values: list[Any] = [None] * process_count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,36 @@ def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: i
     return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
 
 
+def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:
+    """Shift and stretch a quantized weight so that each channel has the mean and spread of the latent one.
+
+    `(q - mean(q)) * |w - mean(w)| / |q - mean(q)| + mean(w)` for every index along `axis`. So the output of a layer has
+    nearly the same mean and variance at every bit-width, and one BatchNorm can serve them all (Banner et al., NeurIPS
+    2019, section 3.3; EMQNet, arXiv:2510.20673). Mean and stretch are constants for the gradient.
+
+    Args:
+        quantized: The fake-quantized weight.
+        weight: The latent weight, of the same shape.
+        axis: The output-channel axis.
+
+    Returns:
+        The corrected weight, differentiable in `quantized`.
+    """
+    dims = [dim for dim in range(weight.ndim) if dim != axis]
+    if not dims:
+        return quantized
+    with torch.no_grad():
+        wanted, found = weight.detach().float(), quantized.detach().float()
+        wanted_mean, found_mean = wanted.mean(dims, keepdim=True), found.mean(dims, keepdim=True)
+        wanted_spread = (wanted - wanted_mean).square().sum(dims, keepdim=True).sqrt()
+        found_spread = (found - found_mean).square().sum(dims, keepdim=True).sqrt()
+        # A channel that rounds to one code everywhere has no spread to stretch.
+        stretch = torch.where(found_spread > STEP_FLOOR, wanted_spread / found_spread.clamp_min(STEP_FLOOR), 1.0)
+        shift = (wanted_mean - found_mean * stretch).to(quantized.dtype)
+        stretch = stretch.to(quantized.dtype)
+    return quantized * stretch + shift
+
+
 class _PerTensor(torch.autograd.Function):
     """One step size. Works in place forward; backward needs the input and the result, which others keep anyway."""
 

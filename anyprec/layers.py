@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
 from anyprec.errors import ConversionError
+from anyprec.functional import match_moments
 from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS, PRODUCTS, body_of, operands, product_operands
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 from anyprec.specialize import Specialized, despecialize, specialize
@@ -45,6 +46,7 @@ class QuantizedLayer(nn.Module):
     output_observer: Callable[[Tensor], None] | None
     _bits: Bits | None
     _dynamic: bool
+    _corrected_axis: int | None
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
 
     @property
@@ -102,17 +104,27 @@ class QuantizedLayer(nn.Module):
         index = self._weight_index
         needs_gradient = torch.is_grad_enabled() and (weight.requires_grad or self.weight_quantizer.step.requires_grad)
         if self.training or needs_gradient or self._dynamic or torch.compiler.is_compiling():
-            return self.weight_quantizer(weight, index)  # type: ignore[no-any-return]
+            return self._quantize(weight, index)
         stamp = self._weight_stamp()
         if stamp is None:
-            return self.weight_quantizer(weight, index)  # type: ignore[no-any-return]
+            return self._quantize(weight, index)
         cached = self._weight_cache.get(index)
         if cached is None or cached[0] != stamp:
             # Outside inference mode, so that the cached tensor stays usable when gradients are wanted later.
             with torch.inference_mode(mode=False), torch.no_grad():
-                cached = stamp, self.weight_quantizer(weight.clone() if weight.is_inference() else weight, index)
+                cached = stamp, self._quantize(weight.clone() if weight.is_inference() else weight, index)
             self._weight_cache[index] = cached
         return cached[1]
+
+    def correct_moments(self, axis: int) -> None:
+        """From now on give each channel of the quantized weight the mean and spread of the latent one."""
+        self._corrected_axis = axis
+
+    def _quantize(self, weight: Tensor, index: int) -> Tensor:
+        quantized: Tensor = self.weight_quantizer(weight, index)
+        if self._corrected_axis is None:
+            return quantized
+        return match_moments(quantized, weight, axis=self._corrected_axis)
 
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
         """Set training mode; entering it drops the quantized weights that were kept."""
@@ -356,4 +368,4 @@ def restore_owner(owner: FunctionalOwner) -> None:
     despecialize(owner)
 
 
-_DORMANT: dict[str, Any] = {"observer": None, "output_observer": None, "_bits": None}
+_DORMANT: dict[str, Any] = {"observer": None, "output_observer": None, "_bits": None, "_corrected_axis": None}

@@ -19,7 +19,7 @@ from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, sh
 from anyprec.errors import BitsError, ConversionError, NotCalibratedError
 from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.layers import QuantizedLayer, quantize_layer
-from anyprec.norms import SwitchableNorm
+from anyprec.norms import NormSharing, Statistics, SwitchableNorm
 from anyprec.operators import LAYER_TYPES
 from anyprec.specialize import Specialized
 
@@ -55,6 +55,7 @@ class ConvertSettings:
     per_channel: bool
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
+    norm: NormSharing = "per-pair"
 
 
 @dataclass
@@ -70,6 +71,8 @@ class ConversionRecord:
     """Named configurations, kept in the checkpoint."""
     floors: dict[str, Bits] = field(default_factory=dict)
     """Lowest precision in use, of the layers where that is not the lowest candidate."""
+    statistics: dict[BitConfig, dict[str, Statistics]] = field(default_factory=dict)
+    """Norm statistics that belong to one configuration, by path of the norm."""
     removed: dict[str, QuantizedLayer] = field(default_factory=dict)
     """Classifiers that `reset_classifier` took out without a new one, as patterns for one to come."""
 
@@ -245,7 +248,7 @@ class ConvertedModel(Specialized):
         for path, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, QuantizedLayer):
                 prefixes += [f"{path}.weight_quantizer.", f"{path}.input_quantizer."]
-            elif isinstance(module, SwitchableNorm):
+            elif isinstance(module, SwitchableNorm) and module.bank is not None:
                 prefixes.append(f"{path}.bank.")
         return {key for key in self.state_dict() if key.startswith(tuple(prefixes))}
 
@@ -258,17 +261,21 @@ class ConvertedModel(Specialized):
             layer.input_quantizer.forget()
         for path in self.anyprec_record.norms:
             norm = self.get_submodule(path)
-            if isinstance(norm, SwitchableNorm):
+            if isinstance(norm, SwitchableNorm) and norm.bank is not None:
                 norm.bank.copy_from(norm)
+        self.anyprec_record.statistics.clear()
 
     def _switch(self, bits: Mapping[str, Bits | None], layers: Mapping[str, QuantizedLayer]) -> None:
         for path, layer in layers.items():
             layer.switch(bits[path])
-        quantized = any(value is not None for value in bits.values())
-        for path, feeding in self.anyprec_record.norms.items():
+        record = self.anyprec_record
+        active = {path: value for path, value in bits.items() if value is not None}
+        own = record.statistics.get(BitConfig(active), {}) if active and record.statistics else {}
+        for path, feeding in record.norms.items():
             norm = _submodule_or_none(self, path)
             if isinstance(norm, SwitchableNorm):
-                norm.row = norm_row(layers.get(feeding or "")) if quantized else None
+                norm.row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
+                norm.override = _to_device_of(norm, own.get(path))
 
     def _summary_rows(self) -> tuple[SummaryRow, ...]:
         layers = self.quantized_layers
@@ -324,6 +331,7 @@ class ConvertedClassifier(ConvertedModel):
                 rows.pop(path, None)
         if set(rows) != {row.path for row in record.coverage}:
             record.configs.clear()
+            record.statistics.clear()
             record.floors = {path: floor for path, floor in record.floors.items() if path in rows}
         record.coverage = tuple(rows.values())
 
@@ -362,12 +370,31 @@ class Summary:
         return "\n".join([title, *lines])
 
 
-def norm_row(layer: QuantizedLayer | None) -> int:
-    """The row of a norm that this layer feeds, at the layer's active precision; 0 if no single layer feeds it."""
+def norm_rows(layer: QuantizedLayer | None, sharing: NormSharing) -> int:
+    """Number of copies of a norm that this layer feeds, or that no single layer feeds."""
+    if sharing == "shared":
+        return 0
+    if layer is None:
+        return 1
+    return len(layer.candidates.weight) * (len(layer.candidates.activation) if sharing == "per-pair" else 1)
+
+
+def norm_row(layer: QuantizedLayer | None, sharing: NormSharing) -> int | None:
+    """The copy for the layer's active precision; None if there are no copies."""
+    if sharing == "shared":
+        return None
     if layer is None or layer.bits is None:
         return 0
     weight, activation = layer.candidates.weight, layer.candidates.activation
-    return weight.index(layer.bits.weight) * len(activation) + activation.index(layer.bits.activation)
+    row = weight.index(layer.bits.weight)
+    return row if sharing == "per-width" else row * len(activation) + activation.index(layer.bits.activation)
+
+
+def _to_device_of(norm: SwitchableNorm, statistics: Statistics | None) -> Statistics | None:
+    if statistics is None:
+        return None
+    mean, variance = statistics
+    return mean.to(norm.running_mean), variance.to(norm.running_var)
 
 
 def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:

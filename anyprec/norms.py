@@ -1,15 +1,19 @@
 """Switchable BatchNorm: a copy of the affine parameters and running statistics for each precision that feeds it.
 
 Statistics differ between bit-widths (method of the paper, section 3.3; Yu and Huang, "Slimmable networks", 2019), so
-a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer; one that follows a
-concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized configurations.
-The float network's own parameters stay as they are and serve bits `None`.
+a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer, or per weight bit-width; one
+that follows a concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized
+configurations. The float network's own parameters stay as they are and serve bits `None`.
+
+A norm may also be shared by all precisions; then it has no copies, and the layers before it correct their quantized
+weights instead. In either case a configuration can have statistics of its own (`recalibrate`), which override the others
+while it is active in eval mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,13 @@ from anyprec.specialize import Specialized, despecialize, specialize
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
+
+
+NormSharing = Literal["per-pair", "per-width", "shared"]
+"""Copies of a norm: one per (weight, activation) pair of the layer before it, one per weight bit-width, or none."""
+
+Statistics = tuple[Tensor, Tensor]
+"""Running mean and variance, shape `(channels,)` each."""
 
 
 class NormBank(nn.Module):
@@ -70,15 +81,17 @@ class SwitchableNorm(Specialized):
     """Mixin of a BatchNorm (timm's `BatchNormAct2d` included) with a copy per precision of the layer that feeds it.
 
     Attributes:
-        bank: The copies.
+        bank: The copies; None if the norm is shared by all precisions.
         row: The active copy; None is the float network's own.
+        override: Statistics that are used in eval mode instead of any other; None is the usual case.
         observer: If set, it is called with every normalised output of an active copy, before any activation (training).
     """
 
     class_prefix: ClassVar[str] = "Switchable"
 
-    bank: NormBank
+    bank: NormBank | None
     row: int | None
+    override: Statistics | None
     observer: Callable[[Tensor], None] | None
     eps: float
     running_mean: Tensor
@@ -86,23 +99,33 @@ class SwitchableNorm(Specialized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the active copy in place of the float parameters and statistics."""
-        if self.row is None:
+        override = None if self.training else self.override
+        if self.row is None and override is None and self.observer is None:
             return super().forward(*args, **kwargs)
-        with _NormInterceptor(self.bank, self.row, self.observer):
+        with _NormInterceptor(self.bank, self.row, override, self.observer):
             return super().forward(*args, **kwargs)
 
-    def active_statistics(self) -> tuple[Tensor, Tensor]:
-        """Running mean and variance in use, shape `(channels,)` each; writing to them changes the norm."""
-        if self.row is None:
+    def active_statistics(self) -> Statistics:
+        """Running mean and variance in use in eval mode; writing to them changes the norm."""
+        if self.override is not None:
+            return self.override
+        if self.row is None or self.bank is None:
             return self.running_mean, self.running_var
         return self.bank.running_mean[self.row], self.bank.running_var[self.row]
 
 
 class _NormInterceptor(TorchFunctionMode):
-    def __init__(self, bank: NormBank, row: int, observer: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        bank: NormBank | None,
+        row: int | None,
+        override: Statistics | None,
+        observer: Callable[[Tensor], None] | None,
+    ) -> None:
         super().__init__()
         self.bank = bank
         self.row = row
+        self.override = override
         self.observer = observer
 
     def __torch_function__(
@@ -119,24 +142,25 @@ class _NormInterceptor(TorchFunctionMode):
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         for name in ("running_mean", "running_var", "weight", "bias"):
-            if call.get(name) is not None:
+            if self.bank is not None and self.row is not None and call.get(name) is not None:
                 call[name] = getattr(self.bank, name)[self.row]
+        if self.override is not None:
+            call["running_mean"], call["running_var"] = self.override
         return call
 
 
 def switch_norm(norm: _BatchNorm, rows: int) -> None:
-    """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched."""
-    bank = NormBank(norm, rows)
-    bank.train(norm.training)
+    """Turn a BatchNorm into a `SwitchableNorm` with `rows` copies, in place, in floating point until switched."""
+    bank = NormBank(norm, rows).train(norm.training) if rows else None
     specialize(norm, SwitchableNorm)
-    norm.bank = bank
-    vars(norm).update(row=None, observer=None)
+    norm.register_module("bank", bank)
+    vars(norm).update(row=None, override=None, observer=None)
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
     del norm.bank
-    for name in ("row", "observer"):
+    for name in ("row", "override", "observer"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -201,3 +202,94 @@ def test_a_weight_that_is_not_finite_is_refused(float_net: nn.Module, images: Te
         anyprec.calibrate(model, [images])
     with pytest.raises(NotCalibratedError):
         model.set_bits(4)
+
+
+def test_recalibrated_statistics_belong_to_their_configuration_alone(
+    net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    net.eval()
+    mixed = {"head": (2, 3), "pointwise": (3, 2)}
+    others = [None, 2, 4, {**mixed, "head": 4}]
+    before = [net(images) for bits in others if net.set_bits(bits) is None]
+    net.set_bits(mixed)
+    plain = net(images)
+    net.set_bits(3)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    config = anyprec.recalibrate(net, [torch.randn(32, 3, 16, 16)], mixed)
+    assert net.bits == net.resolve_bits(3)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    net.set_bits(mixed)
+    assert net.bits == config
+    own = net(images)
+    assert not torch.equal(own, plain)
+    with net.using_bits(2):
+        pass
+    assert torch.equal(net(images), own)
+    after = [net(images) for bits in others if net.set_bits(bits) is None]
+    assert all(torch.equal(here, there) for here, there in zip(before, after, strict=True))
+
+
+def test_recalibrated_statistics_are_those_of_a_norm_in_train_mode(net: anyprec.ConvertedModel) -> None:
+    """Layer by layer, at the configuration itself: the same as one big batch in train mode, with momentum 1."""
+    batch = torch.randn(64, 3, 16, 16)
+    config = anyprec.recalibrate(net, [batch], {"head": (2, 3), "pointwise": (3, 2)})
+    found = net.anyprec_record.statistics[config]
+    net.set_bits(config)
+    for norm in (net.stem_norm, net.pointwise_norm, net.joint_norm):
+        norm.momentum = 1.0
+    net.depthwise_norm.momentum = 1.0
+    net.train()(batch)
+    for path in ("stem_norm", "depthwise_norm", "pointwise_norm", "joint_norm"):
+        norm = net.get_submodule(path)
+        # Rounding differs in the last digit, and a value next to a rounding threshold may then flip by a whole step.
+        torch.testing.assert_close(found[path][0], norm.bank.running_mean[norm.row], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(found[path][1], norm.bank.running_var[norm.row], rtol=1e-2, atol=1e-3)
+
+
+def test_recalibrating_the_active_configuration_takes_effect_at_once(
+    net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    net.set_bits(2)
+    before = net.eval()(images)
+    anyprec.recalibrate(net, [torch.randn(32, 3, 16, 16)], 2)
+    assert not torch.equal(net(images), before)
+    assert not torch.equal(copy.deepcopy(net)(images), before)
+
+
+def test_recalibration_that_fails_leaves_the_model_as_it_was(net: anyprec.ConvertedModel, images: Tensor) -> None:
+    net.set_bits(2)
+    before = net.eval()(images)
+    with pytest.raises(CalibrationError, match="came out not finite"):
+        anyprec.recalibrate(net, [images * math.nan], 2)
+    with pytest.raises(anyprec.BitsError, match="recalibrate takes a configuration"):
+        anyprec.recalibrate(net, [images], None)
+    assert torch.equal(net(images), before)
+    assert net.anyprec_record.statistics == {}
+
+
+def test_training_on_drops_what_was_recalibrated(net: anyprec.ConvertedModel, images: Tensor) -> None:
+    anyprec.recalibrate(net, [images], 2)
+    assert net.anyprec_record.statistics
+    oneshot = anyprec.OneShot(net, total_steps=1)
+    oneshot.step()
+    assert net.anyprec_record.statistics == {}
+
+
+def test_with_a_copy_per_width_every_copy_is_estimated_at_equal_activations(
+    float_net: nn.Module, images: Tensor
+) -> None:
+    net = anyprec.convert(float_net, bits=(2, 4), norm="per-width", example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    anyprec.calibrate_norms(net, [images])
+    net.set_bits(2)
+    expected = anyprec.recalibrate(net, [images], 2)
+    mean = net.anyprec_record.statistics[expected]["pointwise_norm"][0]
+    torch.testing.assert_close(net.pointwise_norm.bank.running_mean[0], mean)
+
+
+def test_norms_that_all_precisions_share_are_not_re_estimated(float_net: nn.Module, images: Tensor) -> None:
+    net = anyprec.convert(float_net, bits=(2, 4), norm="shared", example_input=images[:1])
+    before = net.stem_norm.running_mean.clone()
+    anyprec.calibrate(net, [images])
+    anyprec.calibrate_norms(net, [images], include_float=True)
+    assert torch.equal(net.stem_norm.running_mean, before)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyprec.functional import fake_quantize, integer_codes
+from anyprec.functional import fake_quantize, integer_codes, match_moments
 
 GRIDS = [(-2, 1), (-8, 7), (0, 3), (0, 255), (-5, 10)]
 
@@ -126,3 +126,22 @@ def test_every_code_is_a_fixed_point(bits: int, zero: int, step: float, values: 
     assert torch.equal(fake_quantize(once, size, **grid), once)
     assert torch.equal(codes * size, once)
     assert qmin <= int(codes.min()) <= int(codes.max()) <= qmax
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_matched_moments_are_those_of_the_latent_weight(axis: int) -> None:
+    weight = torch.randn(5, 4, 3, 3) + 0.5
+    quantized = (torch.round(weight * 2) / 3).requires_grad_()
+    matched = match_moments(quantized, weight, axis=axis)
+    dims = [dim for dim in range(4) if dim != axis]
+    torch.testing.assert_close(matched.mean(dims), weight.mean(dims))
+    torch.testing.assert_close(matched.std(dims), weight.std(dims))
+    matched.sum().backward()
+    stretch = weight.std(dims) / quantized.detach().std(dims)
+    torch.testing.assert_close(quantized.grad.mean(dims), stretch)
+
+
+def test_a_channel_that_rounds_to_one_code_keeps_its_mean_and_is_not_stretched() -> None:
+    weight = torch.tensor([[0.1, 0.2, 0.3]])
+    matched = match_moments(torch.zeros(1, 3), weight, axis=0)
+    torch.testing.assert_close(matched, torch.full((1, 3), 0.2))

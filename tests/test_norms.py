@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from timm.layers import BatchNormAct2d
-from torch import nn
+from torch import Tensor, nn
 
+import anyprec
 from anyprec.norms import SwitchableNorm, restore_norm, switch_norm
 
 
@@ -79,3 +80,79 @@ def test_restoring_gives_the_float_norm_back() -> None:
     restore_norm(norm)
     assert type(norm) is nn.BatchNorm2d
     assert list(norm.state_dict()) == keys
+
+
+def test_statistics_of_a_configuration_are_used_in_eval_mode_only(norm: nn.Module) -> None:
+    reference = copy.deepcopy(norm)
+    switch_norm(norm, 2)
+    norm.row = 0
+    norm.override = torch.rand(4), 0.5 + torch.rand(4)
+    x = torch.randn(6, 4, 5, 5)
+    reference.running_mean, reference.running_var = norm.override
+    assert torch.equal(norm.eval()(x), reference.eval()(x))
+    before = norm.override[0].clone()
+    norm.train()(x)
+    assert torch.equal(norm.override[0], before)
+    norm.override = None
+    assert not torch.equal(norm.eval()(x), reference(x))
+
+
+@pytest.mark.parametrize(("sharing", "rows"), [("per-pair", 4 * 4), ("per-width", 4), ("shared", 0)])
+def test_a_norm_has_as_many_copies_as_its_sharing_says(
+    sharing: str, rows: int, float_net: nn.Module, images: Tensor
+) -> None:
+    net = anyprec.convert(float_net, bits=(2, 3, 4, 8), norm=sharing, example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    bank = net.pointwise_norm.bank
+    assert (0 if bank is None else bank.rows) == rows
+    assert (net.joint_norm.bank is None) == (rows == 0)
+    outputs = {}
+    for bits in (2, (2, 8), (8, 2), 8, None):
+        net.set_bits(bits)
+        outputs[bits] = net(images)
+        assert torch.isfinite(outputs[bits]).all()
+        if bits is not None:
+            width, activation = (bits, bits) if isinstance(bits, int) else bits
+            index = (2, 3, 4, 8).index
+            expected = {
+                "per-pair": index(width) * 4 + index(activation), "per-width": index(width), "shared": None,
+            }  # fmt: skip
+            assert net.pointwise_norm.row == expected[sharing]
+    assert torch.equal(outputs[None], float_net(images))
+    groups = {group["name"]: {id(p) for p in group["params"]} for group in anyprec.param_groups(net)}
+    assert (id(net.pointwise_norm.weight) in groups["norms and biases"]) == (sharing == "shared")
+
+
+def test_with_a_shared_norm_quantized_weights_have_mean_and_spread_of_the_latent_ones(
+    float_net: nn.Module, images: Tensor
+) -> None:
+    net = anyprec.convert(float_net, bits=(2, 8), norm="shared", example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    net.set_bits(2)
+    layer = net.pointwise
+    used = layer.quantized_weight(layer.weight).detach().flatten(1)
+    latent = layer.weight.detach().flatten(1)
+    torch.testing.assert_close(used.mean(dim=1), latent.mean(dim=1))
+    torch.testing.assert_close(used.std(dim=1), latent.std(dim=1))
+    plain = layer.weight_quantizer(layer.weight, 0).detach().flatten(1)
+    assert not torch.allclose(plain.std(dim=1), latent.std(dim=1), rtol=1e-3)
+    # A layer whose output meets no norm is left as it is.
+    assert torch.equal(net.head.quantized_weight(net.head.weight), net.head.weight_quantizer(net.head.weight, 0))
+
+
+def test_a_shared_norm_learns_from_every_precision(float_net: nn.Module, images: Tensor) -> None:
+    net = anyprec.convert(float_net, bits=(2, 8), norm="shared", example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    before = net.pointwise_norm.running_mean.clone()
+    net.train()
+    with net.using_bits(2):
+        net(images).sum().backward()
+    assert net.pointwise_norm.weight.grad is not None
+    assert not torch.equal(net.pointwise_norm.running_mean, before)
+
+
+def test_an_unknown_sharing_is_refused(float_net: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"norm='per-bit' is not known: use one of \('per-pair', 'per-width', 'shared'\)"
+    ):
+        anyprec.convert(float_net, norm="per-bit")

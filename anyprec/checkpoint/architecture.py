@@ -41,6 +41,7 @@ _RUNTIME_SETTINGS = {
     "fused_attn",
     "observer",
     "output_observer",
+    "override",
     "row",
     "functional_layers",
 }

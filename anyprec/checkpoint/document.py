@@ -11,12 +11,13 @@ import json
 import math
 import reprlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
 from anyprec.errors import CheckpointError
 from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.model import ConvertSettings
+from anyprec.norms import NormSharing
 
 METADATA_KEY = "anyprec"
 FORMAT_VERSION = 1
@@ -44,6 +45,7 @@ class Document:
         facts: What was known of the network, so that loading observes nothing anew.
         configs: Named configurations.
         floors: Lowest precision in use of layers with frozen candidates.
+        statistics: Configurations with norm statistics of their own; their tensors are numbered in this order.
         aliases: Name of a tied tensor to the name under which it is stored.
         pretrained_cfg: timm's description of the weights (normalisation, labels), as far as JSON can hold it.
     """
@@ -54,19 +56,22 @@ class Document:
     facts: NetworkFacts
     configs: dict[str, BitConfig]
     floors: BitConfig = field(default_factory=lambda: BitConfig({}))
+    statistics: tuple[BitConfig, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The document as text."""
         architecture = None if self.architecture is None else dataclasses.asdict(self.architecture)
+        # Left out where there is nothing to say, as in the first files of this format.
         floors = {"floors": self.floors.to_json()} if self.floors else {}
+        statistics = {"statistics": [config.to_json() for config in self.statistics]} if self.statistics else {}
         return json.dumps(
             {
                 "format": FORMAT_VERSION,
                 "version": self.version,
                 "architecture": architecture,
-                "settings": dataclasses.asdict(self.settings),
+                "settings": _settings_json(self.settings),
                 "layers": [_layer_json(layer) for layer in self.facts.layers.values()],
                 "norms": self.facts.norms,
                 "uncounted": self.facts.uncounted,
@@ -74,6 +79,7 @@ class Document:
                 "untraceable": self.facts.untraceable,
                 "configs": {name: config.to_json() for name, config in self.configs.items()},
                 **floors,
+                **statistics,
                 "aliases": self.aliases,
                 "pretrained_cfg": self.pretrained_cfg,
             }
@@ -105,6 +111,10 @@ class Document:
             facts=_read_facts(fields),
             configs=_read_configs(fields.take("configs", dict)),
             floors=_read_config(fields.take_or("floors", dict, default={}), "metadata.floors"),
+            statistics=tuple(
+                _read_config(config, "metadata.statistics[]")
+                for config in fields.take_or("statistics", list, default=[])
+            ),
             aliases=_strings(fields.take("aliases", dict), "metadata.aliases"),
             pretrained_cfg=fields.take("pretrained_cfg", dict),
         )
@@ -193,7 +203,23 @@ def _read_settings(fields: _Fields) -> ConvertSettings:
         per_channel=fields.take("per_channel", bool),
         include=None if include is None else fields.items("include", str),
         exclude=fields.items("exclude", str),
+        norm=_read_norm(fields),
     )
+
+
+def _read_norm(fields: _Fields) -> NormSharing:
+    found: Any = fields.take_or("norm", str, default="per-pair")
+    if found not in get_args(NormSharing):
+        msg = f"the checkpoint's metadata.settings.norm is {found!r:.40}, expected one of {get_args(NormSharing)}"
+        raise CheckpointError(msg)
+    sharing: NormSharing = found
+    return sharing
+
+
+def _settings_json(settings: ConvertSettings) -> dict[str, Any]:
+    """The settings; `norm` is left out where the first files of this format would agree."""
+    fields = dataclasses.asdict(settings)
+    return {name: value for name, value in fields.items() if name != "norm" or value != "per-pair"}
 
 
 def _read_facts(fields: _Fields) -> NetworkFacts:

@@ -29,6 +29,7 @@ from anyprec.checkpoint.matching import (
     require_float_fit,
     require_state_fit,
 )
+from anyprec.checkpoint.statistics import fitting_statistics, split_statistics, statistics_tensors
 from anyprec.conversion import apply_settings, revert
 from anyprec.errors import AnyprecError, BitsError, CheckpointError
 from anyprec.graph import NetworkFacts
@@ -72,7 +73,7 @@ def save(
     """
     require_converted(model, purpose="save")
     named = _checked_configs(model, {**model.configs, **(configs or {})})
-    tensors, aliases = stored_once(model.state_dict())
+    tensors, aliases = stored_once({**model.state_dict(), **statistics_tensors(model)})
     document = Document(
         version=version("anyprec"),
         architecture=find_architecture(model, model_args) if rebuildable else None,
@@ -80,6 +81,7 @@ def save(
         facts=_present_facts(model),
         configs=named,
         floors=BitConfig(model.floors),
+        statistics=tuple(model.anyprec_record.statistics),
         aliases=aliases,
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
     )
@@ -114,14 +116,14 @@ def load(
     if digest(tensors, text) != written:
         msg = f"{str(path)!r} is damaged: its content does not match its digest; copy it again from its source"
         raise CheckpointError(msg)
-    state = with_aliases(tensors, document.aliases)
+    state, statistics = split_statistics(with_aliases(tensors, document.aliases))
     if isinstance(model, ConvertedModel):
         require_converted_fit(model, document)
-        _fill(model, document, state)
+        _fill(model, document, state, statistics)
         return model
     network = _rebuilt(document, state, str(path)).to(device).eval() if model is None else model
     require_float_fit(network, document, state)
-    return _convert_and_fill(network, document, state)
+    return _convert_and_fill(network, document, state, statistics)
 
 
 def _require_module(model: Any) -> None:
@@ -145,7 +147,9 @@ def _rebuilt(document: Document, state: Mapping[str, Tensor], path: str) -> nn.M
     return network
 
 
-def _convert_and_fill(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> ConvertedModel:
+def _convert_and_fill(
+    network: nn.Module, document: Document, state: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
+) -> ConvertedModel:
     try:
         converted = apply_settings(network, document.settings, document.facts)
     except AnyprecError as error:
@@ -154,20 +158,25 @@ def _convert_and_fill(network: nn.Module, document: Document, state: Mapping[str
     try:
         # What conversion adds is in its own number format; the saved model may have been moved to another one.
         _match_dtypes(converted, state, only=our_prefixes(converted, document.facts))
-        _fill(converted, document, state)
+        _fill(converted, document, state, statistics)
     except BaseException:
         revert(network)
         raise
     return converted
 
 
-def _fill(model: ConvertedModel, document: Document, state: Mapping[str, Tensor]) -> None:
+def _fill(
+    model: ConvertedModel, document: Document, state: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
+) -> None:
     """Copy the file's values and configurations; all is checked before."""
     require_state_fit(model, state)
     configs = fitting_configs(model, document)
+    own = fitting_statistics(model, document, statistics)
     _set_floors(model, document)
     model.load_state_dict(state)
     model.set_bits(None)
+    model.anyprec_record.statistics.clear()
+    model.anyprec_record.statistics.update(own)
     model.configs.clear()
     model.configs.update(configs)
 

@@ -70,5 +70,8 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 def _float_affine(model: nn.Module) -> set[int]:
     return {
-        id(p) for norm in model.modules() if isinstance(norm, SwitchableNorm) for p in norm.parameters(recurse=False)
+        id(p)
+        for norm in model.modules()
+        if isinstance(norm, SwitchableNorm) and norm.bank is not None
+        for p in norm.parameters(recurse=False)
     }

@@ -11,7 +11,7 @@ from torch import nn
 
 import anyprec
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.file import read_file
+from anyprec.checkpoint.file import read_file, write_file
 
 
 def _outputs(model, images, precisions=(None, 4, (2, 8))):
@@ -258,3 +258,56 @@ def test_state_that_is_no_tensor_is_not_saved(tmp_path, model):
 def test_a_network_without_values_is_not_saved(tmp_path, model):
     with pytest.raises(anyprec.CheckpointError, match=r"'0.weight' in the network's state is on the meta device"):
         anyprec.save(model.to("meta"), tmp_path / "net")
+
+
+@pytest.mark.parametrize("norm", ["per-pair", "per-width", "shared"])
+def test_floors_and_statistics_of_configurations_survive(tmp_path, plain, batch, norm, same_state):
+    model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
+    anyprec.calibrate(model, [batch])
+    model.set_floors({"5": (4, 2)})
+    mixed = anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], {"5": (4, 2), "3": (8, 4)})
+    anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], 4)
+    path = tmp_path / "net.safetensors"
+    anyprec.save(model, path)
+    loaded = anyprec.load(path, plain())
+    assert loaded.floors == model.floors
+    assert loaded.anyprec_record.statistics.keys() == model.anyprec_record.statistics.keys()
+    assert same_state(loaded.state_dict(), model.state_dict())
+    precisions = (None, 4, 2, mixed)
+    assert _equal(_outputs(loaded, batch, precisions), _outputs(model, batch, precisions))
+    model.anyprec_record.statistics.clear()
+    assert not _equal(_outputs(loaded, batch, (mixed,)), _outputs(model, batch, (mixed,)))
+
+
+def test_damaged_statistics_and_floors_are_refused(tmp_path, plain, batch, photograph):
+    model = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch[:1])
+    anyprec.calibrate(model, [batch])
+    model.set_floors({"5": (4, 2)})
+    anyprec.recalibrate(model, [batch], 4)
+    path = tmp_path / "net.safetensors"
+    anyprec.save(model, path)
+    tensors, text, _ = read_file(path)
+    name = "anyprec.statistics.0.1.mean"
+    changes = [
+        ({name: torch.zeros(7)}, text, r"is \(7,\) torch.float32, expected finite numbers of shape \(4,\)"),
+        ({name: tensors[name] / 0}, text, "expected finite numbers"),
+        ({"anyprec.statistics.1.1.mean": torch.zeros(4)}, text, "not those of 1 configurations"),
+        ({}, text.replace('"5": "W4A2"', '"5": "W3A2"'), "frozen candidates do not fit"),
+    ]
+    for extra, document, message in changes:
+        write_file(path, {**tensors, **extra}, document)
+        network = plain()
+        check = photograph(network)
+        with pytest.raises(anyprec.CheckpointError, match=message):
+            anyprec.load(path, network)
+        check()
+
+
+def test_an_unknown_sharing_of_norms_is_refused(tmp_path, plain, batch):
+    model = anyprec.convert(plain(), bits=(2, 4), norm="shared", example_input=batch[:1])
+    path = tmp_path / "net.safetensors"
+    anyprec.save(model, path)
+    tensors, text, _ = read_file(path)
+    write_file(path, tensors, text.replace('"shared"', '"by moon"'))
+    with pytest.raises(anyprec.CheckpointError, match="settings.norm is 'by moon', expected one of"):
+        anyprec.load(path, plain())
