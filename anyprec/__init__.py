@@ -18,9 +18,11 @@ from anyprec.errors import (
 from anyprec.model import ConvertedModel
 from anyprec.searching.budget import Budget
 from anyprec.searching.search import SearchResult, search
-from anyprec.training.fit import EpochRecord, fit
+from anyprec.training.fit import fit
+from anyprec.training.loop import EpochRecord
 from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import param_groups
+from anyprec.training.recipe import Recipe, paper
 from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler
 from anyprec.training.scheduler import BitWidthScheduler
 
@@ -42,6 +44,7 @@ __all__ = [
     "InstabilitySampler",
     "NotCalibratedError",
     "OneShot",
+    "Recipe",
     "SandwichSampler",
     "SearchResult",
     "TrainingError",
@@ -53,6 +56,7 @@ __all__ = [
     "cost_of",
     "fit",
     "load",
+    "paper",
     "param_groups",
     "recalibrate",
     "save",

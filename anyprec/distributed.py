@@ -15,9 +15,14 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if process_count() > 1 else 0
+
+
 def is_first_process() -> bool:
     """Whether this process is the one that prints and writes."""
-    return process_count() == 1 or dist.get_rank() == 0
+    return process_rank() == 0
 
 
 def of_first_process(value: T) -> T:

@@ -19,7 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import distributed
+
+from anyprec.distributed import is_first_process
 
 
 class Bar:
@@ -53,11 +54,6 @@ def progress_bar(description: str, total: int | None, *, show: bool) -> Iterator
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    visible = show and console.is_terminal and is_main_process()
+    visible = show and console.is_terminal and is_first_process()
     with Progress(*columns, console=console, disable=not visible, transient=True) as progress:
         yield Bar(progress, description, total)
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that prints and writes: rank 0, or not distributed at all."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -19,7 +19,6 @@ from anyprec.graph import LayerFacts, NetworkFacts
 from anyprec.model import ConvertSettings
 from anyprec.norms import NormSharing
 
-METADATA_KEY = "anyprec"
 FORMAT_VERSION = 1
 
 _MAX_DEPTH = 16

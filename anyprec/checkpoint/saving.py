@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.architecture import create, create_skeleton, describe, find_architecture
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.file import digest, read_file, stored_once, with_aliases, write_file
 from anyprec.checkpoint.matching import (
     fitting_configs,
     holds_layer,
@@ -34,6 +33,7 @@ from anyprec.conversion import apply_settings, revert
 from anyprec.errors import AnyprecError, BitsError, CheckpointError
 from anyprec.graph import NetworkFacts
 from anyprec.model import ConvertedModel, require_converted
+from anyprec.storage import digest, read_file, stored_once, with_aliases, write_file
 
 
 def save(

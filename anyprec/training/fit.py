@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import inspect
 import math
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anyprec.batches import Batch, device_of, images_of, labels_of
+from anyprec.batches import Batch, device_of
 from anyprec.calibration import calibrate, calibrate_norms
+from anyprec.distributed import process_count
 from anyprec.errors import TrainingError
 from anyprec.model import ConvertedModel, require_converted
-from anyprec.progress import Bar, progress_bar
-from anyprec.training.oneshot import Criterion, OneShot
+from anyprec.progress import progress_bar
+from anyprec.training.loop import EpochRecord, Run
+from anyprec.training.oneshot import Criterion, OneShot, Term
 from anyprec.training.parameters import param_groups
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch of training.
-
-    Attributes:
-        epoch: From 0.
-        losses: Mean unweighted loss of the max path, then of each random path.
-        images_per_second: Images trained, each on all paths, per second.
-        seconds: Time of the epoch.
-    """
-
-    epoch: int
-    losses: tuple[float, ...]
-    images_per_second: float
-    seconds: float
+from anyprec.training.recipe import Recipe
 
 
 def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
@@ -43,142 +30,135 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     train_loader: Iterable[Batch],
     *,
     epochs: int,
-    lr: float = 0.02,
-    weight_decay: float = 2.5e-5,
-    warmup: float = 0.05,
-    random_paths: int = 3,
-    distillation: float = 0.5,
+    recipe: Recipe | None = None,
     criterion: Criterion | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    clip_value: float | None = 1.0,
+    teacher: nn.Module | None = None,
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    terms: Sequence[Term] = (),
+    accumulation: int = 1,
+    autocast: torch.dtype | None = None,
     norm_batches: int = 16,
     seed: int = 0,
+    snapshot: str | os.PathLike[str] | None = None,
+    snapshot_steps: int = 1000,
     show_progress: bool = True,
     on_epoch_end: Callable[[EpochRecord], None] | None = None,
+    **changes: Any,
 ) -> list[EpochRecord]:
     """Train all bit-widths of `model` at once.
 
-    SGD with Nesterov momentum 0.9 on `param_groups`, a linear warm-up and a cosine schedule over all steps, gradients
-    clipped by value. A model that is not calibrated yet is calibrated first. Afterwards norm statistics are
-    re-estimated on training images, for every precision and for floating point; the model is left in eval mode and
-    at the precision that it came with.
+    SGD with Nesterov momentum on `param_groups`, a linear warm-up and a cosine schedule over all steps, clipped
+    gradients. A model that is not calibrated yet is calibrated first. Afterwards norm statistics are re-estimated on
+    training images, for every precision and for floating point; the model is left in eval mode and at the precision
+    that it came with, with averaged weights if the recipe averages.
+
+    Under `torchrun`, with a process group, every process trains on its own batches (give the loader a
+    `DistributedSampler`); gradients are averaged once a step, and all processes end with the same model.
 
     Args:
         model: A converted model; its weights, step sizes and norms are changed.
         train_loader: Batches of (images, labels), iterated anew each epoch.
         epochs: Passes over the loader, at least 1.
-        lr: Peak learning rate, of the built-in optimizer or of the schedule over `optimizer`'s own.
-        weight_decay: For weights only.
-        warmup: Fraction of all steps with a rising learning rate.
-        random_paths: Number K of random paths in a step, besides the max path.
-        distillation: Share of in-place distillation in the loss of a random path.
+        recipe: All settings; `Recipe()` by default, `paper()` for the paper's.
         criterion: Task loss; cross-entropy by default.
-        optimizer: Instead of the built-in one; the schedule scales its learning rates, `lr` and `weight_decay` are
-            not used.
-        clip_value: Largest magnitude of a gradient element; None does not clip.
+        optimizer: Instead of the built-in one; the schedule scales its learning rates, and the recipe's `lr`, `momentum`,
+            `weight_decay` and `step_lr` are not used.
+        teacher: See `OneShot`.
+        mixup: Called with the images and labels of each batch, e.g. timm's `Mixup`.
+        terms: See `OneShot`.
+        accumulation: Batches per optimizer step.
+        autocast: `torch.bfloat16` runs forward passes in mixed precision.
         norm_batches: Training batches for the norm statistics at the end; 0 leaves the running ones.
         seed: Of the generator that draws the bit-widths.
+        snapshot: File for the state of the run. If it exists, the run goes on from there, exactly as it would have:
+            weights, optimizer, schedules and random generators, on the same batches.
+        snapshot_steps: Optimizer steps between two snapshots.
         show_progress: Show a bar on a terminal.
         on_epoch_end: Called after each epoch, e.g. to log or evaluate; it may switch precision and mode.
+        **changes: Settings of the recipe to change, e.g. `lr=0.05`.
 
     Returns:
         One record per epoch.
 
     Raises:
         ConversionError: `model` is not converted.
-        TrainingError: The loader is empty, or the loss is no longer finite; the message names the step.
-        ValueError: A setting is out of range.
+        TrainingError: The loader is empty, the loss is no longer finite (the message names the step), or the snapshot is
+            that of another run.
+        CheckpointError: The snapshot cannot be read or written.
+        ValueError: A setting is unknown or out of range.
 
     Example:
         >>> import timm, torch, anyprec
         >>> model = anyprec.convert(timm.create_model("test_resnet", num_classes=2), bits=(4, 8))
         >>> loader = [(torch.randn(2, 3, 160, 160), torch.tensor([0, 1]))]
-        >>> history = anyprec.fit(model, loader, epochs=1)
+        >>> history = anyprec.fit(model, loader, epochs=1, lr=0.01)
         >>> len(history[0].losses)
         4
     """
     require_converted(model, purpose="fit")
-    if epochs < 1:
-        msg = f"epochs={epochs} must be at least 1"
+    recipe = (recipe or Recipe()).changed(**changes)
+    for name, value in (("epochs", epochs), ("accumulation", accumulation), ("snapshot_steps", snapshot_steps)):
+        if value < 1:
+            msg = f"{name}={value} must be at least 1"
+            raise ValueError(msg)
+    if autocast not in {None, torch.bfloat16}:
+        msg = f"autocast={autocast} is not supported: use torch.bfloat16 or None"
         raise ValueError(msg)
-    if not 0 <= warmup < 1:
-        msg = f"warmup={warmup} is a fraction of all steps: from 0, below 1"
-        raise ValueError(msg)
-    steps_per_epoch = _count_batches(train_loader)
-    if not all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values()):
+    batches = _count_batches(train_loader)
+    total_steps = math.ceil(batches / accumulation) * epochs
+    oneshot = OneShot(model, total_steps=total_steps, teacher=teacher, terms=terms, seed=seed, **recipe.oneshot)
+    path = None if snapshot is None else Path(snapshot)
+    resuming = path is not None and path.exists()
+    if not resuming and not all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values()):
         calibrate(model, train_loader)
-    if optimizer is None:
-        groups = param_groups(model, lr=lr, weight_decay=weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    total_steps = steps_per_epoch * epochs
-    oneshot = OneShot(model, total_steps=total_steps, random_paths=random_paths, distillation=distillation, seed=seed)
-    loop = _Loop(
-        model=model,
-        oneshot=oneshot,
-        optimizer=optimizer,
-        schedule=_cosine(optimizer, total_steps, round(warmup * total_steps)),
-        criterion=nn.functional.cross_entropy if criterion is None else criterion,
-        clip_value=clip_value,
-    )
-    history = []
-    with progress_bar("one-shot training", total_steps, show=show_progress) as bar:
-        for epoch in range(epochs):
-            history.append(loop.run_epoch(epoch, train_loader, bar))
-            if on_epoch_end is not None:
-                on_epoch_end(history[-1])
+    optimizers = _optimizers(model, recipe) if optimizer is None else [optimizer]
+    with contextlib.ExitStack() as leaving:
+        if recipe.spare_decay:
+            leaving.callback(oneshot.exempt_from_decay(optimizers[0]).remove)
+        run = Run(
+            model=model,
+            network=_distributed(model),
+            oneshot=oneshot,
+            optimizers=optimizers,
+            schedules=[_cosine(one, total_steps, round(recipe.warmup * total_steps)) for one in optimizers],
+            recipe=recipe,
+            criterion=nn.functional.cross_entropy if criterion is None else criterion,
+            mixup=mixup,
+            autocast=autocast,
+            accumulation=accumulation,
+            batches=batches,
+            loader=train_loader,
+            average=_average(model, recipe),
+            identity={"epochs": epochs, "batches": batches, "accumulation": accumulation, "seed": seed},
+            snapshot=path,
+            snapshot_steps=snapshot_steps,
+        )
+        if resuming:
+            run.resume()
+        with progress_bar("one-shot training", total_steps, show=show_progress) as bar:
+            bar.advance(oneshot.steps_done)
+            while run.position.epoch < epochs:
+                record = run.run_epoch(bar)
+                if on_epoch_end is not None:
+                    on_epoch_end(record)
+                run.write()  # after the callback, which may draw random numbers
+    if run.average is not None:
+        model.load_state_dict(run.average.module.state_dict())
     if norm_batches:
         calibrate_norms(model, train_loader, batches=norm_batches, include_float=True)
     model.eval()
-    return history
+    return run.position.history
 
 
-@dataclass
-class _Loop:
-    model: ConvertedModel
-    oneshot: OneShot
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    criterion: Criterion
-    clip_value: float | None
-
-    def run_epoch(self, epoch: int, loader: Iterable[Batch], bar: Bar) -> EpochRecord:
-        self.model.train()
-        device = device_of(self.model)
-        totals = torch.zeros(1 + self.oneshot.random_paths, dtype=torch.float64)
-        images_seen, batches, start = 0, 0, time.perf_counter()
-        for batch in loader:
-            images, labels = images_of(batch).to(device), labels_of(batch).to(device)
-            losses = self.run_step(images, labels)
-            totals += losses
-            images_seen, batches = images_seen + len(images), batches + 1
-            speed = images_seen / (time.perf_counter() - start)
-            bar.advance(note=_note(epoch, losses, speed))
-        seconds = time.perf_counter() - start
-        means = tuple((totals / batches).tolist())
-        return EpochRecord(epoch, means, images_seen / seconds, seconds)
-
-    def run_step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step; returns the unweighted loss of every path."""
-        # The schedule is read in the middle of each step, so that neither the first nor the last one is lost.
-        self.schedule.step_update(self.oneshot.steps_done + 0.5)
-        losses = []
-        for path in self.oneshot.paths():
-            loss = path.loss(self.model(images), labels, self.criterion)
-            losses.append(float(loss.detach()) / path.weight)
-            if not math.isfinite(losses[-1]):
-                self.optimizer.zero_grad()
-                which = "max path" if path.is_max else f"random path {path.index}"
-                msg = f"the loss of the {which} is {losses[-1]} at step {self.oneshot.steps_done}: lower the learning "
-                msg += "rate, or check the data; the weights are those of the last finite step"
-                raise TrainingError(msg)
-            loss.backward()
-        if self.clip_value is not None:
-            parameters = itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.oneshot.step()
-        return torch.tensor(losses, dtype=torch.float64)
+def _optimizers(model: ConvertedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    groups = param_groups(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    apart = [] if recipe.step_lr is None else [group for group in groups if group["name"] == "step sizes"]
+    rest = groups if recipe.step_lr is None else [group for group in groups if group["name"] != "step sizes"]
+    sgd = torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    if recipe.step_lr is None:
+        return [sgd]
+    return [sgd, torch.optim.Adam([{**group, "lr": recipe.step_lr} for group in apart], lr=recipe.step_lr)]
 
 
 def _cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int) -> Any:
@@ -194,6 +174,28 @@ def _cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: in
     )
 
 
+def _average(model: ConvertedModel, recipe: Recipe) -> Any:
+    """Timm's moving average of all parameters and buffers, or None."""
+    if recipe.ema_decay is None:
+        return None
+    from timm.utils.model_ema import ModelEmaV3  # noqa: PLC0415 (timm is slow to import)
+
+    return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+
+
+def _distributed(model: ConvertedModel) -> nn.Module:
+    """The network whose backward pass averages gradients over all processes."""
+    if process_count() == 1:
+        return model
+    device = device_of(model)
+    ids = [device.index] if device.type == "cuda" else None
+    # Running statistics differ between processes until the end of the epoch, where they are averaged.
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.14
+    options: dict[str, Any] = {"device_ids": ids, option: False}
+    return nn.parallel.DistributedDataParallel(model, **options)
+
+
 def _count_batches(loader: Iterable[Batch]) -> int:
     try:
         count = len(loader)  # type: ignore[arg-type]
@@ -203,9 +205,3 @@ def _count_batches(loader: Iterable[Batch]) -> int:
         msg = "the training loader yields no batch"
         raise TrainingError(msg)
     return count
-
-
-def _note(epoch: int, losses: Tensor, speed: float) -> str:
-    numbers = losses.tolist()
-    random = f", random {sum(numbers[1:]) / len(numbers[1:]):.3f}" if len(numbers) > 1 else ""
-    return f"epoch {epoch + 1}, loss max {numbers[0]:.3f}{random}, {speed:.0f} images/s"

@@ -22,8 +22,8 @@ def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: flo
     Returns:
         A scalar, in nats.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(target_logits.detach().float() / temperature, dim=-1)
+    student = F.log_softmax(widened(logits) / temperature, dim=-1)
+    teacher = F.log_softmax(widened(target_logits.detach()) / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
@@ -67,5 +67,10 @@ def feature_distance(feature: Tensor, target: Tensor, *, relative: bool) -> Tens
         A scalar.
     """
     # The difference is a tensor of its own: `feature` may be changed in place before the backward pass.
-    error = (feature.float() - target.detach().float()).square().mean()
-    return error / target.detach().float().square().mean().clamp_min(1e-12) if relative else error
+    error = (widened(feature) - widened(target.detach())).square().mean()
+    return error / widened(target.detach()).square().mean().clamp_min(1e-12) if relative else error
+
+
+def widened(values: Tensor) -> Tensor:
+    """`values` in at least 32 bits: sums in bfloat16 are too coarse for a loss."""
+    return values.float() if values.element_size() < 4 else values

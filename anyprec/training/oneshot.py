@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Candidates
-from anyprec.distributed import of_first_process
+from anyprec.distributed import of_first_process, process_count
 from anyprec.errors import BitsError, TrainingError
 from anyprec.layers import QuantizedLayer
 from anyprec.model import ConvertedModel, require_converted
 from anyprec.modes import evaluating
 from anyprec.training.decay import exempt_from_decay
 from anyprec.training.features import FeatureDistances
-from anyprec.training.losses import distillation_loss, quantization_error
+from anyprec.training.losses import distillation_loss, quantization_error, widened
+from anyprec.training.parameters import touch, unused_parameters
 from anyprec.training.samplers import InstabilitySampler, SamplerLike, sampler_of
 from anyprec.training.scheduler import BitWidthScheduler, unstable_fractions
 
@@ -165,7 +166,7 @@ class OneShot:
                             step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
                         if self._needs_operands(index):
                             watching.enter_context(self._watching_operands())
-                        yield Path(self, index, config, weight=1 / len(configs))
+                        yield Path(self, index, config, weight=1 / len(configs), is_last=index == len(configs) - 1)
         finally:
             self._features.forget()
             self._step = None
@@ -293,7 +294,9 @@ class OneShot:
             found.append(_Part("quantization error", weight, self._quantization_error(path, step.candidates)))
         found += [_Part(_name(term), 1.0, term(path, output, targets)) for term in self.terms]
         self.parts = {part.name: part.value.detach() for part in found}
-        return path.weight * torch.stack([part.weight * part.value.float() for part in found]).sum()
+        total = path.weight * torch.stack([part.weight * widened(part.value) for part in found]).sum()
+        # A distributed run waits for a gradient of every parameter, those of unused float norms included.
+        return total if process_count() == 1 else touch(total, unused_parameters(self.model))
 
     def present_error_weight(self) -> float:
         """The weight that the quantization-error term has now."""
@@ -375,12 +378,14 @@ class Path:
         index: 0 is the max path.
         config: The active configuration.
         weight: Share of this path in the step, `1 / (1 + K)`.
+        is_last: No other path follows: under DDP, gradients are reduced here and nowhere else (`no_sync`).
     """
 
     _oneshot: OneShot
     index: int
     config: BitConfig
     weight: float
+    is_last: bool
 
     @property
     def is_max(self) -> bool:

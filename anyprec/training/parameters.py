@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from anyprec.model import ConvertedModel, require_converted
 from anyprec.norms import NormBank, SwitchableNorm
@@ -38,7 +40,7 @@ def param_groups(
         raise ValueError(msg)
     steps = _parameters_of(model, (WeightQuantizer, InputQuantizer))
     copies = _parameters_of(model, (NormBank,))
-    unused = _float_affine(model)
+    unused = {id(parameter) for parameter in unused_parameters(model)}
     undecayed = _undecayed(model)
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "step sizes": []}
     for name, parameter in model.named_parameters():
@@ -58,6 +60,32 @@ def param_groups(
     return [{**settings[name], "params": parameters} for name, parameters in groups.items() if parameters]
 
 
+def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that no quantized path uses: the float affine of norms that have copies."""
+    return [
+        parameter
+        for norm in model.modules()
+        if isinstance(norm, SwitchableNorm) and norm.bank is not None
+        for parameter in norm.parameters(recurse=False)
+    ]
+
+
+def touch(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """`loss`, whose backward pass also gives each of these parameters that asks for a gradient a zero one."""
+    return _Touch.apply(loss, *(parameter for parameter in parameters if parameter.requires_grad))  # type: ignore[no-any-return]
+
+
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+
+
 def _parameters_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
     return {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
 
@@ -66,12 +94,3 @@ def _undecayed(model: nn.Module) -> set[str]:
     """Names for which timm says that they take no weight decay."""
     no_weight_decay = getattr(model, "no_weight_decay", None)
     return set(no_weight_decay()) if callable(no_weight_decay) else set()
-
-
-def _float_affine(model: nn.Module) -> set[int]:
-    return {
-        id(p)
-        for norm in model.modules()
-        if isinstance(norm, SwitchableNorm) and norm.bank is not None
-        for p in norm.parameters(recurse=False)
-    }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import anyprec
-from anyprec.checkpoint.file import read_file, write_file
+from anyprec.storage import read_file, write_file
 
 
 def _layer(**changes):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import anyprec
-from anyprec.checkpoint import file as file_module
-from anyprec.checkpoint.file import digest, read_file, stored_once, with_aliases, write_file
+from anyprec import storage as file_module
+from anyprec.storage import digest, read_file, stored_once, with_aliases, write_file
 
 
 def _header_length(content: bytes) -> int:

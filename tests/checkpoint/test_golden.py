@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.checkpoint.file import read_file
+from anyprec.storage import read_file
 
 HERE = Path(__file__).parent
 GOLDEN = "golden-v1"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import anyprec
-from anyprec.checkpoint.file import read_file, write_file
+from anyprec.storage import read_file, write_file
 
 
 def _other(plain, number, layer):

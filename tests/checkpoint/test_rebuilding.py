@@ -9,7 +9,7 @@ import torch
 import anyprec
 from anyprec.checkpoint.architecture import FORBIDDEN_ARGUMENTS, create, create_skeleton
 from anyprec.checkpoint.document import Architecture, Document
-from anyprec.checkpoint.file import read_file
+from anyprec.storage import read_file
 
 
 def _saved(tmp_path, network, shape, **options):

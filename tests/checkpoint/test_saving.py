@@ -11,7 +11,7 @@ from torch import nn
 
 import anyprec
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.file import read_file, write_file
+from anyprec.storage import read_file, write_file
 
 
 def _outputs(model, images, precisions=(None, 4, (2, 8))):

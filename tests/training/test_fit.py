@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import anyprec
@@ -106,6 +108,11 @@ def test_the_schedule_warms_up_and_falls_on_a_cosine() -> None:
     ("arguments", "error", "text"),
     [
         ({"epochs": 0}, ValueError, "epochs=0 must be at least 1"),
+        ({"accumulation": 0}, ValueError, "accumulation=0 must be at least 1"),
+        ({"lr": 0.0}, ValueError, "lr=0.0 must be positive"),
+        ({"ema_decay": 1.0}, ValueError, "ema_decay=1.0 must be from 0, below 1"),
+        ({"learning_rate": 0.1}, ValueError, "no setting 'learning_rate' in a recipe; settings are random_paths, "),
+        ({"autocast": torch.float16}, ValueError, "autocast=torch.float16 is not supported"),
         ({"warmup": 1.0}, ValueError, "warmup=1.0 is a fraction"),
         ({"random_paths": -1}, ValueError, "random_paths=-1"),
     ],
@@ -159,3 +166,100 @@ def test_parameters_that_timm_exempts_from_decay_and_frozen_ones_are_respected()
     assert not any(parameter is model.head.weight for group in groups.values() for parameter in group)
     with pytest.raises(ValueError, match="step_lr_scale=0.1 needs lr="):
         anyprec.param_groups(model, step_lr_scale=0.1)
+
+
+def test_accumulated_batches_are_one_step(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+    """Three batches of a group give the gradients of one that holds them all, where no norm mixes samples."""
+    weights = []
+    whole = [tuple(torch.cat(parts) for parts in zip(*loader[i : i + 3], strict=True)) for i in (0, 3)]
+    for batches, accumulation in ((loader, 3), (whole, 1)):
+        torch.manual_seed(1)
+        net = anyprec.convert(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 3)),
+            bits=(2, 4), example_input=loader[0][0],
+        )  # fmt: skip
+        anyprec.calibrate(net, whole[:1], step_batches=1)
+        anyprec.fit(net, batches, epochs=1, accumulation=accumulation, warmup=0.0, clip_value=None, random_paths=0)
+        weights.append(net.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+def test_averaged_weights_are_what_remains(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+    plain, averaged = copy.deepcopy(net), copy.deepcopy(net)
+    seen = []
+    keep = lambda model: lambda _: seen.append(model.fc.weight.detach().clone())  # noqa: E731
+    anyprec.fit(plain, loader[:1], epochs=3, on_epoch_end=keep(plain), norm_batches=0)
+    anyprec.fit(averaged, loader[:1], epochs=3, ema_decay=0.5, norm_batches=0)
+    expected = net.fc.weight.detach()
+    # timm's warm-up: the first update copies, the later ones decay by at most ema_decay.
+    decays = [ModelEmaV3(nn.Linear(1, 1), decay=0.5, use_warmup=True).get_decay(step) for step in (1, 2, 3)]
+    for weight, decay in zip(seen, decays, strict=True):
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(averaged.fc.weight, expected)
+    assert not torch.equal(averaged.fc.weight, plain.fc.weight)
+
+
+def test_the_norm_of_gradients_is_clipped(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+    before = net.fc.weight.clone()
+    optimizer = torch.optim.SGD([net.fc.weight], lr=1.0)
+    anyprec.fit(
+        net, loader[:1], epochs=1, optimizer=optimizer, clip_value=None, clip_norm=1e-3, norm_batches=0, warmup=0.0
+    )
+    # The schedule is read in the middle of the only step, at half of the learning rate.
+    assert (net.fc.weight - before).norm().item() == pytest.approx(0.5e-3, rel=1e-2)
+
+
+def test_the_papers_recipe_trains_with_every_part_of_the_method(
+    float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    recipe = anyprec.paper()
+    net = anyprec.convert(float_net, example_input=loader[0][0], **recipe.conversion)
+    assert net.head.weight_quantizer.step.shape == (5, 1)
+    history = anyprec.fit(net, loader, epochs=8, recipe=recipe, lr=0.1, ema_decay=0.5, step_lr=1e-3)
+    assert history[-1].frozen == len(net.floors) == 0  # 3 layers have a choice, and 0.2 of them is none
+    assert history[0].frozen == 1
+    assert sum(history[-1].losses) < 0.7 * sum(history[0].losses)
+    for bits in (2, 4, 6, None):
+        assert accuracy(net, loader, bits) > 0.8, bits
+
+
+def test_step_sizes_may_have_an_optimizer_of_their_own(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    before = {path: layer.weight_quantizer.step.detach().clone() for path, layer in net.quantized_layers.items()}
+    anyprec.fit(net, loader[:1], epochs=1, lr=10.0, clip_value=1e-6, step_lr=1e-3, warmup=0.0, norm_batches=0)
+    changes = [(net.quantized_layers[path].weight_quantizer.step - step).abs().max() for path, step in before.items()]
+    # Adam's first step is its learning rate, whatever the gradient; the schedule is read in the middle of the only step.
+    assert all(change.item() == pytest.approx(0.5e-3, rel=0.02) for change in changes)
+
+
+def test_a_teacher_mixup_and_own_terms_take_part(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
+    teacher = copy.deepcopy(net)
+    teacher.train()
+    seen = []
+
+    def smallness(path: object, output: Tensor, targets: Tensor) -> Tensor:
+        seen.append((path.is_max, targets.shape, targets.sum(dim=1)))
+        return output.square().mean()
+
+    mixup = timm.data.Mixup(mixup_alpha=0.4, label_smoothing=0.1, num_classes=5)
+    history = anyprec.fit(net, loader[:2], epochs=1, teacher=teacher, mixup=mixup, terms=[smallness], random_paths=1)
+    assert math.isfinite(sum(history[0].losses))
+    assert teacher.training
+    assert [is_max for is_max, _, _ in seen] == [True, False] * 2
+    assert all(shape == (16, 5) and torch.allclose(total, torch.ones(16)) for _, shape, total in seen)
+
+
+def test_forward_passes_may_run_in_bfloat16(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+    net = anyprec.convert(float_net, bits=(2, 4, 8), example_input=loader[0][0])
+    seen = set()
+    net.fc.register_forward_hook(lambda _module, _args, output: seen.add(output.dtype))
+    recipe = anyprec.Recipe(feature_weight=0.01, error_weight=0.1, error_start=0.0, lr=0.1)
+    anyprec.fit(net, loader, epochs=6, recipe=recipe, autocast=torch.bfloat16, norm_batches=0)
+    assert torch.bfloat16 in seen
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+    anyprec.calibrate_norms(net, loader)
+    assert accuracy(net, loader, 4) > 0.8

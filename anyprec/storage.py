@@ -1,8 +1,9 @@
 """Reading and writing one safetensors file: atomic, checked, without pickle.
 
-The metadata holds one entry, the document, whose last field is a digest over the rest of it and every tensor, so that
-a flipped bit is found although safetensors keeps no checksum. The digest finds damage, not malice: what a file says is
-checked besides. One entry, because safetensors writes several in random order: the same model makes the same bytes.
+Checkpoints and the state of a training run are such files. The metadata holds one entry, the document, whose last field
+is a digest over the rest of it and every tensor, so that a flipped bit is found although safetensors keeps no checksum.
+The digest finds damage, not malice: what a file says is checked besides. One entry, because safetensors writes several in
+random order: the same model makes the same bytes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyprec.checkpoint.document import METADATA_KEY
 from anyprec.errors import CheckpointError
+
+METADATA_KEY = "anyprec"
+"""The entry of the metadata that holds a checkpoint's document."""
 
 _SEAL = re.compile(r', "sha256": "([0-9a-f]{64})"\}\Z')
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], document: str) -> None:
+def write_file(path: Path, tensors: Mapping[str, Tensor], document: str, *, key: str = METADATA_KEY) -> None:
     """Write `tensors` and `document` to `path`: afterwards it holds all of them, or what it held before.
+
+    Args:
+        path: The file.
+        tensors: Tensors on the CPU, none of which shares memory with another.
+        document: A JSON object.
+        key: The entry of the metadata for it.
 
     Raises:
         CheckpointError: The file cannot be written.
@@ -42,7 +51,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], document: str) -> None
         sealed = f'{document.removesuffix("}")}, "sha256": "{digest(tensors, document)}"}}'
         temporary.touch()
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-        save_file(dict(tensors), temporary, metadata={METADATA_KEY: sealed})
+        save_file(dict(tensors), temporary, metadata={key: sealed})
         temporary.chmod(mode)  # safetensors writes a file that only its owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -56,7 +65,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], document: str) -> None
     _flush_folder(path.parent)
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], str, str]:
+def read_file(path: Path, *, key: str = METADATA_KEY) -> tuple[dict[str, Tensor], str, str]:
     """All tensors of `path`, on the CPU, its document, and the digest that it was written with (or nothing).
 
     Raises:
@@ -68,15 +77,15 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], str, str]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            if METADATA_KEY not in metadata:
-                msg = f"{str(path)!r} was not written by anyprec (its metadata has no {METADATA_KEY!r}): load float "
+            if key not in metadata:
+                msg = f"{str(path)!r} was not written by anyprec (its metadata has no {key!r}): load float "
                 msg += "weights into the network before converting it"
                 raise CheckpointError(msg)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         msg = f"{str(path)!r} is damaged, or no safetensors file: {error}"
         raise CheckpointError(msg) from error
-    sealed = metadata[METADATA_KEY]
+    sealed = metadata[key]
     seal = _SEAL.search(sealed)
     return (tensors, sealed, "") if seal is None else (tensors, f"{sealed[: seal.start()]}}}", seal[1])
 
