@@ -50,6 +50,24 @@ def fake_quantize(
     return result  # type: ignore[no-any-return]
 
 
+def fake_quantize_with(
+    values: Tensor, step: Tensor, *, qmin: Tensor, qmax: Tensor, axis: int | None, gradient_scale: Tensor
+) -> Tensor:
+    """`fake_quantize` with limits that are tensors: another bit-width is other data, not another program.
+
+    For compiled networks (`torch.compile`): the values and gradients are those of `fake_quantize`, out of simple operations
+    that a compiler fuses. In eager mode `fake_quantize` is faster.
+
+    Shape:
+        As `fake_quantize`; qmin, qmax, gradient_scale: `(1,)` or `()`.
+    """
+    shape = [1] * values.ndim
+    if axis is not None:
+        shape[axis] = -1
+    limits = (limit.reshape([1] * values.ndim) for limit in (qmin, qmax))
+    return _WithLimits.apply(values, step.reshape(shape), *limits, gradient_scale.reshape(()))  # type: ignore[no-any-return]
+
+
 def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None) -> Tensor:
     """The integer codes behind `fake_quantize`: `clamp(round(values / step), qmin, qmax)` as int32.
 
@@ -58,6 +76,27 @@ def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: i
     """
     scale = along(effective_step(step), axis, values.ndim)
     return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
+
+
+class _WithLimits(torch.autograd.Function):
+    """Step sizes and limits broadcast against the values. Keeps the values; backward quantizes again."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, step: Tensor, qmin: Tensor, qmax: Tensor, gradient_scale: Tensor) -> Tensor:
+        ctx.save_for_backward(values, step, qmin, qmax, gradient_scale)
+        scale = effective_step(step)
+        return (torch.clamp(torch.round(values / scale), qmin, qmax) * scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        values, step, qmin, qmax, gradient_scale = ctx.saved_tensors
+        ratio = values / effective_step(step)
+        inside = (ratio > qmin) & (ratio < qmax)
+        codes = torch.clamp(torch.round(ratio), qmin, qmax)
+        contributions = gradient * (codes - torch.where(inside, ratio, 0))
+        dims = [dim for dim in range(values.ndim) if step.shape[dim] == 1]
+        step_gradient = (contributions.sum(dim=dims, keepdim=True) * gradient_scale).to(step.dtype) * _sign(step)
+        return torch.where(inside, gradient, 0).to(values.dtype), step_gradient, None, None, None
 
 
 def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:

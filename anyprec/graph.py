@@ -44,6 +44,7 @@ class LayerFacts:
         axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer, whose class says.
         per_tensor: The weight operand has no fixed output channels, so one step size serves all of it.
         dynamic: The weight operand depends on the network's input.
+        derived: The weight operand is made from the weight in every forward pass (weight standardisation).
         feature: Path of the norm (other than a BatchNorm) or activation right behind it, or None.
         depthwise: A grouped convolution with one input channel per group.
         nonnegative: The graph proves that the input cannot be negative.
@@ -62,6 +63,7 @@ class LayerFacts:
     axis: int | None = None
     per_tensor: bool = False
     dynamic: bool = False
+    derived: bool = False
     feature: str | None = None
     depthwise: bool = False
     nonnegative: bool = False
@@ -137,6 +139,7 @@ def _layer_facts(path: str, layer: nn.Module, seen: Observation, flow: _Flow) ->
         owner=_owner(path, [use.module for use in uses if use.module != path]),
         per_tensor=not is_class or not all(use.rows for use in uses),
         dynamic=any(use.dynamic for use in uses),
+        derived=any(use.derived for use in uses),
         feature=flow.features.get(path),
         depthwise=getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels,
         nonnegative=path in flow.nonnegative,

@@ -45,6 +45,7 @@ class QuantizedLayer(nn.Module):
     observer: Callable[[Tensor, Tensor], None] | None
     output_observer: Callable[[Tensor], None] | None
     _bits: Bits | None
+    _active: bool  # compiled networks look at nothing else, so that they need not be compiled anew for other bits
     _dynamic: bool
     _corrected_axis: int | None
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
@@ -59,12 +60,20 @@ class QuantizedLayer(nn.Module):
         """The active precision; None is floating point."""
         return self._bits
 
+    @property
+    def is_intercepted(self) -> bool:
+        """Whether its operator must be intercepted."""
+        return self._active or self.observer is not None
+
     def switch(self, bits: Bits | None) -> None:
         """Make `bits`, which must be among the candidates, the active precision."""
         if bits is not None:
             self._weight_index = self.weight_quantizer.candidates.index(bits.weight)
             self._input_index = self.input_quantizer.candidates.index(bits.activation)
+            self.weight_quantizer.select(self._weight_index)
+            self.input_quantizer.select(self._input_index)
         self._bits = bits
+        self._active = bits is not None
 
     def run_operator(
         self,
@@ -77,9 +86,13 @@ class QuantizedLayer(nn.Module):
         """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
         if self.observer is not None:
             self.observer(input_, self.weight if self._is_view(weight) else weight)
-        if self._bits is None:
+        if not self._active:
             return operator(*args, **kwargs)
-        quantized = self.input_quantizer(input_, self._input_index), self.quantized_operand(weight)
+        if torch.compiler.is_compiling():
+            quantized_input = self.input_quantizer.forward_selected(input_)
+        else:
+            quantized_input = self.input_quantizer(input_, self._input_index)
+        quantized = quantized_input, self.quantized_operand(weight)
 
         def replaced(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -101,9 +114,11 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`; in eval mode without gradients it is computed once for each bit-width."""
+        if torch.compiler.is_compiling():
+            return self._corrected(self.weight_quantizer.forward_selected(weight), weight)
         index = self._weight_index
         needs_gradient = torch.is_grad_enabled() and (weight.requires_grad or self.weight_quantizer.step.requires_grad)
-        if self.training or needs_gradient or self._dynamic or torch.compiler.is_compiling():
+        if self.training or needs_gradient or self._dynamic:
             return self._quantize(weight, index)
         stamp = self._weight_stamp()
         if stamp is None:
@@ -121,10 +136,11 @@ class QuantizedLayer(nn.Module):
         self._corrected_axis = axis
 
     def _quantize(self, weight: Tensor, index: int) -> Tensor:
-        quantized: Tensor = self.weight_quantizer(weight, index)
-        if self._corrected_axis is None:
-            return quantized
-        return match_moments(quantized, weight, axis=self._corrected_axis)
+        return self._corrected(self.weight_quantizer(weight, index), weight)
+
+    def _corrected(self, quantized: Tensor, weight: Tensor) -> Tensor:
+        axis = self._corrected_axis
+        return quantized if axis is None else match_moments(quantized, weight, axis=axis)
 
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
         """Set training mode; entering it drops the quantized weights that were kept."""
@@ -162,7 +178,7 @@ class QuantizedModule(QuantizedLayer, Specialized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original layer's forward, with the operands of its operator quantized."""
-        if self._bits is None and self.observer is None:
+        if not self._active and self.observer is None:
             return super().forward(*args, **kwargs)
         with _LayerInterceptor(self):
             return super().forward(*args, **kwargs)
@@ -219,9 +235,7 @@ class FunctionalOwner(Specialized):
         """The original forward, with the operators that meet those weights quantized as their layers would."""
         layers = [self.get_submodule(path) for path in self.functional_layers]
         active = {
-            id(layer.weight): layer
-            for layer in layers
-            if isinstance(layer, QuantizedLayer) and (layer.bits is not None or layer.observer is not None)
+            id(layer.weight): layer for layer in layers if isinstance(layer, QuantizedLayer) and layer.is_intercepted
         }
         if not active:
             return super().forward(*args, **kwargs)
@@ -368,4 +382,6 @@ def restore_owner(owner: FunctionalOwner) -> None:
     despecialize(owner)
 
 
-_DORMANT: dict[str, Any] = {"observer": None, "output_observer": None, "_bits": None, "_corrected_axis": None}
+_DORMANT: dict[str, Any] = {
+    "observer": None, "output_observer": None, "_bits": None, "_active": False, "_corrected_axis": None,
+}  # fmt: skip

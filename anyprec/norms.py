@@ -48,6 +48,7 @@ class NormBank(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    choice: Tensor
 
     def __init__(self, norm: _BatchNorm, rows: int) -> None:
         super().__init__()
@@ -58,6 +59,9 @@ class NormBank(nn.Module):
             )
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, _repeat(getattr(norm, name), rows))
+        # The active row as data, for compiled networks.
+        choice = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
+        self.register_buffer("choice", choice, persistent=False)
 
     @property
     def rows(self) -> int:
@@ -82,7 +86,6 @@ class SwitchableNorm(Specialized):
 
     Attributes:
         bank: The copies; None if the norm is shared by all precisions.
-        row: The active copy; None is the float network's own.
         override: Statistics that are used in eval mode instead of any other; None is the usual case.
         observer: If set, it is called with every normalised output of an active copy, before any activation (training).
     """
@@ -90,19 +93,31 @@ class SwitchableNorm(Specialized):
     class_prefix: ClassVar[str] = "Switchable"
 
     bank: NormBank | None
-    row: int | None
+    _row: int | None
+    _active: bool
     override: Statistics | None
     observer: Callable[[Tensor], None] | None
     eps: float
     running_mean: Tensor
     running_var: Tensor
 
+    @property
+    def row(self) -> int | None:
+        """The active copy; None is the float network's own."""
+        return self._row
+
+    @row.setter
+    def row(self, row: int | None) -> None:
+        self._row, self._active = row, row is not None
+        if row is not None and self.bank is not None:
+            self.bank.choice.fill_(row)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the active copy in place of the float parameters and statistics."""
         override = None if self.training else self.override
-        if self.row is None and override is None and self.observer is None:
+        if not self._active and override is None and self.observer is None:
             return super().forward(*args, **kwargs)
-        with _NormInterceptor(self.bank, self.row, override, self.observer):
+        with _NormInterceptor(self.bank if self._active else None, self, override, self.observer):
             return super().forward(*args, **kwargs)
 
     def active_statistics(self) -> Statistics:
@@ -118,13 +133,13 @@ class _NormInterceptor(TorchFunctionMode):
     def __init__(
         self,
         bank: NormBank | None,
-        row: int | None,
+        norm: SwitchableNorm,
         override: Statistics | None,
         observer: Callable[[Tensor], None] | None,
     ) -> None:
         super().__init__()
         self.bank = bank
-        self.row = row
+        self.norm = norm
         self.override = override
         self.observer = observer
 
@@ -132,21 +147,28 @@ class _NormInterceptor(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.batch_norm:
-            result = func(**self._substituted(args, kwargs or {}))
+            result = self._run(func, args, kwargs or {})
             if self.observer is not None:
                 self.observer(result)
             return result
         return func(*args, **(kwargs or {}))
 
-    def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
         call = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in ("running_mean", "running_var", "weight", "bias"):
-            if self.bank is not None and self.row is not None and call.get(name) is not None:
-                call[name] = getattr(self.bank, name)[self.row]
+        bank, traced = self.bank, torch.compiler.is_compiling()
+        replaced = [name for name in ("running_mean", "running_var", "weight", "bias") if call.get(name) is not None]
+        if bank is not None:
+            for name in replaced:
+                copies = getattr(bank, name)
+                call[name] = copies.index_select(0, bank.choice)[0] if traced else copies[self.norm.row]
         if self.override is not None:
             call["running_mean"], call["running_var"] = self.override
-        return call
+        result = func(**call)
+        if bank is not None and traced and call.get("training"):
+            for name in replaced[:2]:  # a row that was selected by data is a copy
+                getattr(bank, name).index_copy_(0, bank.choice, call[name][None])
+        return result
 
 
 def switch_norm(norm: _BatchNorm, rows: int) -> None:
@@ -154,13 +176,13 @@ def switch_norm(norm: _BatchNorm, rows: int) -> None:
     bank = NormBank(norm, rows).train(norm.training) if rows else None
     specialize(norm, SwitchableNorm)
     norm.register_module("bank", bank)
-    vars(norm).update(row=None, override=None, observer=None)
+    vars(norm).update(_row=None, _active=False, override=None, observer=None)
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
     del norm.bank
-    for name in ("row", "override", "observer"):
+    for name in ("_row", "_active", "override", "observer"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

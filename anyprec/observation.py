@@ -44,6 +44,7 @@ class Use:
         axis: Axis of the weight that holds the output channels, or None.
         varies: The input depends on the network's input.
         dynamic: So does the weight operand.
+        derived: The operand is neither the weight nor a view of it, but was made from it.
     """
 
     module: str
@@ -52,6 +53,7 @@ class Use:
     axis: int | None
     varies: bool
     dynamic: bool
+    derived: bool
 
 
 @dataclass
@@ -164,6 +166,7 @@ class _Watcher(TorchFunctionMode):
         input_, weight = operands(args, kwargs)
         macs = OPERATORS[func].macs(input_, weight, result)
         path, source = self._source(weight)
+        derived = path is None
         running, module = self.stack[-1] if self.stack else ("", None)
         own: Any = getattr(module, "weight", None)
         if isinstance(module, LAYER_TYPES) and (path is None or source is own):
@@ -174,7 +177,8 @@ class _Watcher(TorchFunctionMode):
             self._add("weight of no layer, in " + (type(module).__name__ if module else "the network"), macs)
             return
         rows = source is not None and weight.ndim == source.ndim and weight.shape[1:] == source.shape[1:]
-        self._use(path, macs, input_, weight, rows=rows, axis=OPERATORS[func].channel_axis if rows else None)
+        axis = OPERATORS[func].channel_axis if rows else None
+        self._use(path, macs, input_, weight, rows=rows, axis=axis, derived=derived)
         self._producer[result] = path
 
     def _record_product(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any], result: Any) -> None:
@@ -190,9 +194,20 @@ class _Watcher(TorchFunctionMode):
                 return
         self._add(getattr(func, "__name__", str(func)).strip("_"), macs)
 
-    def _use(self, path: str, macs: int, input_: Tensor, weight: Tensor, *, rows: bool, axis: int | None) -> None:
+    def _use(
+        self,
+        path: str,
+        macs: int,
+        input_: Tensor,
+        weight: Tensor,
+        *,
+        rows: bool,
+        axis: int | None,
+        derived: bool = False,
+    ) -> None:
         running = self.stack[-1][0] if self.stack else ""
-        use = Use(running, macs, rows, axis, varies=input_ in self._varying, dynamic=weight in self._varying)
+        varies, dynamic = input_ in self._varying, weight in self._varying
+        use = Use(running, macs, rows, axis, varies=varies, dynamic=dynamic, derived=derived)
         self.seen.uses.setdefault(path, []).append(use)
         self.seen.order.append(path)
 

@@ -13,10 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.functional import STEP_FLOOR, fake_quantize, integer_codes
+from anyprec.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
 
 
-class WeightQuantizer(nn.Module):
+class _Switchable(nn.Module):
+    """The active candidate of a quantizer: as a number for eager mode, and as data for compiled networks."""
+
+    choice: Tensor
+    widths: Tensor
+
+    def __init__(self, candidates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("widths", torch.tensor(candidates), persistent=False)
+
+    def select(self, index: int) -> None:
+        """Make the candidate at `index` the one that `forward_selected` takes."""
+        self.choice.fill_(index)
+
+    def _selected_top(self) -> Tensor:
+        """`2^b` of the active candidate, shape `(1,)`."""
+        return torch.exp2(self.widths.index_select(0, self.choice).float())
+
+
+class WeightQuantizer(_Switchable):
     """Symmetric quantizer of one weight, with step sizes for every candidate bit-width.
 
     The grid of b bits is `[-2^(b-1), 2^(b-1) - 1]`.
@@ -31,8 +52,7 @@ class WeightQuantizer(nn.Module):
     """
 
     def __init__(self, candidates: tuple[int, ...], *, channels: int | None, axis: int = 0) -> None:
-        super().__init__()
-        self.candidates = candidates
+        super().__init__(candidates)
         self.axis = None if channels is None else axis
         self.step = nn.Parameter(torch.full((len(candidates), channels or 1), math.nan))
 
@@ -52,6 +72,19 @@ class WeightQuantizer(nn.Module):
             qmax=qmax,
             axis=self.axis,
             gradient_scale=1 / math.sqrt(group * qmax),
+        )
+
+    def forward_selected(self, weight: Tensor) -> Tensor:
+        """`forward` with the selected candidate, where a change of bit-width changes no program."""
+        half = self._selected_top() / 2
+        group = weight.numel() // self.step.shape[1]
+        return fake_quantize_with(
+            weight,
+            self.step.index_select(0, self.choice).squeeze(0),
+            qmin=-half,
+            qmax=half - 1,
+            axis=self.axis,
+            gradient_scale=torch.rsqrt(group * (half - 1)),
         )
 
     def codes(self, weight: Tensor, index: int) -> Tensor:
@@ -76,7 +109,7 @@ class WeightQuantizer(nn.Module):
         return f"bits={self.candidates}, {'per tensor' if self.axis is None else 'per channel'}"
 
 
-class InputQuantizer(nn.Module):
+class InputQuantizer(_Switchable):
     """Per-tensor quantizer of a layer's input, with a step size and a zero point for every candidate bit-width.
 
     The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that cannot be negative,
@@ -95,8 +128,7 @@ class InputQuantizer(nn.Module):
     zero_point: Tensor
 
     def __init__(self, candidates: tuple[int, ...], *, nonnegative: bool) -> None:
-        super().__init__()
-        self.candidates = candidates
+        super().__init__(candidates)
         self.nonnegative = nonnegative
         self.calibrated = False
         self.step = nn.Parameter(torch.full((len(candidates),), math.nan))
@@ -124,6 +156,21 @@ class InputQuantizer(nn.Module):
         features = values[0].numel() if values.ndim > 1 else values.numel()
         scale = 1 / math.sqrt(max(1, features) * max(qmax, -qmin, 1))
         return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
+
+    def forward_selected(self, values: Tensor) -> Tensor:
+        """`forward` with the selected candidate, where a change of bit-width changes no program."""
+        zero = self.zero_point.index_select(0, self.choice).float()
+        qmax = self._selected_top() - 1 - zero
+        features = values[0].numel() if values.ndim > 1 else values.numel()
+        largest = torch.maximum(qmax, zero).clamp_min(1)
+        return fake_quantize_with(
+            values,
+            self.step.index_select(0, self.choice),
+            qmin=-zero,
+            qmax=qmax,
+            axis=None,
+            gradient_scale=torch.rsqrt(max(1, features) * largest),
+        )
 
     @torch.no_grad()
     def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:

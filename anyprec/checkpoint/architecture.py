@@ -42,7 +42,6 @@ _RUNTIME_SETTINGS = {
     "observer",
     "output_observer",
     "override",
-    "row",
     "functional_layers",
 }
 _Signature = dict[str, dict[str, str]]

@@ -259,6 +259,7 @@ def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
             axis=entry.take_or("axis", int, type(None), default=None),
             per_tensor=entry.take_or("per_tensor", bool, default=False),
             dynamic=entry.take_or("dynamic", bool, default=False),
+            derived=entry.take_or("derived", bool, default=False),
             feature=entry.take_or("feature", str, type(None), default=None),
             depthwise=entry.take("depthwise", bool),
             nonnegative=entry.take("nonnegative", bool),
@@ -283,7 +284,7 @@ def _layer_json(layer: LayerFacts) -> dict[str, Any]:
     }
 
 
-_RARE = {"parameter", "axis", "per_tensor", "dynamic", "feature"}
+_RARE = {"parameter", "axis", "per_tensor", "dynamic", "derived", "feature"}
 
 
 def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:

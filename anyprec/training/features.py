@@ -4,18 +4,21 @@ The feature of a layer is, whichever comes first: the output of the BatchNorm th
 output of another norm or of the activation right behind it; the output of its own operator. It is taken the moment it
 exists, before an in-place operation (ReLU, residual sum) can change it: the max path's is copied, and the distance of a
 random path's to it is computed on the spot.
+
+A compiled network must not change its program from step to step. There the features of all layers are taken in every
+step, and which of them count is data.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from anyprec.batches import device_of
 from anyprec.layers import QuantizedLayer
 from anyprec.model import ConvertedModel
 from anyprec.norms import NORM_TYPES, SwitchableNorm
@@ -27,50 +30,70 @@ class FeatureDistances:
 
     Args:
         model: A converted model.
+        compiled: It runs compiled: features are taken always, of all layers that have several weight bit-widths, until
+            `close`.
     """
 
-    def __init__(self, model: ConvertedModel) -> None:
+    def __init__(self, model: ConvertedModel, *, compiled: bool = False) -> None:
         self._model = model
-        self._targets: dict[str, list[Tensor]] = defaultdict(list)
+        self._taps: dict[str, _Tap] = {}
+        self._always = ExitStack()
+        if compiled:
+            several = {path for path, layer in model.candidates.items() if len(layer.weight) > 1}
+            for path, place in self._places(several):
+                tap = self._taps[path] = _Tap(place, counts=torch.ones((), device=device_of(model)))
+                self._always.callback(_watch(place, tap))
+        self._compiled = compiled
 
     @contextmanager
     def keeping(self, paths: Set[str]) -> Iterator[None]:
         """Keep the features of these layers from the forward passes in the block, detached, in their own dtype."""
         self.forget()
-
-        def keep(path: str, _place: nn.Module, feature: Tensor) -> None:
-            self._targets[path].append(feature.detach().clone())
-
-        with self._watching(paths, keep):
+        with ExitStack() as undo:
+            if not self._compiled:
+                for path, place in self._places(paths):
+                    tap = self._taps[path] = _Tap(place)
+                    undo.callback(_watch(place, tap))
+            undo.enter_context(self._in_mode("keep", self._taps.keys()))
             yield
 
     @contextmanager
-    def measuring(self, paths: Set[str]) -> Iterator[list[Tensor]]:
-        """Yield a list that the forward passes in the block fill with distances, one for each call of these layers."""
-        distances: list[Tensor] = []
-        calls: dict[str, int] = defaultdict(int)
-
-        def measure(path: str, place: nn.Module, feature: Tensor) -> None:
-            targets, call = self._targets.get(path, []), calls[path]
-            calls[path] += 1
-            # A layer that the max path did not reach as often (layer drop) has nothing to be compared with.
-            if call < len(targets) and targets[call].shape == feature.shape:
-                relative = not isinstance(place, NORM_TYPES)
-                distances.append(feature_distance(feature, targets[call], relative=relative))
-
-        with self._watching(paths, measure):
-            yield distances
+    def measuring(self, paths: Set[str]) -> Iterator[Callable[[], list[Tensor]]]:
+        """Yield a function that returns the distances from the forward passes in the block, one per call of a layer."""
+        counting = self._taps.keys() & paths
+        with ExitStack() as undo:
+            for path, tap in self._taps.items():
+                tap.distances.clear()
+                if tap.counts is not None:
+                    tap.counts.fill_(float(path in counting))
+                elif path in counting:
+                    undo.callback(_watch(tap.place, tap))
+            undo.enter_context(self._in_mode("measure", self._taps.keys()))
+            yield lambda: [distance for path in sorted(counting) for distance in self._taps[path].distances]
 
     def forget(self) -> None:
         """Drop the features that are kept."""
-        self._targets.clear()
+        for tap in self._taps.values():
+            tap.targets.clear()
+            tap.distances.clear()
+        if not self._compiled:
+            self._taps.clear()
+
+    def close(self) -> None:
+        """Take features of a compiled network no more."""
+        self._always.close()
+        self._taps.clear()
 
     @contextmanager
-    def _watching(self, paths: Set[str], observer: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-        with ExitStack() as undo:
-            for path, place in self._places(paths):
-                undo.callback(_watch(place, partial(observer, path, place)))
+    def _in_mode(self, mode: str, paths: Set[str]) -> Iterator[None]:
+        taps = [self._taps[path] for path in paths]
+        for tap in taps:
+            tap.mode = mode
+        try:
             yield
+        finally:
+            for tap in taps:
+                tap.mode = "off"
 
     def _places(self, paths: Set[str]) -> Iterator[tuple[str, nn.Module]]:
         """For each of these layers the module whose output is its feature."""
@@ -80,16 +103,38 @@ class FeatureDistances:
             yield path, self._model.get_submodule(fed.get(path) or record.facts.layers[path].feature or path)
 
 
-def _watch(place: nn.Module, observer: Callable[[Tensor], None]) -> Callable[[], None]:
-    """Call `observer` with every feature that `place` makes, until the function that is returned is called."""
+class _Tap:
+    """What is called with the features of one layer."""
+
+    def __init__(self, place: nn.Module, counts: Tensor | None = None) -> None:
+        self.place = place
+        self.counts = counts  # 0 or 1, of a layer whose distances are always taken
+        self.relative = not isinstance(place, NORM_TYPES)
+        self.mode = "off"
+        self.targets: list[Tensor] = []
+        self.distances: list[Tensor] = []
+
+    def __call__(self, feature: Tensor) -> None:
+        if self.mode == "keep":
+            self.targets.append(feature.detach().clone())
+        elif self.mode == "measure":
+            call = len(self.distances)
+            # A layer that the max path did not reach as often (layer drop) has nothing to be compared with.
+            if call < len(self.targets) and self.targets[call].shape == feature.shape:
+                distance = feature_distance(feature, self.targets[call], relative=self.relative)
+                self.distances.append(distance if self.counts is None else distance * self.counts)
+
+
+def _watch(place: nn.Module, tap: _Tap) -> Callable[[], None]:
+    """Call `tap` with every feature that `place` makes, until the function that is returned is called."""
     if isinstance(place, SwitchableNorm):
-        place.observer = observer
+        place.observer = tap
         return lambda: setattr(place, "observer", None)
     if isinstance(place, QuantizedLayer):
-        place.output_observer = observer
+        place.output_observer = tap
         return lambda: setattr(place, "output_observer", None)
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        observer(output)
+        tap(output)
 
     return place.register_forward_hook(hook).remove

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     terms: Sequence[Term] = (),
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
+    compiled: bool | Mapping[str, Any] = False,
     norm_batches: int = 16,
     seed: int = 0,
     snapshot: str | os.PathLike[str] | None = None,
@@ -69,6 +70,8 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         terms: See `OneShot`.
         accumulation: Batches per optimizer step.
         autocast: `torch.bfloat16` runs forward passes in mixed precision.
+        compiled: Run the network through `torch.compile`, or through it with these arguments. It is compiled once for
+            the max path and once for all others, never for other bit-widths.
         norm_batches: Training batches for the norm statistics at the end; 0 leaves the running ones.
         seed: Of the generator that draws the bit-widths.
         snapshot: File for the state of the run. If it exists, the run goes on from there, exactly as it would have:
@@ -107,18 +110,27 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         raise ValueError(msg)
     batches = _count_batches(train_loader)
     total_steps = math.ceil(batches / accumulation) * epochs
-    oneshot = OneShot(model, total_steps=total_steps, teacher=teacher, terms=terms, seed=seed, **recipe.oneshot)
+    oneshot = OneShot(
+        model,
+        total_steps=total_steps,
+        teacher=teacher,
+        terms=terms,
+        compiled=bool(compiled),
+        seed=seed,
+        **recipe.oneshot,
+    )
     path = None if snapshot is None else Path(snapshot)
     resuming = path is not None and path.exists()
     if not resuming and not all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values()):
         calibrate(model, train_loader)
     optimizers = _optimizers(model, recipe) if optimizer is None else [optimizer]
     with contextlib.ExitStack() as leaving:
+        leaving.callback(oneshot.close)
         if recipe.spare_decay:
             leaving.callback(oneshot.exempt_from_decay(optimizers[0]).remove)
         run = Run(
             model=model,
-            network=_distributed(model),
+            network=_distributed(_compiled(model, compiled), device_of(model)),
             oneshot=oneshot,
             optimizers=optimizers,
             schedules=[_cosine(one, total_steps, round(recipe.warmup * total_steps)) for one in optimizers],
@@ -183,17 +195,24 @@ def _average(model: ConvertedModel, recipe: Recipe) -> Any:
     return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
 
 
-def _distributed(model: ConvertedModel) -> nn.Module:
+def _compiled(model: nn.Module, compiled: bool | Mapping[str, Any]) -> nn.Module:  # noqa: FBT001 (the argument of `fit`)
+    if compiled is False:
+        return model
+    arguments: dict[str, Any] = {} if compiled is True else dict(compiled)
+    network: Any = torch.compile(model, **arguments)
+    return network  # type: ignore[no-any-return]
+
+
+def _distributed(network: nn.Module, device: torch.device) -> nn.Module:
     """The network whose backward pass averages gradients over all processes."""
     if process_count() == 1:
-        return model
-    device = device_of(model)
+        return network
     ids = [device.index] if device.type == "cuda" else None
     # Running statistics differ between processes until the end of the epoch, where they are averaged.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.14
     options: dict[str, Any] = {"device_ids": ids, option: False}
-    return nn.parallel.DistributedDataParallel(model, **options)
+    return nn.parallel.DistributedDataParallel(network, **options)
 
 
 def _count_batches(loader: Iterable[Batch]) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,8 @@ class OneShot:
         sampler: The law of the random paths: `"uniform"` (the paper's), `"sandwich"` (the lowest precision, then
             uniform), `"instability"` (unstable bit-widths less often), or an object with a method `draw`.
         terms: Further terms of the loss, each called with the path, the output and the targets.
+        compiled: The network is run through `torch.compile`. Then what a step does is the same in every step, so that
+            nothing is compiled anew when bit-widths change: features of all layers are taken, and count or not.
         seed: Of the generator that draws the bit-widths. With the same seed every process draws the same paths.
 
     Attributes:
@@ -107,6 +109,7 @@ class OneShot:
         scheduler: BitWidthScheduler | None = None,
         sampler: SamplerLike = "uniform",
         terms: Sequence[Term] = (),
+        compiled: bool = False,
         seed: int = 0,
     ) -> None:
         self.model = require_converted(model, purpose="OneShot")
@@ -134,8 +137,7 @@ class OneShot:
         self._instability: dict[str, dict[int, float]] = {}
         self._step: _Step | None = None
         self._operands: dict[str, Tensor] = {}
-        self._direct: set[str] = set()
-        self._features = FeatureDistances(model)
+        self._features = FeatureDistances(model, compiled=compiled and feature_weight > 0)
 
     def paths(self, images: Any = None) -> Iterator[Path]:
         """The paths of one step (or of one micro-batch, under gradient accumulation), each made active in turn.
@@ -165,7 +167,7 @@ class OneShot:
                         elif self.feature_weight:
                             step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
                         if self._needs_operands(index):
-                            watching.enter_context(self._watching_operands())
+                            watching.enter_context(self._watching_derived_operands())
                         yield Path(self, index, config, weight=1 / len(configs), is_last=index == len(configs) - 1)
         finally:
             self._features.forget()
@@ -216,7 +218,7 @@ class OneShot:
         Raises:
             ValueError: `decoupled` is None and the optimizer is not known.
         """
-        return exempt_from_decay(optimizer, self.model, spared=lambda: self._direct, decoupled=decoupled)
+        return exempt_from_decay(optimizer, self.model, spared=self._direct_layers, decoupled=decoupled)
 
     def measure_instability(self) -> dict[str, dict[int, float]]:
         """Fraction of weights near a rounding threshold, of every layer with several weight bit-widths, for each.
@@ -287,8 +289,9 @@ class OneShot:
                 _Part("task", 1 - self.distillation, found[0].value),
                 _Part("distillation", self.distillation, mimic),
             ]
-        if step.distances:
-            found.append(_Part("features", self.feature_weight, torch.stack(step.distances).sum()))
+        distances = step.distances()
+        if distances:
+            found.append(_Part("features", self.feature_weight, torch.stack(distances).sum()))
         weight = 0.0 if path.is_max else self.present_error_weight()
         if weight:
             found.append(_Part("quantization error", weight, self._quantization_error(path, step.candidates)))
@@ -316,24 +319,30 @@ class OneShot:
         return wanted and (self.scheduler or BitWidthScheduler()).is_event(self.steps_done, self.total_steps)
 
     def _needs_operands(self, index: int) -> bool:
-        """Whether the weight operands of a path are used: by its loss, by an event, or to know which are direct."""
-        return (index > 0 and self.present_error_weight() > 0) or self._is_event() or not self._direct
+        """Whether the weight operands of a path are used, by its loss or by an event."""
+        return (index > 0 and self.present_error_weight() > 0) or self._is_event()
+
+    def _direct_layers(self) -> dict[str, QuantizedLayer]:
+        """Layers whose weight meets the input as it is; others make another tensor of it in every forward pass."""
+        facts = self.model.anyprec_record.facts.layers
+        return {path: layer for path, layer in self.model.quantized_layers.items() if not facts[path].derived}
 
     @contextmanager
-    def _watching_operands(self) -> Iterator[None]:
-        """Note the weight operands of a path's forward pass."""
-        layers = self.model.quantized_layers
+    def _watching_derived_operands(self) -> Iterator[None]:
+        """Note the weight operands that a path's forward pass makes."""
         facts = self.model.anyprec_record.facts.layers
+        layers = {
+            path: layer
+            for path, layer in self.model.quantized_layers.items()
+            if facts[path].derived and not facts[path].dynamic
+        }
 
-        def note(path: str, layer: QuantizedLayer, _input: Tensor, operand: Tensor) -> None:
+        def note(path: str, _input: Tensor, operand: Tensor) -> None:
             self._operands[path] = operand
-            if operand is layer.weight:
-                self._direct.add(path)
 
         try:
             for path, layer in layers.items():
-                if not facts[path].dynamic:
-                    layer.observer = partial(note, path, layer)
+                layer.observer = partial(note, path)
             yield
         finally:
             for layer in layers.values():
@@ -342,7 +351,8 @@ class OneShot:
     def _quantization_error(self, path: Path, candidates: Candidates) -> Tensor:
         terms = []
         layers = self.model.quantized_layers
-        for name, operand in self._operands.items():
+        operands = {name: layer.weight for name, layer in self._direct_layers().items()}
+        for name, operand in {**operands, **self._operands}.items():
             quantizer = layers[name].weight_quantizer
             bits = path.config[name].weight
             index = quantizer.candidates.index(bits)
@@ -352,6 +362,10 @@ class OneShot:
             terms.append(quantization_error(operand, step, qmin=qmin, qmax=qmax, axis=quantizer.axis, coarser=coarser))
         return torch.stack(terms).sum()
 
+    def close(self) -> None:
+        """Leave the network as it was before, where it ran compiled; nothing otherwise."""
+        self._features.close()
+
 
 @dataclass
 class _Step:
@@ -360,7 +374,7 @@ class _Step:
     candidates: Candidates
     teacher_logits: Tensor | None = None
     max_logits: Tensor | None = None
-    distances: list[Tensor] = field(default_factory=list)
+    distances: Callable[[], list[Tensor]] = list
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,90 @@
+"""Compiled networks: the numbers of eager ones, and no compilation when bit-widths change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import anyprec
+from anyprec.functional import fake_quantize, fake_quantize_with
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_limits_as_data_give_the_same_values_and_gradients(bits: int, axis: int | None) -> None:
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    start = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    steps = torch.tensor(0.3) if axis is None else 0.1 + torch.rand(start.shape[axis])
+    found = []
+    for use_data in (False, True):
+        values, step = start.clone().requires_grad_(), steps.double().clone().requires_grad_()
+        if use_data:
+            limits = {"qmin": torch.tensor([float(low)]), "qmax": torch.tensor([float(high)])}
+            result = fake_quantize_with(values, step, axis=axis, gradient_scale=torch.tensor([0.1]), **limits)
+        else:
+            result = fake_quantize(values, step, qmin=low, qmax=high, axis=axis, gradient_scale=0.1)
+        (result * torch.arange(result.numel()).reshape(result.shape)).sum().backward()
+        found.append((result.detach(), values.grad, step.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["per-pair", "shared"])
+def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
+    norm: str, float_net: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    net = anyprec.convert(float_net, bits=(2, 3, 4, 8), norm=norm, example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    eager = copy.deepcopy(net)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    settings = {
+        "feature_weight": 0.1, "error_weight": 0.1, "error_start": 0.0,
+        "scheduler": anyprec.BitWidthScheduler(start=0.0, period=0.1),
+    }  # fmt: skip
+    oneshots = [
+        anyprec.OneShot(net, total_steps=5, compiled=True, **settings),
+        anyprec.OneShot(eager, total_steps=5, **settings),
+    ]
+    for model, network, oneshot in zip((net, eager), (compiled, eager), oneshots, strict=True):
+        optimizer = torch.optim.SGD(anyprec.param_groups(model, lr=0.01), lr=0.01)
+        model.train()
+        for _ in range(5):
+            for path in oneshot.paths():
+                path.loss(network(images), labels, F.cross_entropy).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            oneshot.step()
+    assert net.floors == eager.floors
+    for name, value in net.state_dict().items():
+        # Sums in another order, and the roundings that they flip.
+        torch.testing.assert_close(value, eager.state_dict()[name], rtol=1e-2, atol=1e-3)
+    assert counter.frame_count == 2  # the max path, which keeps features, and the others, which are compared with it
+    oneshots[0].close()
+    net.eval()
+    with torch.no_grad():
+        for bits in (2, 3, 8, (2, 8), {"head": (4, 3)}):
+            net.set_bits(bits)
+            torch.testing.assert_close(compiled(images), net(images))
+    assert counter.frame_count == 3
+
+
+def test_fit_trains_compiled_networks(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    history = anyprec.fit(net, [(images, labels)], epochs=4, compiled={"backend": counter}, lr=0.1, feature_weight=0.01)
+    assert counter.frame_count == 2
+    assert sum(history[-1].losses) < sum(history[0].losses)
+    assert all(norm.observer is None for norm in (net.stem_norm, net.pointwise_norm))
+    net.set_bits(3)
+    assert torch.isfinite(net(images)).all()
