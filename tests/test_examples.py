@@ -1,4 +1,4 @@
-"""The quickstart, from images to a file that a new process answers from, with the smallest settings."""
+"""The examples, as a user runs them, with the smallest settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.py"
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICKSTART = EXAMPLES / "quickstart.py"
 
 
 def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
@@ -34,3 +37,15 @@ def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
     assert [row.split("|")[1].strip() for row in rows[2:]] == [
         "float", "float, trained as long", "W4A4", "W8A8", "searched W4A8",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_loop_with_accelerate_trains_in_one_process_or_several(processes: int) -> None:
+    pytest.importorskip("accelerate", reason="needs the extra 'accelerate'")
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num-processes", str(processes), "--num-machines", "1"]
+    command = [sys.executable, *launcher, str(EXAMPLES / "accelerate_loop.py"), "--epochs", "2", "--images", "200"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("W")]
+    assert [line.split(":")[0] for line in lines] == ["W8A8", "W4A4", "W3A3", "W2A2"]
+    assert all(0 < float(line.split()[1].rstrip("%")) <= 100 for line in lines)

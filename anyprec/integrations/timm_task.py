@@ -1,0 +1,128 @@
+"""`OneShotTask`: one-shot training as a task of timm's training script (`timm.task.TrainingTask`, timm 1.0.23 or later).
+
+A task returns one loss, on which the script calls `backward`. So the task itself runs and back-propagates all paths of a
+step but the last, and returns the last one's loss; their gradients add up to those of the whole step.
+
+    model = anyprec.convert(timm.create_model(...))
+    anyprec.calibrate(model, loader)
+    task = OneShotTask(model, total_steps=updates, device=device)
+    optimizer = timm.optim.create_optimizer_v2(anyprec.param_groups(model), opt="sgd", lr=0.02, weight_decay=2.5e-5)
+    task.follow(optimizer)
+    for input, target in loader:
+        result = task(input, target)
+        result["loss"].backward()
+        optimizer.step(); optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+
+from anyprec.model import ConvertedModel, require_converted
+from anyprec.training.oneshot import OneShot
+from anyprec.training.recipe import Recipe
+
+
+class OneShotTask(ClassificationTask):
+    """A step of one-shot training; everything else is that of timm's `ClassificationTask`.
+
+    Args:
+        model: A converted and calibrated model.
+        criterion: As for timm's task.
+        total_steps: Optimizer steps of the whole training.
+        recipe: The settings of the method; those of the optimizer are the script's.
+        teacher: See `OneShot`.
+        accumulation: Batches per optimizer step; the script divides the loss that it gets by as many.
+        scale: What the script does to a loss before `backward`, e.g. `scaler.scale` of a `torch.amp.GradScaler`.
+        seed: Of the generator that draws the bit-widths.
+        **arguments: As for timm's task: `criterion_kwargs`, `device`, `dtype`, `verbose`.
+
+    Attributes:
+        oneshot: Draws the paths and composes their losses.
+
+    Raises:
+        ConversionError: `model` is not converted.
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: ConvertedModel,
+        criterion: nn.Module | Callable[..., Tensor] | None = None,
+        *,
+        total_steps: int,
+        recipe: Recipe | None = None,
+        teacher: nn.Module | None = None,
+        accumulation: int = 1,
+        scale: Callable[[Tensor], Tensor] | None = None,
+        seed: int = 0,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(require_converted(model, purpose="OneShotTask"), criterion, **arguments)
+        if accumulation < 1:
+            msg = f"accumulation={accumulation} must be at least 1"
+            raise ValueError(msg)
+        self._settings = {"total_steps": total_steps, "seed": seed, **(recipe or Recipe()).oneshot}
+        self._teacher = (teacher,)  # held so that nn.Module does not take it for a part of the task
+        self._accumulation = accumulation
+        self._scale = scale
+        self.oneshot = OneShot(model, teacher=teacher, **self._settings)
+
+    def compile(self, backend: Any = "inductor", mode: str | None = None, **arguments: Any) -> nn.Module:  # type: ignore[override]  # timm's
+        """Compile the network, once for all bit-widths; see timm's task."""
+        self.oneshot = OneShot(self.oneshot.model, teacher=self._teacher[0], compiled=True, **self._settings)
+        compiled: nn.Module = super().compile(backend=backend, mode=mode, **arguments)
+        return compiled
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Count the steps of the script's optimizer, on which the schedules go.
+
+        Returns:
+            A handle; its `remove()` ends that.
+        """
+
+        def count(_optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            self.oneshot.step()
+
+        return optimizer.register_step_post_hook(count)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002 (timm's name)
+        """Run and back-propagate all paths but the last, and run that one.
+
+        Returns:
+            `loss`, of the last path, to call `backward` on; `output`, the max path's logits; the unweighted loss of every
+            path (`loss_max`, `loss_1`, ...), detached.
+        """
+        result: dict[str, Tensor] = {}
+        for path in self.oneshot.paths(input):
+            with contextlib.nullcontext() if path.is_last else self.no_sync():  # type: ignore[no-untyped-call]  # timm's
+                output = self.trainable_module(input)
+                loss = path.loss(output, target, self.criterion)
+                if not path.is_last:
+                    part = loss / self._accumulation
+                    (part if self._scale is None else self._scale(part)).backward()
+            result["loss"] = loss
+            result.setdefault("output", output)
+            result["loss_max" if path.is_max else f"loss_{path.index}"] = loss.detach() / path.weight
+        return result
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002, FBT001, FBT002 (timm's signature)
+        """What continues the draws and schedules, for timm's checkpoints."""
+        return {} if ema else self.oneshot.state_dict()
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,  # noqa: ARG002, FBT001, FBT002 (timm's signature)
+        module: nn.Module | None = None,  # noqa: ARG002
+        ema: bool = False,  # noqa: FBT001, FBT002
+    ) -> None:
+        """Take over what `get_task_state` returned."""
+        if state and not ema:
+            self.oneshot.load_state_dict(state)

@@ -1,0 +1,94 @@
+"""One-shot training inside a Lightning trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import anyprec
+
+lightning = pytest.importorskip("lightning", reason="needs the extra 'lightning'")
+OneShotCallback = pytest.importorskip("anyprec.integrations.lightning").OneShotCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning has advice for everyone
+
+
+class Classifier(lightning.LightningModule):
+    def __init__(self, model: anyprec.ConvertedModel, oneshot: Any) -> None:
+        super().__init__()
+        self.model, self.oneshot = model, oneshot
+        self.automatic_optimization = False
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, _: int) -> None:
+        self.losses.append(float(self.oneshot.run_step(self, *batch)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(anyprec.param_groups(self.model, lr=0.1), lr=0.1)
+
+
+def fit(module: Classifier, loader: Any, folder: Path, *, epochs: int, resume: Path | None = None) -> Any:
+    trainer = lightning.Trainer(
+        callbacks=[module.oneshot], max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=False)
+    return trainer
+
+
+def loader(images: Tensor, labels: Tensor) -> DataLoader:
+    return DataLoader(TensorDataset(images, labels), batch_size=4)
+
+
+def test_the_callback_takes_the_steps_of_ones_own_loop(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(net.train())
+    recipe = anyprec.Recipe(feature_weight=0.1)
+    module = Classifier(net, OneShotCallback(net, recipe=recipe, seed=3))
+    fit(module, loader(images, labels), tmp_path, epochs=2)
+    oneshot = anyprec.OneShot(other, total_steps=4, seed=3, **recipe.oneshot)
+    optimizer = torch.optim.SGD(anyprec.param_groups(other, lr=0.1), lr=0.1)
+    for _ in range(2):
+        for part, targets in zip(images.split(4), labels.split(4), strict=True):
+            for path in oneshot.paths():
+                path.loss(other(part), targets, F.cross_entropy).backward()
+            torch.nn.utils.clip_grad_value_(other.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            oneshot.step()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value)
+    assert len(module.losses) == 4
+
+
+def test_a_lightning_checkpoint_continues_the_draws(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    module = Classifier(net, OneShotCallback(net, seed=3))
+    fit(module, loader(images, labels), tmp_path, epochs=1).save_checkpoint(tmp_path / "last.ckpt")
+    expected = module.oneshot.oneshot.random_configs(2)
+    resumed = Classifier(copy.deepcopy(net), OneShotCallback(net, seed=9))
+    resumed.oneshot = OneShotCallback(resumed.model, seed=9)
+    drawn = []
+    resumed.on_train_epoch_start = lambda: drawn.extend(resumed.oneshot.oneshot.random_configs(2))
+    fit(resumed, loader(images, labels), tmp_path, epochs=2, resume=tmp_path / "last.ckpt")
+    assert drawn == expected
+
+
+def test_automatic_optimization_is_refused(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    module = Classifier(net, OneShotCallback(net))
+    with pytest.raises(anyprec.TrainingError, match="knows the length of the training once the trainer fits"):
+        module.oneshot.oneshot.step()
+    module.automatic_optimization = True
+    with pytest.raises(anyprec.TrainingError, match="set automatic_optimization = False in Classifier"):
+        fit(module, loader(images, labels), tmp_path, epochs=1)
