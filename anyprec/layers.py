@@ -14,6 +14,7 @@ Which layers exist, and what they are fed, is found in `graph.py`; the operators
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from anyprec.errors import ConversionError
 from anyprec.functional import match_moments
 from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS, PRODUCTS, body_of, operands, product_operands
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
+from anyprec.recomputation import recomputing
 from anyprec.specialize import Specialized, despecialize, specialize
 
 
@@ -99,7 +101,8 @@ class QuantizedLayer(nn.Module):
                 return quantized[0] if value is input_ else quantized[1] if value is weight else value
             return type(value)(map(replaced, value)) if type(value) in (tuple, list) else value
 
-        result = operator(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
+        with self._recomputing(quantized[1], weight):
+            result = operator(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
         if self.output_observer is not None:
             self.output_observer(result)
         return result
@@ -111,6 +114,16 @@ class QuantizedLayer(nn.Module):
         whole = self.quantized_weight(self.weight)
         offset = weight.storage_offset() - self.weight.storage_offset() + whole.storage_offset()
         return whole.as_strided(weight.shape, weight.stride(), offset)
+
+    def _recomputing(self, quantized: Tensor, weight: Tensor) -> AbstractContextManager[Any]:
+        """Let the operator save no quantized weight: a weight-sized tensor for each layer, which is cheap to make again."""
+        if not (torch.is_grad_enabled() and quantized.requires_grad) or torch.compiler.is_compiling():
+            return nullcontext()
+        index = self._weight_index
+        source = self.weight if self._is_view(weight) else weight
+        return recomputing(
+            quantized, lambda: self._quantize(source.detach(), index), (source, self.weight_quantizer.step)
+        )
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`; in eval mode without gradients it is computed once for each bit-width."""

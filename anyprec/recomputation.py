@@ -1,0 +1,54 @@
+"""Computing a tensor again in the backward pass instead of keeping it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _View:
+    """What part of the tensor an operator saved."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def recomputing(
+    tensor: Tensor, compute: Callable[[], Tensor], sources: Sequence[Tensor]
+) -> AbstractContextManager[Any]:
+    """In the block, operators that would save `tensor` for their backward pass, or a view of it, save nothing.
+
+    Args:
+        tensor: What `compute` returns, bit for bit and in the same layout.
+        compute: Called in the backward pass, without gradients, at every use.
+        sources: What it computes from.
+
+    Raises:
+        RuntimeError: In the backward pass, if a source was changed in place since, as torch says of any saved tensor.
+    """
+    storage = tensor.untyped_storage().data_ptr()
+    versions = [source._version for source in sources]  # noqa: SLF001 (torch has no public name for it)
+
+    def pack(saved: Tensor) -> Tensor | _View:
+        if saved.untyped_storage().data_ptr() != storage:
+            return saved
+        return _View(saved.shape, saved.stride(), int(saved.storage_offset()))
+
+    def unpack(kept: Tensor | _View) -> Tensor:
+        if not isinstance(kept, _View):
+            return kept
+        if [source._version for source in sources] != versions:  # noqa: SLF001
+            msg = "a weight or step size was changed in place between the forward pass and its backward pass, which "
+            msg += "computes the quantized weight again: call backward before the optimizer's step"
+            raise RuntimeError(msg)
+        with torch.no_grad():
+            return compute().as_strided(kept.shape, kept.stride, kept.offset)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
