@@ -14,6 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import anyprec
 from anyprec.training.oneshot import unused_parameters
@@ -86,6 +89,27 @@ def own_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
     return reductions
 
 
+def sharded_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """A user's loop with parameters sharded over the processes (FSDP2); returns the whole state."""
+    if dist.is_initialized():
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = torch.optim.SGD(anyprec.param_groups(model, lr=0.05, weight_decay=1e-3), lr=0.05)
+    settings = {name: value for name, value in RECIPE.oneshot.items() if name != "sampler"}
+    oneshot = anyprec.OneShot(model, total_steps=2 * len(batches), **settings)
+    oneshot.exempt_from_decay(optimizer)
+    model.train()
+    for images, labels in 2 * batches:
+        for path in oneshot.paths():
+            path.loss(model(images), labels, nn.functional.cross_entropy).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        oneshot.step()
+    state = model.state_dict()
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for name, value in state.items()
+    }
+
+
 def main(result: Path) -> None:
     found: dict[str, Any] = {}
     ready, batches = make(batch_norm=False)
@@ -110,6 +134,9 @@ def main(result: Path) -> None:
     assert unused_parameters(model)
     found["reductions"] = own_loop(model, share(batches))
     found["own loop"] = clone(model)
+    model, batches = make(batch_norm=False)
+    model.load_state_dict(found["group norm, calibrated"])
+    found["sharded"] = sharded_loop(model, share(batches))
     if dist.is_initialized():
         every: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(every, found)

@@ -37,6 +37,14 @@ def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[s
     assert runs["two"]["group norm, floors"] == runs["one"]["group norm, floors"]
 
 
+def test_sharded_parameters_end_as_whole_ones_do(runs: dict[str, Any]) -> None:
+    one, two = runs["one"]["sharded"], runs["two"]["sharded"]
+    assert one.keys() == two.keys()
+    assert any(not torch.equal(value, runs["one"]["group norm, calibrated"][name]) for name, value in one.items())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10)
+
+
 def test_calibration_and_norm_statistics_see_the_images_of_all_processes(runs: dict[str, Any]) -> None:
     one, two = runs["one"]["batch norm, calibrated"], runs["two"]["batch norm, calibrated"]
     for name, value in one.items():
