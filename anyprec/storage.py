@@ -118,6 +118,10 @@ def stored_once(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
             kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
             msg = f"{name!r} in the network's state is {kind}: a checkpoint holds dense tensors with values"
             raise CheckpointError(msg)
+        if hasattr(tensor, "full_tensor"):
+            msg = f"{name!r} in the network's state is sharded over processes: gather it (tensor.full_tensor()) into a "
+            msg += "converted network that is whole, and save that"
+            raise CheckpointError(msg)
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and identity in seen:
             aliases[name] = seen[identity]
