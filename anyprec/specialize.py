@@ -26,14 +26,16 @@ class Specialized(nn.Module):
     _class_before: ClassVar[type[nn.Module]]
     """The class before the last `specialize`."""
 
+    _mixins: ClassVar[tuple[type[Specialized], ...]]
+    """All mixins, the last one first."""
+
     _transient: ClassVar[dict[str, Any]] = {}
     """Attributes that are neither copied nor pickled, with the value that a copy starts from."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class, since the class itself has no importable name."""
-        mixins = tuple(cls for cls in type(self).__mro__ if "class_prefix" in vars(cls))
         state = {**self.__dict__, **{name: type(start)() for name, start in self._transient.items()}}
-        return _empty, (mixins, self.original_class), state
+        return _empty, (self._mixins, self.original_class), state
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
@@ -61,6 +63,7 @@ def _make_class(mixin: Any, original: Any) -> Any:
     body = {
         "original_class": own_class,
         "_class_before": original,
+        "_mixins": (mixin, *(original._mixins if issubclass(original, Specialized) else ())),  # noqa: SLF001 (same file)
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,
     }

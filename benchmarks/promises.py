@@ -23,8 +23,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import anyprec
+from anyprec.conversion import revert
 
 BITS = (2, 8)
+
+_LARGE = 200_000_000
+"""Parameters above which the float network is not kept beside the converted one, but got back from it when needed."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -143,7 +147,7 @@ def examine(model: nn.Module, make_images: Callable[[], Tensor], *, bits: tuple[
     images = make_images()
     waken(model, make_images)
     expected = {train: run(model, images, train=train) for train in (False, True)}
-    fresh = copy.deepcopy(model)
+    fresh = _kept_float_network(model)
     reparameterized = _reparameterized(model)
     floats = list(model.state_dict())
     with report.check("convert"):
@@ -171,6 +175,7 @@ def examine(model: nn.Module, make_images: Callable[[], Tensor], *, bits: tuple[
         with report.check(f"gradients at {width} bits"):
             alone, report.unreached = _check_gradients(model, images, width, highest=bits[-1])
             report.alone[str(width)] = len(alone)
+    fresh = fresh or _float_network_of(model)
     with report.check("state dict into a fresh network"):
         _check_state_dict(model, fresh, images, bits)
     with report.check("float state dict"):
@@ -191,6 +196,19 @@ def examine(model: nn.Module, make_images: Callable[[], Tensor], *, bits: tuple[
         with report.check("reset_classifier"):
             _check_classifier(model, images, bits)
     return report
+
+
+def _kept_float_network(model: nn.Module) -> nn.Module | None:
+    """A copy of the float network for later, unless it is large."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return None if parameters > _LARGE else copy.deepcopy(model)
+
+
+def _float_network_of(model: nn.Module) -> nn.Module:
+    """The float network that a converted one was."""
+    fresh = copy.deepcopy(model)
+    revert(fresh)
+    return fresh
 
 
 def waken(model: nn.Module, make_images: Callable[[], Tensor]) -> None:

@@ -51,7 +51,13 @@ RATES = ({"drop_rate": 0.1, "drop_path_rate": 0.1, "patch_drop_rate": 0.25}, {"d
          {"drop_path_rate": 0.1}, {"drop_rate": 0.1}, {})  # fmt: skip
 """Arguments that make train mode differ from eval mode; a model takes the first that it knows."""
 
-SHALLOW = ({"depth": 2}, {"depths": (1, 1, 2, 1)}, {"layers": (1, 1, 2, 1)}, {"stages": (1, 1, 2, 1)})
+SHALLOW = (
+    {"depth": 2},
+    {"depth": 2, "num_kv_heads": (8, 4)},
+    {"depths": (1, 1, 2, 1)},
+    {"layers": (1, 1, 2, 1)},
+    {"stages": (1, 1, 2, 1)},
+)
 """Arguments that give a model fewer blocks."""
 
 
@@ -75,12 +81,12 @@ def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[st
         record |= {"input": facts.example_shape[1:], "untraceable": facts.untraceable}
         record["uncounted"] = {entry.name: entry.macs for entry in anyprec.cost_model(model).uncounted}
     record["structure"] = as_json(structure)
-    record["features"] = look_at_features(name)
+    arguments = smaller_depth(name) if record["parameters"] > largest else {}
+    record["features"] = look_at_features(name, arguments)
     record["structure_seconds"] = round(time.perf_counter() - start, 2)
     del model
     if structure_only:
         return {**record, "numbers": None, "arguments": {}}
-    arguments = smaller_depth(name) if record["parameters"] > largest else {}
     start = time.perf_counter()
     report, used = examine_at_smallest(name, arguments)
     record |= {"numbers": as_json(report), "arguments": used}
@@ -154,15 +160,18 @@ def create_on_meta(name: str, **arguments: Any) -> nn.Module:
         return timm.create_model(name, **arguments)
 
 
-def look_at_features(name: str) -> dict[str, str]:
-    """What broke in the model as a feature extractor; "none" where timm has no such form."""
+def look_at_features(name: str, arguments: dict[str, Any]) -> dict[str, str]:
+    """What broke in the model as a feature extractor; "none" where timm has no such form.
+
+    With `arguments`, where the values must be there: a network may look at them.
+    """
     try:
         model = create_on_meta(name, features_only=True)
     except Exception as error:  # noqa: BLE001 (models refuse in their own ways)
         return {"none": f"{type(error).__name__}: {error}"[:200]}
     broken = examine_structure(model).broken
-    if "convert" in broken:  # it may be that the network looks at values, and there are none
-        broken = examine_structure(timm.create_model(name, features_only=True)).broken
+    if "convert" in broken:
+        broken = examine_structure(timm.create_model(name, features_only=True, **arguments)).broken
     return broken
 
 

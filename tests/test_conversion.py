@@ -251,3 +251,24 @@ def test_a_network_converts_without_values(images: Tensor) -> None:
     converted = anyprec.convert(model)
     assert anyprec.cost_of(converted, 4).bitops > 0
     assert all(parameter.is_meta for parameter in converted.parameters())
+
+
+def test_a_copy_is_of_the_same_class_and_can_be_made_float_again(float_net: nn.Module, images: Tensor) -> None:
+    expected, kind = float_net(images), type(float_net)
+    names = list(float_net.state_dict())
+    model = anyprec.convert(float_net, example_input=images[:1])
+    for twin in (copy.deepcopy(copy.deepcopy(model)), pickle.loads(pickle.dumps(model))):
+        assert type(twin) is type(model)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        revert(twin)
+        assert type(twin) is kind
+        assert list(twin.state_dict()) == names
+        assert torch.equal(twin(images), expected)
+
+
+def test_a_network_with_a_classifier_of_timms_is_copied_as_one() -> None:
+    model = anyprec.convert(timm.create_model("test_resnet", num_classes=5))
+    twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    revert(twin)
+    assert type(twin) is timm.models.ResNet
