@@ -293,9 +293,9 @@ def _check_gradients(
             missing = _missed(model, images, others.replace({path: lowest[path] for path in missing}), missing)
         unreached = _without_float_gradient(model, images, missing)
         missing = missing - unreached
-        for path in list(missing)[:_MOST_ALONE]:
-            if not _missed(model, images, others.replace({path: lowest[path]}), {path}):
-                missing.remove(path)
+        missing -= {
+            path for path in list(missing)[:_MOST_ALONE] if _is_reached_alone(model, images, path, lowest, others)
+        }
     finally:
         model.set_bits(None)
         model.zero_grad(set_to_none=True)
@@ -308,14 +308,35 @@ def _check_gradients(
 _MOST_ALONE = 40
 
 
-def _missed(model: anyprec.ConvertedModel, images: Tensor, config: anyprec.BitConfig, looked_for: set[str]) -> set[str]:
+def _is_reached_alone(
+    model: anyprec.ConvertedModel, images: Tensor, path: str, lowest: anyprec.BitConfig, others: anyprec.BitConfig
+) -> bool:
+    """Whether both step sizes get a gradient with everything else, the layer's other operand too, at the highest bits.
+
+    A weight of few values may round to zero where the gradient of the input would pass, and an input where that of the
+    weight would.
+    """
+    low, high = lowest[path], others[path]
+    weight, input_ = anyprec.Bits(low.weight, high.activation), anyprec.Bits(high.weight, low.activation)
+    return not _missed(model, images, others.replace({path: weight}), {path}, operands=("weight",)) and not _missed(
+        model, images, others.replace({path: input_}), {path}, operands=("input",)
+    )
+
+
+def _missed(
+    model: anyprec.ConvertedModel,
+    images: Tensor,
+    config: anyprec.BitConfig,
+    looked_for: set[str],
+    operands: tuple[str, ...] = ("weight", "input"),
+) -> set[str]:
     """Which layers have a step size without gradient after a pass in eval mode and one in train mode."""
     model.zero_grad(set_to_none=True)
     missing = looked_for
     with model.using_bits(config):
         for train in (False, True):
             _run_backward(model.train(train), images)
-            missing = {path for path in looked_for if not _has_gradients(model.get_submodule(path))}
+            missing = {path for path in looked_for if not _has_gradients(model.get_submodule(path), operands)}
             if not missing:
                 break
     return missing
@@ -339,13 +360,16 @@ def _run_backward(model: nn.Module, images: Tensor) -> None:
     sum(output.float().square().mean() for output in _tensors(model(images))).backward()  # type: ignore[union-attr]
 
 
-def _has_gradients(layer: Any) -> bool:
-    weight, input_ = layer.weight_quantizer, layer.input_quantizer
+def _has_gradients(layer: Any, operands: tuple[str, ...]) -> bool:
+    quantizers = {
+        "weight": (layer.weight_quantizer, layer.bits.weight),
+        "input": (layer.input_quantizer, layer.bits.activation),
+    }
     return all(
         quantizer.step.grad is not None
         and bool(torch.isfinite(quantizer.step.grad).all())
         and bool(quantizer.step.grad[quantizer.candidates.index(bits)].any())
-        for quantizer, bits in ((weight, layer.bits.weight), (input_, layer.bits.activation))
+        for quantizer, bits in (quantizers[operand] for operand in operands)
     )
 
 
