@@ -300,9 +300,9 @@ class _Sampler:
         if not self._parts:
             msg = f"layer {path!r} was not reached by the calibration data"
             raise CalibrationError(msg)
-        device = self._parts[0].device
-        shares = of_all_processes([part.cpu() for part in self._parts])
-        sample = torch.cat([part.to(device) for share in shares for part in share])
+        sample = torch.cat(self._parts)
+        if process_count() > 1:
+            sample = torch.cat(of_all_processes(sample.cpu())).to(sample.device)
         if not torch.isfinite(sample).all():
             msg = f"the input of layer {path!r} holds NaN or infinite values: check the calibration data (and its "
             msg += "normalisation) and the network's weights"

@@ -114,11 +114,7 @@ class OneShotCallback(Callback):
                 loss = path.loss(self._model(images), targets, self._criterion)
                 module.manual_backward(loss)
             losses.append(loss.detach() / path.weight)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._recipe.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self._recipe.clip_value)
-        if self._recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self._recipe.clip_norm)
+        self._recipe.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         self.oneshot.step()

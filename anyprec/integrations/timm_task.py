@@ -1,4 +1,4 @@
-"""`OneShotTask`: one-shot training as a task of timm's training script (`timm.task.TrainingTask`, timm 1.0.23 or later).
+"""`OneShotTask`: one-shot training as a task of timm's training script (`timm.task.TrainingTask`).
 
 A task returns one loss, on which the script calls `backward`. So the task itself runs and back-propagates all paths of a
 step but the last, and returns the last one's loss; their gradients add up to those of the whole step.

@@ -115,7 +115,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         total_steps=total_steps,
         teacher=teacher,
         terms=terms,
-        compiled=bool(compiled),
+        compiled=compiled is not False,
         seed=seed,
         **recipe.oneshot,
     )

@@ -120,11 +120,7 @@ class Run:
                 losses.append(loss.detach() / path.weight / len(group))
         means = torch.stack(losses).double().reshape(len(group), -1).sum(dim=0).tolist()
         self._require_finite(means)
-        parameters = [p for one in self.optimizers for entry in one.param_groups for p in entry["params"]]
-        if self.recipe.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.recipe.clip_value)
-        if self.recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_norm)
+        self.recipe.clip_gradients(*self.optimizers)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -129,6 +129,7 @@ class OneShot:
         self.error_weight = error_weight
         self.error_start = error_start
         self.scheduler = scheduler
+        self._timing = scheduler or BitWidthScheduler()  # when a sampler's instability is measured, without a scheduler
         self.sampler = sampler_of(sampler)
         self.terms = tuple(terms)
         self.steps_done = 0
@@ -153,9 +154,9 @@ class OneShot:
         if self.teacher is not None and images is None:
             msg = "the teacher needs the images of the batch: call paths(images)"
             raise TrainingError(msg)
-        current = self.model.current_candidates
+        current, every = self.model.current_candidates, self.model.candidates
         configs = [self.highest_config(), *self.random_configs(self.random_paths)]
-        at_lowest = [_at_lowest(config, current, self.model.candidates) for config in configs]
+        at_lowest = [_at_lowest(config, current, every) for config in configs]
         self._step = step = _Step(current, teacher_logits=self._teach(images))
         try:
             with self.model.using_bits(configs[0]):
@@ -226,7 +227,7 @@ class OneShot:
         Layers that make their weight operand anew in every forward pass (weight standardisation) are measured on the
         last one that a path of this step made. Processes of a distributed run agree on the figures of the first.
         """
-        margin = (self.scheduler or BitWidthScheduler()).margin
+        margin = self._timing.margin
         found: dict[str, dict[int, Tensor]] = {}
         for path, layer in self.model.quantized_layers.items():
             if len(layer.candidates.weight) > 1:
@@ -316,7 +317,7 @@ class OneShot:
     def _is_event(self) -> bool:
         """Whether this step ends with measuring instability."""
         wanted = self.scheduler is not None or isinstance(self.sampler, InstabilitySampler)
-        return wanted and (self.scheduler or BitWidthScheduler()).is_event(self.steps_done, self.total_steps)
+        return wanted and self._timing.is_event(self.steps_done, self.total_steps)
 
     def _needs_operands(self, index: int) -> bool:
         """Whether the weight operands of a path are used, by its loss or by an event."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import nn
+
 from anyprec.training.samplers import SamplerLike
 from anyprec.training.scheduler import BitWidthScheduler
 
@@ -76,6 +79,14 @@ class Recipe:
     def oneshot(self) -> dict[str, Any]:
         """The arguments of `OneShot` among the settings."""
         return {name: getattr(self, name) for name in _ONESHOT}
+
+    def clip_gradients(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Clip the gradients of all parameters of these optimizers together, as the settings say."""
+        parameters = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
     def changed(self, **changes: Any) -> Recipe:
         """A recipe with other values of some settings.
