@@ -13,11 +13,13 @@ from anyprec.errors import (
     CheckpointError,
     ConversionError,
     NotCalibratedError,
+    SearchError,
     TrainingError,
 )
 from anyprec.model import ConvertedModel
 from anyprec.searching.budget import Budget
-from anyprec.searching.search import SearchResult, search
+from anyprec.searching.result import SearchResult
+from anyprec.searching.search import search
 from anyprec.training.fit import fit
 from anyprec.training.loop import EpochRecord
 from anyprec.training.oneshot import OneShot
@@ -46,6 +48,7 @@ __all__ = [
     "OneShot",
     "Recipe",
     "SandwichSampler",
+    "SearchError",
     "SearchResult",
     "TrainingError",
     "UniformSampler",

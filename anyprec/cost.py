@@ -15,6 +15,9 @@ from anyprec.model import ConvertedModel, Request, require_converted
 
 FLOAT_BITS = 32
 
+COST_NAMES = ("bitops", "size", "average_bits", "average_activation_bits")
+"""What every configuration of every network costs."""
+
 
 @dataclass(frozen=True)
 class LayerCost:
@@ -84,6 +87,30 @@ class CostModel:
     def average_bits(self, config: BitConfig) -> float:
         """Weight bits of `config`, averaged over all quantized weights."""
         return self.size(config) / self.weights
+
+    def average_activation_bits(self, config: BitConfig) -> float:
+        """Activation bits of `config`, averaged over all MACs."""
+        return self.total("average_activation_bits", config)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be limited; each is a sum over layers, divided by `divisor`."""
+        return COST_NAMES
+
+    def total(self, name: str, config: BitConfig) -> float:
+        """The cost `name` of `config`."""
+        return sum(self.of_layer(name, path, config[path]) for path in self.layers) / self.divisor(name)
+
+    def of_layer(self, name: str, path: str, bits: Bits) -> float:
+        """What one layer at `bits` adds to the sum of the cost `name`."""
+        layer = self.layers[path]
+        if name == "bitops":
+            return layer.bitops(bits)
+        return layer.macs * bits.activation if name == "average_activation_bits" else layer.size(bits)
+
+    def divisor(self, name: str) -> int:
+        """What the sum over layers is divided by: 1 for a total, all weights or all MACs for an average."""
+        return {"average_bits": self.weights, "average_activation_bits": self.macs}.get(name, 1) or 1
 
     def cost(self, config: BitConfig | None) -> Cost:
         """The figures of `config` together; None is the float network at 32 bits.

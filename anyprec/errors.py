@@ -7,6 +7,7 @@
     |-- NotCalibratedError (RuntimeError) low precision asked of a network without step sizes
     |-- TrainingError (RuntimeError)      the training hooks used out of order
     |-- BudgetError (ValueError)          a budget that cannot be read, or that nothing fits
+    |-- SearchError (ValueError)          a search that cannot be made, or a search file of another one
     `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
@@ -40,6 +41,10 @@ class TrainingError(AnyprecError, RuntimeError):
 
 class BudgetError(AnyprecError, ValueError):
     """A budget that cannot be read, or that no configuration fits."""
+
+
+class SearchError(AnyprecError, ValueError):
+    """An argument that no search can be made with, or a search file that is damaged or of another search."""
 
 
 class CheckpointError(AnyprecError, ValueError):

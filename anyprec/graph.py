@@ -104,9 +104,8 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
     """
     with evaluating(model):
         seen = observe(model, example_input)
-        flow, untraceable = _trace(model)
-    if flow is None:
-        flow = _flow_without_graph(seen)
+        graph, untraceable = trace(model)
+    flow = _flow_without_graph(seen) if graph is None else _FlowBuilder(model, graph).build()
     layers = {facts.path: facts for facts in _all_layer_facts(model, seen, flow)}
     norms = {path: flow.feeds.get(path) for path, norm in model.named_modules() if isinstance(norm, _BatchNorm)}
     uncounted = {name: (calls, macs // seen.samples) for name, (calls, macs) in sorted(seen.uncounted.items())}
@@ -228,16 +227,18 @@ class _Tracer(fx.Tracer):
 
     Args:
         opening: Trace through timm's untraceable blocks after all if they hold layers, which they would hide.
+        opaque: More classes of modules that are not traced through.
     """
 
-    def __init__(self, *, opening: bool) -> None:
+    def __init__(self, *, opening: bool, opaque: tuple[type, ...]) -> None:
         self._opening = opening
+        self._opaque = opaque
         notrace_modules, notrace_functions = _timm_notrace()
         super().__init__(autowrap_modules=(math,), autowrap_functions=notrace_functions, param_shapes_constant=True)
         self._notrace = notrace_modules
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (*LAYER_TYPES, *NORM_TYPES)):
+        if isinstance(m, (*LAYER_TYPES, *NORM_TYPES, *self._opaque)):
             return True
         if isinstance(m, self._notrace):
             return not (self._opening and any(named_layers(m)))
@@ -250,16 +251,20 @@ def _timm_notrace() -> tuple[tuple[type, ...], tuple[Callable[..., Any], ...]]:
     return tuple(get_notrace_modules()), tuple(get_notrace_functions())
 
 
-def _trace(model: nn.Module) -> tuple[_Flow | None, str | None]:
-    """The connections of `model`, or None and the reason why it cannot be traced."""
+def trace(model: nn.Module, *, opaque: tuple[type, ...] = ()) -> tuple[fx.Graph | None, str | None]:
+    """The graph of `model` in its present mode, or None and the reason why it cannot be traced.
+
+    Args:
+        model: A float or a converted network.
+        opaque: Classes of modules that are not traced through, beside layers, norms and what timm says.
+    """
     reason = None
     for opening in (True, False):
+        tracer = _Tracer(opening=opening, opaque=opaque)
         try:
-            graph = _Tracer(opening=opening).trace(model, concrete_args=_default_arguments(model))
+            return tracer.trace(model, concrete_args=_default_arguments(model)), None
         except Exception as error:  # noqa: BLE001 (tracing runs any code with proxies: every error means "no graph")
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            return _FlowBuilder(model, graph).build(), None
     return None, reason
 
 

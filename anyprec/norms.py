@@ -154,8 +154,7 @@ class _NormInterceptor(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = {**dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)), **kwargs}
         bank, traced = self.bank, torch.compiler.is_compiling()
         replaced = [name for name in ("running_mean", "running_var", "weight", "bias") if call.get(name) is not None]
         if bank is not None:
@@ -169,6 +168,21 @@ class _NormInterceptor(TorchFunctionMode):
             for name in replaced[:2]:  # a row that was selected by data is a copy
                 getattr(bank, name).index_copy_(0, bank.choice, call[name][None])
         return result
+
+
+class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
+    """For the length of a `with` block every BatchNorm takes the statistics of its batch, and keeps its own unchanged."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **(kwargs or {}))
+        call = {**dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+        return func(**{**call, "running_mean": None, "running_var": None, "training": True})
+
+
+_BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 def switch_norm(norm: _BatchNorm, rows: int) -> None:

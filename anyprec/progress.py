@@ -30,6 +30,10 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(description, total=total, note="")
 
+    def expect(self, total: int | None) -> None:
+        """Say how many steps there will be, as far as is known now."""
+        self._progress.update(self._task, total=total)
+
     def advance(self, steps: int = 1, *, note: str | None = None) -> None:
         """Move on by `steps`, and change the text at the end."""
         fields: dict[str, Any] = {} if note is None else {"note": note}
