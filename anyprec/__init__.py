@@ -2,7 +2,8 @@
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.calibration import calibrate, calibrate_norms, recalibrate
-from anyprec.checkpoint.saving import load, save
+from anyprec.checkpoint.loading import load
+from anyprec.checkpoint.saving import save
 from anyprec.conversion import convert
 from anyprec.cost import Cost, CostModel, cost_model, cost_of
 from anyprec.errors import (
@@ -13,6 +14,7 @@ from anyprec.errors import (
     CheckpointError,
     ConversionError,
     NotCalibratedError,
+    PackedError,
     TrainingError,
 )
 from anyprec.model import ConvertedModel
@@ -44,6 +46,7 @@ __all__ = [
     "InstabilitySampler",
     "NotCalibratedError",
     "OneShot",
+    "PackedError",
     "Recipe",
     "SandwichSampler",
     "SearchResult",

@@ -7,6 +7,7 @@
     |-- NotCalibratedError (RuntimeError) low precision asked of a network without step sizes
     |-- TrainingError (RuntimeError)      the training hooks used out of order
     |-- BudgetError (ValueError)          a budget that cannot be read, or that nothing fits
+    |-- PackedError (RuntimeError)        latent weights asked of a network that holds integer codes only
     `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
@@ -40,6 +41,10 @@ class TrainingError(AnyprecError, RuntimeError):
 
 class BudgetError(AnyprecError, ValueError):
     """A budget that cannot be read, or that no configuration fits."""
+
+
+class PackedError(AnyprecError, RuntimeError):
+    """Latent weights were asked of a network that holds integer codes only: to train, to calibrate, to run as float."""
 
 
 class CheckpointError(AnyprecError, ValueError):

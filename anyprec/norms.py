@@ -69,6 +69,17 @@ class NormBank(nn.Module):
         return self.running_mean.shape[0]
 
     @torch.no_grad()
+    def keep_row(self, row: int) -> None:
+        """Drop every copy but one."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            kept = getattr(self, name)
+            if isinstance(kept, nn.Parameter):
+                setattr(self, name, nn.Parameter(kept[row : row + 1].clone(), requires_grad=kept.requires_grad))
+            elif kept is not None:
+                setattr(self, name, kept[row : row + 1].clone())
+        self.choice.zero_()
+
+    @torch.no_grad()
     def copy_from(self, norm: _BatchNorm | SwitchableNorm) -> None:
         """Set every row to the float norm's values."""
         for name in ("weight", "bias", "running_mean", "running_var"):

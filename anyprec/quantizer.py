@@ -28,6 +28,10 @@ class _Switchable(nn.Module):
         self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
+    def restore_constants(self) -> None:
+        """Write the candidates again, after the quantizer got memory of its own."""
+        self.widths.copy_(torch.tensor(self.candidates))
+
     def select(self, index: int) -> None:
         """Make the candidate at `index` the one that `forward_selected` takes."""
         self.choice.fill_(index)
