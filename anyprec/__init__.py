@@ -2,6 +2,7 @@
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.calibration import calibrate, calibrate_norms, recalibrate
+from anyprec.checkpoint.inspection import CheckpointInfo, inspect
 from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
 from anyprec.conversion import convert
@@ -38,6 +39,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
+    "CheckpointInfo",
     "ConversionError",
     "ConvertedModel",
     "Cost",
@@ -58,6 +60,7 @@ __all__ = [
     "cost_model",
     "cost_of",
     "fit",
+    "inspect",
     "load",
     "paper",
     "param_groups",

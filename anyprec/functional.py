@@ -82,14 +82,14 @@ def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dt
     """What `fake_quantize` makes of a tensor of `dtype` that has these integer codes, bit for bit.
 
     Args:
-        codes: Integer codes, as numbers of any kind; not changed.
+        codes: Integer codes, as numbers of any kind; overwritten if they are of the type that is computed in.
         step: Step size(s), as in `fake_quantize`.
         axis: As in `fake_quantize`.
         dtype: Of the tensor that was quantized, and of the result.
     """
     scale = _scale(step, axis, codes.ndim)
     computed = torch.result_type(torch.empty((1,), dtype=dtype, device=codes.device), scale)
-    return codes.to(computed).mul(scale).to(dtype)
+    return codes.to(computed).mul_(scale).to(dtype)
 
 
 class _WithLimits(torch.autograd.Function):
@@ -143,7 +143,7 @@ def moments(weight: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
     if not dims:
         return values, torch.zeros_like(values)
     mean = values.mean(dims, keepdim=True)
-    return mean.flatten(), (values - mean).square().sum(dims).sqrt()
+    return mean.flatten(), (values - mean).square_().sum(dims).sqrt()
 
 
 def with_moments(quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int) -> Tensor:

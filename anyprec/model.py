@@ -331,8 +331,8 @@ class ConvertedModel(Specialized):
         for path, feeding in record.norms.items():
             norm = _submodule_or_none(self, path)
             if isinstance(norm, SwitchableNorm):
-                norm.row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
-                norm.override = _to_device_of(norm, own.get(path))
+                row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
+                norm.switch(row, _to_device_of(norm, own.get(path)))
 
     def _summary_rows(self) -> tuple[SummaryRow, ...]:
         layers = self.quantized_layers

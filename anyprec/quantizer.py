@@ -99,6 +99,8 @@ class WeightQuantizer(_Switchable):
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
         """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (Esser et al. 2020, section 2.1)."""
+        if weight.is_meta:
+            return  # there are no values, and torch takes its time to find that out
         magnitude = self.per_channel(weight.float().abs()).mean(dim=1)
         for index in range(len(self.candidates)):
             qmax = self.limits(index)[1]

@@ -30,7 +30,7 @@ LARGEST_RATIO = 256
 SMALL = 4096
 """Bytes that may be compressed at any ratio."""
 
-_LEVEL = 9
+_LEVEL = 3
 
 
 def bits_needed(count: int) -> int:

@@ -89,6 +89,7 @@ class Document:
         notes: Cost of each named configuration, its score and how it was found.
         latents: Kind of number in which latent weights of float32 are stored; None is as they were.
         packing: The packed form; None is the training form, with latent weights.
+        format: The format that it was read in; it is always written in the present one.
     """
 
     version: str
@@ -103,6 +104,7 @@ class Document:
     notes: dict[str, ConfigNote] = field(default_factory=dict)
     latents: torch.dtype | None = None
     packing: Packing | None = None
+    format: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """The document as text."""
@@ -167,6 +169,7 @@ class Document:
             notes=_read_notes(fields.take_or("notes", dict, default={})),
             latents=_read_dtype(fields, "latents") if fields.has("latents") else None,
             packing=_read_packing(fields.take("packing", dict)) if fields.has("packing") else None,
+            format=version,
         )
 
 
