@@ -109,7 +109,7 @@ def to_planes(tensor: Tensor) -> bytes:
 
 def from_planes(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The tensor of `to_planes`."""
-    planes = np.frombuffer(raw, dtype=np.uint8).reshape(dtype.itemsize, -1)
+    planes = np.frombuffer(bytearray(raw), dtype=np.uint8).reshape(dtype.itemsize, -1)
     return torch.from_numpy(np.ascontiguousarray(planes.T)).reshape(-1).view(dtype).reshape(shape)
 
 

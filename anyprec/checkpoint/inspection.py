@@ -31,7 +31,7 @@ class StoredLayer:
         weights: Number of weights.
         macs: Multiply-accumulates for one sample.
         candidates: The bit-widths that it may take.
-        storage: "cells" or "latent", or "tied" for a latent weight that is stored under another name.
+        storage: "cells" or "latent", or "tied" for a weight that is stored with another layer.
         bytes: What its weight takes in the file.
         reason: Why its latent weight is kept in a packed file; empty otherwise.
     """

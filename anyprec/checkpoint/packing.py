@@ -75,7 +75,8 @@ def split_layers(model: ConvertedModel) -> tuple[list[str], dict[str, str]]:
             if (others := holders[id(parameters[name])] - packed.keys())
         }
         if not shared:
-            return list(packed.values()), kept
+            # An expert layer's weight is packed as the matrices that it mixes.
+            return list(packed.values()), {path: kept[path] for path in kept if weight_name(facts[path]) not in packed}
         kept.update({path: f"its weight is also {other!r}, which is not packed" for path, other in shared.items()})
 
 
@@ -286,6 +287,9 @@ def _operand(layer: QuantizedLayer, facts: LayerFacts) -> Tensor:
     """
     if not facts.derived:
         return layer.weight.detach()
+    if not isinstance(layer, LAYER_TYPES):
+        msg = f"it makes its operand from its weight, and no input of a {type(layer).__name__} is known"
+        raise CheckpointError(msg)
 
     def end(_input: Tensor, weight: Tensor) -> None:
         raise _SeenError(weight)
@@ -296,7 +300,7 @@ def _operand(layer: QuantizedLayer, facts: LayerFacts) -> Tensor:
             layer(_smallest_input(layer))
     except _SeenError as seen:
         return seen.operand.detach()
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         msg = f"its operand could not be made without its network ({type(error).__name__})"
         raise CheckpointError(msg) from error
     finally:
@@ -307,12 +311,9 @@ def _operand(layer: QuantizedLayer, facts: LayerFacts) -> Tensor:
 
 def _smallest_input(layer: nn.Module) -> Tensor:
     """Zeros of the smallest shape that a Conv or Linear layer takes."""
-    if not isinstance(layer, LAYER_TYPES):
-        msg = f"no input of a {type(layer).__name__} is known"
-        raise TypeError(msg)
     weight: Any = layer.weight
-    shape = [1, layer.in_features]
+    shape: list[Any] = [1, layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels]
     if not isinstance(layer, nn.Linear):
-        sizes: Any = zip(layer.kernel_size, layer.dilation, strict=True)
-        shape = [1, layer.in_channels, *(dilation * (size - 1) + 1 for size, dilation in sizes)]
-    return torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # type: ignore[arg-type]
+        sizes: Any = zip(layer.kernel_size, layer.dilation, strict=True)  # type: ignore[arg-type]
+        shape += [dilation * (size - 1) + 1 for size, dilation in sizes]
+    return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
