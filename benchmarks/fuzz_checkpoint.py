@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import resource
@@ -92,6 +93,7 @@ class Original:
         self.state = {name: tensor.clone() for name, tensor in self.load(path).state_dict().items()}
 
     def load(self, path: Path) -> anyprec.ConvertedModel:
+        """Load a file as this one is loaded."""
         return anyprec.load(path, self.make())
 
 
@@ -222,7 +224,7 @@ def change_packing(document: Any, tensors: dict[str, Tensor], draw: random.Rando
         packing["coding"] = draw.choice(("zstd", "fixed"))
 
 
-def change_architecture(document: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+def change_architecture(document: Any, _tensors: dict[str, Tensor], draw: random.Random) -> None:
     """Another network, or one far too large."""
     name = draw.choice(("test_resnet", "test_vit", "resnet18", "vit_giant_patch14_224", "hf-hub:x/y", "../x", ""))
     arguments = draw.choice((
@@ -232,7 +234,7 @@ def change_architecture(document: Any, tensors: dict[str, Tensor], draw: random.
     document["architecture"] = {"name": name, "arguments": arguments}
 
 
-def change_tensor(document: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+def change_tensor(_document: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
     """Other values, another shape or type, or no tensor at all."""
     name = draw.choice(list(tensors))
     tensor = tensors[name].clone()
@@ -256,7 +258,7 @@ def change_tensor(document: Any, tensors: dict[str, Tensor], draw: random.Random
         tensors[name] = torch.frombuffer(bytearray(bomb(draw)), dtype=torch.uint8).clone()
 
 
-def swap_tensors(document: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
+def swap_tensors(_document: Any, tensors: dict[str, Tensor], draw: random.Random) -> None:
     first, second = draw.sample(list(tensors), 2)
     tensors[first], tensors[second] = tensors[second], tensors[first]
 
@@ -312,10 +314,8 @@ def judge(original: Original, path: Path, *, forged: bool) -> str:
     Raises:
         AssertionError: A damaged file loaded to another network.
     """
-    try:
+    with contextlib.suppress(anyprec.CheckpointError):
         anyprec.inspect(path)
-    except anyprec.CheckpointError:
-        pass
     try:
         model = original.load(path)
     except anyprec.CheckpointError:

@@ -101,9 +101,9 @@ def points_of(cells: Tensor, steps: Tensor, candidates: Sequence[int], exception
     """
     if len(candidates) == 1:  # the only code is its own point
         points = (cells - 2 ** (candidates[0] - 1)).to(torch.int8)
-        return Points(points, torch.ones_like(steps), exceptions)
+        return Points(points, torch.ones_like(steps, dtype=torch.float32), exceptions)
     points = torch.empty_like(cells)
-    ratios = torch.empty_like(steps)
+    ratios = torch.empty(steps.shape, dtype=torch.float32, device=steps.device)
     found: list[tuple[Tensor, Tensor]] = []
     for rows, order in _orders(steps, candidates):
         table, unit, usable = _choose(order.thresholds)

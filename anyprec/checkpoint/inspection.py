@@ -11,7 +11,7 @@ from typing import Any
 from anyprec.bits import BitConfig, LayerCandidates
 from anyprec.checkpoint.content import Content
 from anyprec.checkpoint.document import Architecture, Document
-from anyprec.checkpoint.packing import PREFIX
+from anyprec.checkpoint.packing import PREFIX, weight_name
 from anyprec.conversion import layer_candidates
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.graph import LayerFacts
@@ -170,14 +170,14 @@ def _stored_layer(file: StoredFile, document: Document, facts: LayerFacts) -> St
     except BitsError as error:
         msg = f"the checkpoint contradicts itself: {error}"
         raise CheckpointError(msg) from error
-    name, reason = facts.parameter or f"{facts.path}.weight", ""
+    name = weight_name(facts)
+    reason = "" if document.packing is None else document.packing.latent.get(facts.path, "")
     if document.packing is not None and facts.path in document.packing.layers:
         prefix = f"{PREFIX}{facts.path}."
         parts = [one for one in file.shapes if one.startswith(prefix) and "." not in one.removeprefix(prefix)]
         storage, size = "cells", sum(_size(file, one) for one in parts)
     elif name in file.shapes:
         storage, size = "latent", _size(file, name)
-        reason = "" if document.packing is None else document.packing.latent.get(facts.path, "")
     else:
         storage, size = "tied", 0
     return StoredLayer(facts.path, facts.weights, facts.macs, candidates, storage, size, reason)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
 
 from anyprec.checkpoint.loading import load
@@ -72,7 +73,7 @@ class HubModel(
         known = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
         try:
             path = hf_hub_download(model_id, FILE_NAME, revision=revision, **known)
-        except (OSError, ValueError) as error:  # huggingface_hub's errors derive from these
+        except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
             msg = f"cannot get {FILE_NAME!r} of {model_id!r}, which is no folder here either: {error}"
             raise CheckpointError(msg) from error
         return cls(load(path, model, **settings))
