@@ -146,8 +146,8 @@ def moments(weight: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
     return mean.flatten(), (values - mean).square_().sum(dims).sqrt()
 
 
-def with_moments(quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int) -> Tensor:
-    """`match_moments` to these moments of the latent weight."""
+def with_moments(quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int, inplace: bool = False) -> Tensor:
+    """`match_moments` to these moments of the latent weight; `inplace` overwrites `quantized`."""
     if quantized.ndim == 1:
         return quantized
     with torch.no_grad():
@@ -157,7 +157,7 @@ def with_moments(quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int) 
         stretch = torch.where(found_spread > STEP_FLOOR, wanted_spread / found_spread.clamp_min(STEP_FLOOR), 1.0)
         shift = (wanted_mean - found_mean * stretch).to(quantized.dtype)
         stretch = stretch.to(quantized.dtype)
-    return quantized * stretch + shift
+    return quantized.mul_(stretch).add_(shift) if inplace else quantized * stretch + shift
 
 
 class _PerTensor(torch.autograd.Function):

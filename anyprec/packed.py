@@ -166,7 +166,7 @@ class PackedOperand(nn.Module):
         quantized = dequantize(codes, step, axis=self.axis, dtype=dtype)
         if self.mean is None or self.spread is None or self.moments_axis is None:
             return quantized
-        return with_moments(quantized, self.mean.float(), self.spread.float(), axis=self.moments_axis)
+        return with_moments(quantized, self.mean.float(), self.spread.float(), axis=self.moments_axis, inplace=True)
 
     def extra_repr(self) -> str:
         """Size in memory, for `print(model)`."""

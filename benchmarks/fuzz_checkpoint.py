@@ -244,7 +244,7 @@ def change_tensor(_document: Any, tensors: dict[str, Tensor], draw: random.Rando
     elif action == 1:
         tensors[draw.choice(("x", f"{name}x", "anyprec.packed.3.cells", "anyprec.packed.3.low"))] = tensor
     elif action == 2 and tensor.numel():
-        flat = tensor.view(-1)
+        tensors[name], flat = tensor, tensor.view(-1)
         flat[draw.randrange(len(flat))] = draw.choice((0, 1, 127)) if not tensor.is_floating_point() else float("nan")
     elif action == 3:
         tensors[name] = tensor.reshape(-1)[: draw.randint(0, tensor.numel())].clone()

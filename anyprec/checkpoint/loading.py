@@ -30,7 +30,7 @@ from anyprec.checkpoint.narrowing import narrow
 from anyprec.checkpoint.packing import install, pack
 from anyprec.checkpoint.statistics import fitting_statistics
 from anyprec.conversion import apply_settings, revert
-from anyprec.errors import AnyprecError, BitsError, CheckpointError
+from anyprec.errors import AnyprecError, BitsError, CheckpointError, NotCalibratedError
 from anyprec.layers import QuantizedLayer
 from anyprec.model import ConvertedModel, Request
 from anyprec.storage import opened
@@ -64,6 +64,7 @@ def load(
             match are named, and a given `model` is left as it was.
         ConversionError: A layer of a given converted `model` was replaced since its conversion.
         BitsError: `bits` is no configuration of the network, or a converted `model` was given with it.
+        NotCalibratedError: `bits` were asked of a file that was saved before calibration.
 
     Example:
         >>> import tempfile, timm, torch, anyprec
@@ -146,6 +147,7 @@ def _filled(model: ConvertedModel, content: Content, bits: Request, device: torc
     require_state_fit(model, content.state, omitted)
     configs = fitting_configs(model, document)
     config = _requested(model, bits, configs)
+    _require_calibrated(model, content, wanted=config is not None)
     statistics = fitting_statistics(model, document, content.statistics(config), only=config)
     cells = {path: content.cells(path, layer) for path, layer in _packed_layers(model, document).items()}
     _set_floors(model, document)
@@ -186,6 +188,26 @@ def _requested(model: ConvertedModel, bits: Request, configs: dict[str, BitConfi
     except BitsError as error:
         msg = f"{error}; the file names {shorten(configs)}" if configs else str(error)
         raise BitsError(msg) from error
+
+
+def _require_calibrated(model: ConvertedModel, content: Content, *, wanted: bool) -> None:
+    """Refuse to start a network at a precision whose step sizes the file does not have.
+
+    Raises:
+        CheckpointError: The file is packed, and was calibrated therefore.
+        NotCalibratedError: It is a training file, and a precision is wanted.
+    """
+    packed = content.document.packing is not None
+    if not packed and not wanted:
+        return
+    steps = {path: content.state[f"{path}.input_quantizer.step"] for path in model.quantized_layers}
+    missing = [path for path, step in steps.items() if not torch.isfinite(step).all()]
+    if missing:
+        msg = f"the checkpoint has no step sizes for the inputs of {len(missing)} layers ({shorten(missing, 3)})"
+        if packed:
+            raise CheckpointError(msg)
+        msg += ": load it without bits, and call anyprec.calibrate"
+        raise NotCalibratedError(msg)
 
 
 def _set_floors(model: ConvertedModel, document: Document) -> None:

@@ -303,6 +303,17 @@ def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, 
         assert equal([again(batch)], outputs(model, batch, (bits,)))
 
 
+def test_a_configuration_of_an_uncalibrated_file_is_refused(tmp_path, plain, batch, photograph):
+    anyprec.save(anyprec.convert(plain(), bits=(2, 4), example_input=batch), tmp_path / "net")
+    network = plain()
+    check = photograph(network)
+    with pytest.raises(
+        anyprec.NotCalibratedError, match="4 layers .*: load it without bits, and call anyprec.calibrate"
+    ):
+        anyprec.load(tmp_path / "net", network, bits=4)
+    check()
+
+
 def test_statistics_of_other_configurations_are_not_read(tmp_path, model, plain, batch):
     for bits in (2, 4):
         anyprec.recalibrate(model, [batch], bits)
@@ -363,6 +374,7 @@ CELLS = "anyprec.packed.5.cells"
             ),
             "its exceptions are out of range",
         ),
+        (lambda tensors, packing: tensors["5.input_quantizer.step"].fill_(torch.nan), "no step sizes for the inputs of 1 layers"),
         (lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan), "a step size is not finite"),
     ],
 )  # fmt: skip
