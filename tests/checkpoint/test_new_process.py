@@ -98,4 +98,4 @@ def test_the_precisions_compared_are_different_ones(outputs):
     here, _ = outputs
     for kinds in here.values():  # with few layers two random configurations may be one
         distinct = {tuple(one.flatten().tolist()) for one in kinds}
-        assert len(distinct) > 0.9 * len(kinds)
+        assert len(distinct) > 0.6 * len(kinds)
