@@ -2,7 +2,9 @@
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.calibration import calibrate, calibrate_norms, recalibrate
-from anyprec.checkpoint.saving import load, save
+from anyprec.checkpoint.inspection import CheckpointInfo, inspect
+from anyprec.checkpoint.loading import load
+from anyprec.checkpoint.saving import save
 from anyprec.conversion import convert
 from anyprec.cost import Cost, CostModel, cost_model, cost_of
 from anyprec.errors import (
@@ -13,6 +15,7 @@ from anyprec.errors import (
     CheckpointError,
     ConversionError,
     NotCalibratedError,
+    PackedError,
     SearchError,
     TrainingError,
 )
@@ -38,6 +41,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "CheckpointError",
+    "CheckpointInfo",
     "ConversionError",
     "ConvertedModel",
     "Cost",
@@ -46,6 +50,7 @@ __all__ = [
     "InstabilitySampler",
     "NotCalibratedError",
     "OneShot",
+    "PackedError",
     "Recipe",
     "SandwichSampler",
     "SearchError",
@@ -58,6 +63,7 @@ __all__ = [
     "cost_model",
     "cost_of",
     "fit",
+    "inspect",
     "load",
     "paper",
     "param_groups",

@@ -110,6 +110,8 @@ class LayerCandidates:
 
     def at_least(self, bits: Bits) -> Bits:
         """`bits`, each rounded up to the nearest candidate (to the highest where none is above)."""
+        if bits in self:
+            return bits
         return Bits(_round_up(bits.weight, self.weight), _round_up(bits.activation, self.activation))
 
     def above(self, floor: Bits) -> LayerCandidates:

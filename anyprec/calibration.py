@@ -21,7 +21,7 @@ from anyprec.distributed import of_all_processes, process_count, sum_over_proces
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.functional import STEP_FLOOR
 from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel, Request, require_converted
+from anyprec.model import ConvertedModel, Request, require_converted, require_latents
 from anyprec.modes import evaluating
 from anyprec.norms import SwitchableNorm
 from anyprec.quantizer import InputQuantizer, WeightQuantizer, usable_steps
@@ -64,6 +64,7 @@ def calibrate(
 
     Raises:
         ConversionError: `model` is not converted.
+        PackedError: It is packed.
         CalibrationError: The loader is empty, or a layer's input or weight is not finite.
 
     Example:
@@ -72,7 +73,7 @@ def calibrate(
         >>> anyprec.calibrate(model, [torch.randn(4, 3, 160, 160)])
         >>> model.set_bits(4)
     """
-    require_converted(model, purpose="calibrate")
+    require_latents(require_converted(model, purpose="calibrate"), purpose="calibrate")
     batches = _held(loader, max(step_batches, norm_batches), device_of(model))
     with evaluating(model), model.using_bits(None):
         samplers = _watch_layers(model, batches[:step_batches], seed)

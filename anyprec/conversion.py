@@ -192,6 +192,9 @@ def layer_candidates(facts: LayerFacts, settings: ConvertSettings) -> LayerCandi
     Raises:
         BitsError: None of the candidates is allowed for a depthwise convolution.
     """
+    if settings.only is not None and facts.path in settings.only:
+        bits = settings.only[facts.path]
+        return LayerCandidates((bits.weight,), (bits.activation,))
     if settings.first_last_bits is not None and (facts.first or facts.last):
         return LayerCandidates((settings.first_last_bits,), (settings.first_last_bits,))
     if not facts.depthwise:

@@ -8,6 +8,7 @@
     |-- TrainingError (RuntimeError)      the training hooks used out of order
     |-- BudgetError (ValueError)          a budget that cannot be read, or that nothing fits
     |-- SearchError (ValueError)          a search that cannot be made, or a search file of another one
+    |-- PackedError (RuntimeError)        latent weights asked of a network that holds integer codes only
     `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
@@ -45,6 +46,10 @@ class BudgetError(AnyprecError, ValueError):
 
 class SearchError(AnyprecError, ValueError):
     """An argument that no search can be made with, or a search file that is damaged or of another search."""
+
+
+class PackedError(AnyprecError, RuntimeError):
+    """Latent weights were asked of a network that holds integer codes only: to train, to calibrate, to run as float."""
 
 
 class CheckpointError(AnyprecError, ValueError):

@@ -74,8 +74,22 @@ def integer_codes(values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: i
     Shape:
         As `fake_quantize`.
     """
-    scale = along(effective_step(step), axis, values.ndim)
+    scale = _scale(step, axis, values.ndim)
     return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
+
+
+def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dtype) -> Tensor:
+    """What `fake_quantize` makes of a tensor of `dtype` that has these integer codes, bit for bit.
+
+    Args:
+        codes: Integer codes, as numbers of any kind; overwritten if they are of the type that is computed in.
+        step: Step size(s), as in `fake_quantize`.
+        axis: As in `fake_quantize`.
+        dtype: Of the tensor that was quantized, and of the result.
+    """
+    scale = _scale(step, axis, codes.ndim)
+    computed = torch.result_type(torch.empty((1,), dtype=dtype, device=codes.device), scale)
+    return codes.to(computed).mul_(scale).to(dtype)
 
 
 class _WithLimits(torch.autograd.Function):
@@ -114,19 +128,36 @@ def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:
     Returns:
         The corrected weight, differentiable in `quantized`.
     """
+    return with_moments(quantized, *moments(weight, axis=axis), axis=axis)
+
+
+@torch.no_grad()
+def moments(weight: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread (norm of the deviation from the mean) for every index along `axis`, in float32.
+
+    Shape:
+        Both results: `(weight.shape[axis],)`.
+    """
     dims = [dim for dim in range(weight.ndim) if dim != axis]
+    values = weight.detach().float()
     if not dims:
+        return values, torch.zeros_like(values)
+    mean = values.mean(dims, keepdim=True)
+    return mean.flatten(), (values - mean).square_().sum(dims).sqrt()
+
+
+def with_moments(quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int, inplace: bool = False) -> Tensor:
+    """`match_moments` to these moments of the latent weight; `inplace` overwrites `quantized`."""
+    if quantized.ndim == 1:
         return quantized
     with torch.no_grad():
-        wanted, found = weight.detach().float(), quantized.detach().float()
-        wanted_mean, found_mean = wanted.mean(dims, keepdim=True), found.mean(dims, keepdim=True)
-        wanted_spread = (wanted - wanted_mean).square().sum(dims, keepdim=True).sqrt()
-        found_spread = (found - found_mean).square().sum(dims, keepdim=True).sqrt()
+        wanted_mean, wanted_spread = (along(part, axis, quantized.ndim) for part in (mean, spread))
+        found_mean, found_spread = (along(part, axis, quantized.ndim) for part in moments(quantized, axis=axis))
         # A channel that rounds to one code everywhere has no spread to stretch.
         stretch = torch.where(found_spread > STEP_FLOOR, wanted_spread / found_spread.clamp_min(STEP_FLOOR), 1.0)
         shift = (wanted_mean - found_mean * stretch).to(quantized.dtype)
         stretch = stretch.to(quantized.dtype)
-    return quantized * stretch + shift
+    return quantized.mul_(stretch).add_(shift) if inplace else quantized * stretch + shift
 
 
 class _PerTensor(torch.autograd.Function):
@@ -194,6 +225,11 @@ class _PerChannel(torch.autograd.Function):
 def effective_step(step: Tensor) -> Tensor:
     """Step sizes as they are used, without a gradient: never zero, whatever an optimizer made of them."""
     return step.detach().abs().clamp_min_(STEP_FLOOR)
+
+
+def _scale(step: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """Effective step sizes shaped for a tensor; a single one without axes, so that it leaves the tensor's type alone."""
+    return effective_step(step.reshape(())) if axis is None else along(effective_step(step), axis, ndim)
 
 
 def _sign(step: Tensor) -> Tensor:

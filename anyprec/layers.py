@@ -22,12 +22,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
-from anyprec.errors import ConversionError
+from anyprec.errors import ConversionError, PackedError
 from anyprec.functional import match_moments
 from anyprec.operators import LAYER_TYPES, MATRICES, OPERATORS, PRODUCTS, body_of, operands, product_operands
+from anyprec.packed import NO_LATENTS, PackedOperand, stand_in
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 from anyprec.recomputation import recomputing
 from anyprec.specialize import Specialized, despecialize, specialize
+
+PACKED = "packed_operand"
+"""Child of a packed layer that holds its integer codes."""
 
 
 class QuantizedLayer(nn.Module):
@@ -51,6 +55,8 @@ class QuantizedLayer(nn.Module):
     _dynamic: bool
     _corrected_axis: int | None
     _weight_cache: dict[int, tuple[tuple[int, ...], Tensor]]
+    _weight_index: int
+    _input_index: int
 
     @property
     def candidates(self) -> LayerCandidates:
@@ -63,6 +69,21 @@ class QuantizedLayer(nn.Module):
         return self._bits
 
     @property
+    def packed(self) -> PackedOperand | None:
+        """The integer codes that stand in the place of the latent weight; None where that exists."""
+        return self._modules.get(PACKED)  # type: ignore[return-value]
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the weight operand may change with the input."""
+        return self._dynamic
+
+    @property
+    def corrected_axis(self) -> int | None:
+        """Axis of the channels whose mean and spread are those of the latent weight; None without correction."""
+        return self._corrected_axis
+
+    @property
     def is_intercepted(self) -> bool:
         """Whether its operator must be intercepted."""
         return self._active or self.observer is not None
@@ -70,12 +91,12 @@ class QuantizedLayer(nn.Module):
     def switch(self, bits: Bits | None) -> None:
         """Make `bits`, which must be among the candidates, the active precision."""
         if bits is not None:
-            self._weight_index = self.weight_quantizer.candidates.index(bits.weight)
-            self._input_index = self.input_quantizer.candidates.index(bits.activation)
-            self.weight_quantizer.select(self._weight_index)
-            self.input_quantizer.select(self._input_index)
-        self._bits = bits
-        self._active = bits is not None
+            weight, input_ = self.weight_quantizer, self.input_quantizer
+            weight_index, input_index = weight.candidates.index(bits.weight), input_.candidates.index(bits.activation)
+            weight.select(weight_index)
+            input_.select(input_index)
+            vars(self).update(_weight_index=weight_index, _input_index=input_index)
+        vars(self).update(_bits=bits, _active=bits is not None)  # nn.Module takes ten times as long to set an attribute
 
     def run_operator(
         self,
@@ -127,6 +148,8 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`; in eval mode without gradients it is computed once for each bit-width."""
+        if self.packed is not None:
+            return self._unpacked(self.packed)
         if torch.compiler.is_compiling():
             return self._corrected(self.weight_quantizer.forward_selected(weight), weight)
         index = self._weight_index
@@ -144,9 +167,56 @@ class QuantizedLayer(nn.Module):
             self._weight_cache[index] = cached
         return cached[1]
 
+    def weight_codes(self, index: int, operand: Tensor | None = None) -> Tensor:
+        """Integer codes at the weight candidate at `index`, in the shape of the operand.
+
+        Args:
+            index: Place of the candidate.
+            operand: The float weight operand; not used by a packed layer.
+        """
+        if self.packed is None:
+            return self.weight_quantizer.codes(self.weight if operand is None else operand, index)
+        qmin, qmax = self.weight_quantizer.limits(index)
+        return self.packed.codes(index, qmin=qmin, qmax=qmax).to(torch.int32)
+
+    def pack(self, operand: PackedOperand, *, dtype: torch.dtype, derives: bool) -> None:
+        """Hold these integer codes from now on, and no latent weight.
+
+        Args:
+            operand: The codes, on the layer's device.
+            dtype: Of the latent weight, and of the quantized ones.
+            derives: The layer makes its operand from the weight in every forward pass.
+        """
+        holder, name = self._weight_place()
+        # By setattr, since an LSTM keeps a list of its weights.
+        setattr(holder, name, stand_in(tuple(operand.points.shape), dtype, operand.points.device, derives=derives))
+        self.add_module(PACKED, operand.train(self.training))
+        self.weight_quantizer.requires_grad_(requires_grad=False)  # another step size would need other points
+        self._weight_cache.clear()
+
+    def forget_weights(self) -> None:
+        """Drop the quantized weights that are kept."""
+        self._weight_cache.clear()
+
     def correct_moments(self, axis: int) -> None:
         """From now on give each channel of the quantized weight the mean and spread of the latent one."""
         self._corrected_axis = axis
+
+    def _unpacked(self, packed: PackedOperand) -> Tensor:
+        """The quantized weight of the active candidate; no other is kept, so that memory does not grow with use."""
+        if self.training:
+            msg = f"a packed layer cannot run in training mode; {NO_LATENTS}"
+            raise PackedError(msg)
+        index, stamp = self._weight_index, self._weight_stamp()
+        cached = self._weight_cache.get(index)
+        if cached is None or stamp is None or cached[0] != stamp:
+            self._weight_cache.clear()
+            qmin, qmax = self.weight_quantizer.limits(index)
+            step, dtype = self.weight_quantizer.step[index], self.weight.dtype
+            with torch.inference_mode(mode=False), torch.no_grad():
+                cached = stamp or (), packed.weight(index, step, qmin=qmin, qmax=qmax, dtype=dtype)
+            self._weight_cache[index] = cached
+        return cached[1]
 
     def _quantize(self, weight: Tensor, index: int) -> Tensor:
         return self._corrected(self.weight_quantizer(weight, index), weight)
@@ -166,10 +236,16 @@ class QuantizedLayer(nn.Module):
 
     def _weight_sources(self) -> list[Tensor | None]:
         """What the weight operand is made of."""
+        if self.packed is not None:
+            return list(self.packed.buffers())
         sources: list[Tensor | None] = [*self._parameters.values(), *self._buffers.values()]
         if len(self._modules) > 2:  # torch's parametrizations keep the weight's factors in children
             sources += [*self.parameters(), *self.buffers()]
         return sources
+
+    def _weight_place(self) -> tuple[nn.Module, str]:
+        """The module that has the weight, and its name there."""
+        return self, "weight"
 
     def _weight_stamp(self) -> tuple[int, ...] | None:
         """What changes whenever the quantized weight would; None where that cannot be known."""
@@ -227,7 +303,10 @@ class QuantizedParameter(QuantizedLayer):
         return self._name
 
     def _weight_sources(self) -> list[Tensor | None]:
-        return [self.weight]
+        return [self.weight] if self.packed is None else super()._weight_sources()
+
+    def _weight_place(self) -> tuple[nn.Module, str]:
+        return self.holder, self._name
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_weight_cache": {}}

@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
-from anyprec.errors import BitsError, ConversionError, NotCalibratedError
+from anyprec.errors import BitsError, ConversionError, NotCalibratedError, PackedError
 from anyprec.graph import LayerFacts, NetworkFacts
-from anyprec.layers import QuantizedLayer, quantize_layer
+from anyprec.layers import PACKED, QuantizedLayer, quantize_layer
 from anyprec.norms import NormSharing, Statistics, SwitchableNorm
 from anyprec.operators import LAYER_TYPES
+from anyprec.packed import NO_LATENTS
 from anyprec.specialize import Specialized
 
 Request = BitsLike | Mapping[str, BitsLike] | None
@@ -56,6 +57,25 @@ class ConvertSettings:
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
     norm: NormSharing = "per-pair"
+    only: BitConfig | None = None
+    """The one precision that each layer has, of a network that was loaded for a single configuration."""
+
+
+@dataclass(frozen=True)
+class ConfigNote:
+    """What is known of a named configuration.
+
+    Attributes:
+        bitops: BitOPs of one sample.
+        size: Bits of all weight codes.
+        score: What the search that found it minimised, or None.
+        found: How it was found: plain texts and numbers.
+    """
+
+    bitops: int
+    size: int
+    score: float | None = None
+    found: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,6 +89,8 @@ class ConversionRecord:
     """Path of every switchable norm to the quantized layer that sets its row, or None for a single row."""
     configs: dict[str, BitConfig] = field(default_factory=dict)
     """Named configurations, kept in the checkpoint."""
+    notes: dict[str, ConfigNote] = field(default_factory=dict)
+    """What is known of named configurations, as the checkpoint had it."""
     floors: dict[str, Bits] = field(default_factory=dict)
     """Lowest precision in use, of the layers where that is not the lowest candidate."""
     statistics: dict[BitConfig, dict[str, Statistics]] = field(default_factory=dict)
@@ -106,6 +128,11 @@ class ConvertedModel(Specialized):
                 raise ConversionError(msg)
             found[path] = layer
         return found
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds integer codes in the place of latent weights (loaded from a packed file)."""
+        return any(layer.packed is not None for layer in self.quantized_layers.values())
 
     @property
     def candidates(self) -> dict[str, LayerCandidates]:
@@ -165,9 +192,9 @@ class ConvertedModel(Specialized):
         Raises:
             BitsError: as `set_bits`.
         """
-        if request is None:
-            return None
-        candidates = self.candidates
+        return None if request is None else self._resolve(request, self.candidates)
+
+    def _resolve(self, request: BitsLike | Mapping[str, BitsLike], candidates: dict[str, LayerCandidates]) -> BitConfig:
         if isinstance(request, BitConfig):
             return resolve(request, candidates, partial=False)
         if isinstance(request, Mapping):
@@ -194,6 +221,7 @@ class ConvertedModel(Specialized):
         Raises:
             BitsError: A bit-width, path or pattern does not fit; the precision stays as it was.
             NotCalibratedError: Activation step sizes have not been calibrated.
+            PackedError: None was asked of a packed network, which has no float weights.
 
         Example:
             >>> import timm, torch, anyprec
@@ -202,11 +230,14 @@ class ConvertedModel(Specialized):
             >>> model.set_bits({"layer1.*": (6, 8), "fc": 8})
             >>> model.set_bits(None)
         """
-        config = self.resolve_bits(request)
         layers = self.quantized_layers
-        if config is not None:
-            _require_calibrated(layers)
-        self._switch({path: None if config is None else config[path] for path in layers}, layers)
+        if request is None:
+            require_latents(self, purpose="set_bits(None)")
+            self._switch(dict.fromkeys(layers), layers)
+            return
+        config = self._resolve(request, {path: layer.candidates for path, layer in layers.items()})
+        _require_calibrated(layers)
+        self._switch(config, layers)
 
     @contextmanager
     def using_bits(self, request: Request) -> Iterator[None]:
@@ -234,7 +265,10 @@ class ConvertedModel(Specialized):
 
         Raises:
             RuntimeError: as `nn.Module.load_state_dict`.
+            PackedError: The network is packed, and the state dict is not that of a packed one.
         """
+        if not any(PACKED in key.split(".") for key in state_dict):
+            require_latents(self, purpose="load_state_dict")
         own = self._own_keys()
         if strict is False or not own or any(key in own for key in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
@@ -243,11 +277,34 @@ class ConvertedModel(Specialized):
         self._restart_from_float()
         return result
 
+    def float_state_dict(self) -> dict[str, Tensor]:
+        """The state dict of the float network, for timm or torch: the present weights without anything of ours.
+
+        Norms have the parameters and statistics that serve bits None. The tensors are those of the network, as in
+        `state_dict()`.
+
+        Raises:
+            PackedError: The network is packed.
+        """
+        require_latents(self, purpose="float_state_dict")
+        own = self._own_keys()
+        return {key: value for key, value in self.state_dict().items() if key not in own}
+
+    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
+        """Set training mode.
+
+        Raises:
+            PackedError: The network is packed, and `mode` is True.
+        """
+        if mode:
+            require_latents(self, purpose="train")
+        return super().train(mode)
+
     def _own_keys(self) -> set[str]:
         prefixes = []
         for path, module in self.named_modules(remove_duplicate=False):
             if isinstance(module, QuantizedLayer):
-                prefixes += [f"{path}.weight_quantizer.", f"{path}.input_quantizer."]
+                prefixes += [f"{path}.{part}." for part in ("weight_quantizer", "input_quantizer", PACKED)]
             elif isinstance(module, SwitchableNorm) and module.bank is not None:
                 prefixes.append(f"{path}.bank.")
         return {key for key in self.state_dict() if key.startswith(tuple(prefixes))}
@@ -274,8 +331,8 @@ class ConvertedModel(Specialized):
         for path, feeding in record.norms.items():
             norm = _submodule_or_none(self, path)
             if isinstance(norm, SwitchableNorm):
-                norm.row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
-                norm.override = _to_device_of(norm, own.get(path))
+                row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
+                norm.switch(row, _to_device_of(norm, own.get(path)))
 
     def _summary_rows(self) -> tuple[SummaryRow, ...]:
         layers = self.quantized_layers
@@ -409,6 +466,17 @@ def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
     raise ConversionError(msg)
 
 
+def require_latents(model: ConvertedModel, *, purpose: str) -> None:
+    """Refuse a packed network.
+
+    Raises:
+        PackedError: It is one.
+    """
+    if model.is_packed:
+        msg = f"{purpose} needs latent weights; {NO_LATENTS}"
+        raise PackedError(msg)
+
+
 def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
     """Facts of a new classifier: its MACs are to the old ones as its weights are."""
     return dataclasses.replace(old, weights=weights, macs=old.macs * weights // old.weights)
@@ -421,6 +489,15 @@ def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
         new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())
 
 
+def require_calibrated(model: ConvertedModel) -> None:
+    """Refuse a network without activation step sizes.
+
+    Raises:
+        NotCalibratedError: It has none.
+    """
+    _require_calibrated(model.quantized_layers)
+
+
 def _require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
     missing = [path for path, layer in layers.items() if not layer.input_quantizer.calibrated]
     if missing:
@@ -430,10 +507,11 @@ def _require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
 
 
 def _submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        if module is not None:  # not by get_submodule, which takes most of the time of set_bits
+            module = module._modules.get(name)  # noqa: SLF001 (named_children would make a list of all)
+    return module
 
 
 def _summary_cells(row: SummaryRow) -> tuple[str, ...]:

@@ -69,6 +69,17 @@ class NormBank(nn.Module):
         return self.running_mean.shape[0]
 
     @torch.no_grad()
+    def keep_row(self, row: int) -> None:
+        """Drop every copy but one."""
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            kept = getattr(self, name)
+            if isinstance(kept, nn.Parameter):
+                setattr(self, name, nn.Parameter(kept[row : row + 1].clone(), requires_grad=kept.requires_grad))
+            elif kept is not None:
+                setattr(self, name, kept[row : row + 1].clone())
+        self.choice.zero_()
+
+    @torch.no_grad()
     def copy_from(self, norm: _BatchNorm | SwitchableNorm) -> None:
         """Set every row to the float norm's values."""
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -108,7 +119,12 @@ class SwitchableNorm(Specialized):
 
     @row.setter
     def row(self, row: int | None) -> None:
-        self._row, self._active = row, row is not None
+        self.switch(row, self.override)
+
+    def switch(self, row: int | None, override: Statistics | None) -> None:
+        """Make a copy and, for eval mode, other statistics the active ones."""
+        # Past nn.Module, which takes ten times as long to set an attribute.
+        vars(self).update(_row=row, _active=row is not None, override=override)
         if row is not None and self.bank is not None:
             self.bank.choice.fill_(row)
 

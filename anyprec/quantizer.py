@@ -28,6 +28,10 @@ class _Switchable(nn.Module):
         self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
+    def restore_constants(self) -> None:
+        """Write the candidates again, after the quantizer got memory of its own."""
+        self.widths.copy_(torch.tensor(self.candidates))
+
     def select(self, index: int) -> None:
         """Make the candidate at `index` the one that `forward_selected` takes."""
         self.choice.fill_(index)
@@ -95,6 +99,8 @@ class WeightQuantizer(_Switchable):
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
         """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (Esser et al. 2020, section 2.1)."""
+        if weight.is_meta:
+            return  # there are no values, and torch takes its time to find that out
         magnitude = self.per_channel(weight.float().abs()).mean(dim=1)
         for index in range(len(self.candidates)):
             qmax = self.limits(index)[1]

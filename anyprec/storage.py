@@ -1,20 +1,22 @@
 """Reading and writing one safetensors file: atomic, checked, without pickle.
 
-Checkpoints and the state of a training run are such files. The metadata holds one entry, the document, whose last field
-is a digest over the rest of it and every tensor, so that a flipped bit is found although safetensors keeps no checksum.
-The digest finds damage, not malice: what a file says is checked besides. One entry, because safetensors writes several in
-random order: the same model makes the same bytes.
+Checkpoints and the state of a training run are such files. The metadata holds one entry, the document, whose last two fields
+are a digest of every tensor and one of the document with these digests: a flipped bit is found although safetensors keeps no
+checksum, also where only some of the tensors are read. Digests find damage, not malice: what a file says is checked besides.
+One entry, because safetensors writes several in random order: the same model makes the same bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import stat
+import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,15 @@ from anyprec.errors import CheckpointError
 METADATA_KEY = "anyprec"
 """The entry of the metadata that holds a checkpoint's document."""
 
+LARGEST_HEADER = 2**25
+"""Bytes that the header of a file may have, with the document in it."""
+
+MOST_TENSORS = 100_000
+"""Tensors that a file may have."""
+
 _SEAL = re.compile(r', "sha256": "([0-9a-f]{64})"\}\Z')
+_DIGESTS = ', "digests": {'  # in a JSON text its quotes stand nowhere within a string
+_REMEDY = "copy it again from its source"
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], document: str, *, key: str = METADATA_KEY) -> None:
@@ -41,14 +51,15 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], document: str, *, key:
         key: The entry of the metadata for it.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        CheckpointError: The file cannot be written, or could not be read again because of its size.
     """
     if not path.parent.is_dir():
         msg = f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
         raise CheckpointError(msg)
     temporary = path.with_name(f".anyprec-{uuid.uuid4().hex}.tmp")
     try:
-        sealed = f'{document.removesuffix("}")}, "sha256": "{digest(tensors, document)}"}}'
+        sealed = _sealed(document, {name: _tensor_digest(tensor) for name, tensor in tensors.items()})
+        _require_small(len(json.dumps(sealed)), len(tensors))
         temporary.touch()
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         save_file(dict(tensors), temporary, metadata={key: sealed})
@@ -65,8 +76,67 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], document: str, *, key:
     _flush_folder(path.parent)
 
 
-def read_file(path: Path, *, key: str = METADATA_KEY) -> tuple[dict[str, Tensor], str, str]:
-    """All tensors of `path`, on the CPU, its document, and the digest that it was written with (or nothing).
+class StoredFile:
+    """An open file: its document, which has been checked for damage, and its tensors, each of which is when it is read.
+
+    Attributes:
+        document: The JSON object that was written.
+        shapes: Type (as safetensors names it) and shape of every tensor, by name.
+    """
+
+    def __init__(self, path: Path, file: Any, sealed: str, remedy: str) -> None:
+        self._path = path
+        self._remedy = remedy
+        self._file = file
+        self.shapes = {name: _kind_and_shape(file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        self.document, self._digests = self._unsealed(sealed)
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of these names, or all, on the CPU.
+
+        Raises:
+            CheckpointError: One is damaged.
+        """
+        found = {}
+        for name in self.shapes if names is None else names:
+            found[name] = self._file.get_tensor(name)
+            if self._digests is not None and _tensor_digest(found[name]) != self._digests[name]:
+                raise self._damage()
+        return found
+
+    def _unsealed(self, sealed: str) -> tuple[str, dict[str, str] | None]:
+        seal = _SEAL.search(sealed)
+        if seal is None:
+            raise self._damage()
+        text = sealed[: seal.start()]
+        start = text.rfind(_DIGESTS)
+        if start < 0:  # as the first files were, with one digest over all
+            document = f"{text}}}"
+            if _digest_of_all(self._file, self.shapes, document) != seal[1]:
+                raise self._damage()
+            return document, None
+        document = f"{text[:start]}}}"
+        try:
+            table = json.loads(text[start + len(_DIGESTS) - 1 :])
+        except (ValueError, RecursionError) as error:
+            raise self._damage() from error
+        if table.keys() != self.shapes.keys() or _sealed(document, table) != sealed:
+            raise self._damage()
+        return document, table
+
+    def _damage(self) -> CheckpointError:
+        msg = f"{str(self._path)!r} is damaged: its content does not match its digest; {self._remedy}"
+        return CheckpointError(msg)
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, key: str = METADATA_KEY, remedy: str = _REMEDY) -> Iterator[StoredFile]:
+    """Open a file for reading; nothing is read but its header.
+
+    Args:
+        path: The file.
+        key: The entry of the metadata that holds its document.
+        remedy: What a message about damage recommends.
 
     Raises:
         CheckpointError: There is no such file, it is damaged, or anyprec did not write it.
@@ -75,30 +145,76 @@ def read_file(path: Path, *, key: str = METADATA_KEY) -> tuple[dict[str, Tensor]
         msg = f"there is no file {str(path)!r}"
         raise CheckpointError(msg)
     try:
+        _require_readable_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
+            _require_small(0, len(file.keys()))
             metadata = file.metadata() or {}
             if key not in metadata:
                 msg = f"{str(path)!r} was not written by anyprec (its metadata has no {key!r}): load float "
                 msg += "weights into the network before converting it"
                 raise CheckpointError(msg)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            yield StoredFile(path, file, metadata[key], remedy)
     except (OSError, SafetensorError) as error:
         msg = f"{str(path)!r} is damaged, or no safetensors file: {error}"
         raise CheckpointError(msg) from error
-    sealed = metadata[key]
-    seal = _SEAL.search(sealed)
-    return (tensors, sealed, "") if seal is None else (tensors, f"{sealed[: seal.start()]}}}", seal[1])
 
 
-def digest(tensors: Mapping[str, Tensor], document: str) -> str:
-    """SHA-256 over the document and over name, type, shape and bytes of every tensor."""
+def read_file(path: Path, *, key: str = METADATA_KEY, remedy: str = _REMEDY) -> tuple[dict[str, Tensor], str]:
+    """All tensors of `path`, on the CPU, and its document; arguments as those of `opened`.
+
+    Raises:
+        CheckpointError: There is no such file, it is damaged, or anyprec did not write it.
+    """
+    with opened(path, key=key, remedy=remedy) as file:
+        return file.read(), file.document
+
+
+def _require_readable_header(path: Path) -> None:
+    """Refuse a length that the file does not have, or that no file of ours has, before anything parses the header."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(LARGEST_HEADER, path.stat().st_size - 8):
+            msg = f"its header claims {length:,} bytes of {path.stat().st_size:,}, expected at most {LARGEST_HEADER:,}"
+            raise SafetensorError(msg)
+
+
+def _require_small(header: int, tensors: int) -> None:
+    if header > LARGEST_HEADER or tensors > MOST_TENSORS:
+        msg = f"{tensors:,} tensors with a header of {header:,} bytes, expected at most {MOST_TENSORS:,} and "
+        msg += f"{LARGEST_HEADER:,}"
+        raise SafetensorError(msg)
+
+
+def _sealed(document: str, digests: Mapping[str, str]) -> str:
+    text = f'{document.removesuffix("}")}, "digests": {json.dumps(dict(sorted(digests.items())))}'
+    return f'{text}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over type, shape and bytes, shortened to 128 bits: against damage that is plenty, and a header is small."""
+    total = hashlib.sha256(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    total.update(_raw(tensor))
+    return total.hexdigest()[:32]
+
+
+def _digest_of_all(file: Any, names: Iterable[str], document: str) -> str:
+    """The digest of the first files: over the document and over name, type, shape and bytes of every tensor."""
     total = hashlib.sha256(document.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name in sorted(names):
+        tensor = file.get_tensor(name)
         total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        raw: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        total.update(raw)
+        total.update(_raw(tensor))
     return total.hexdigest()
+
+
+def _raw(tensor: Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _kind_and_shape(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
+    entry = file.get_slice(name)
+    return entry.get_dtype(), tuple(entry.get_shape())
 
 
 def stored_once(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

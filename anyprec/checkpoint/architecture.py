@@ -16,6 +16,7 @@ from anyprec.errors import CheckpointError
 from anyprec.layers import Matrices, QuantizedParameter
 from anyprec.model import ConvertedModel
 from anyprec.norms import NormBank
+from anyprec.packed import PackedOperand
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 from anyprec.specialize import Specialized
 
@@ -34,7 +35,7 @@ _DESCRIPTION = (
 )
 """Entries of a pretrained_cfg that describe images and labels; none names a file or an address."""
 
-_OUR_MODULES = (WeightQuantizer, InputQuantizer, NormBank, Matrices, QuantizedParameter)
+_OUR_MODULES = (WeightQuantizer, InputQuantizer, PackedOperand, NormBank, Matrices, QuantizedParameter)
 _RUNTIME_SETTINGS = {
     "training",
     "grad_checkpointing",

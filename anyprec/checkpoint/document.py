@@ -1,28 +1,67 @@
 """The JSON document in a checkpoint's metadata: what it says, and reading it without trusting it.
 
-The safetensors metadata holds this document in the entry `anyprec`. Every field is checked for its type and range
-before it is used; a message names the field. Whether it fits a network is checked in `matching.py`.
+The safetensors metadata holds this document in the entry `anyprec`; `docs/checkpoint.md` specifies it. Every field is
+checked for its type and range before it is used (`fields.py`); a message names the field. Whether it fits a network is
+checked in `matching.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
-from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
+import torch
+
+from anyprec.bits import BitConfig
+from anyprec.checkpoint.fields import Fields, is_count, require_tame, strings
 from anyprec.errors import CheckpointError
 from anyprec.graph import LayerFacts, NetworkFacts
-from anyprec.model import ConvertSettings
+from anyprec.model import ConfigNote, ConvertSettings
 from anyprec.norms import NormSharing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Written. Format 1, also read, lacks the packed form, compressed tensors, notes and digests of single tensors."""
 
-_MAX_DEPTH = 16
-_MAX_INTEGER = 2**63 - 1
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+"""Kinds of number that a document may name."""
+
+Coding = Literal["fixed", "zstd"]
+"""How cells are stored: in fields of fixed length, or entropy-coded; see `coding.py`."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Kind of number and shape of a tensor that is not stored as such."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The packed form of a network.
+
+    Attributes:
+        coding: How cells are stored.
+        layers: The latent weight of each packed layer, by the layer's path.
+        latent: Path of each layer whose latent weight is stored after all, with the reason.
+        compressed: Other tensors that are stored as one Zstandard frame, by name.
+    """
+
+    coding: Coding
+    layers: dict[str, TensorRecord]
+    latent: dict[str, str]
+    compressed: dict[str, TensorRecord]
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,10 @@ class Document:
         statistics: Configurations with norm statistics of their own; their tensors are numbered in this order.
         aliases: Name of a tied tensor to the name under which it is stored.
         pretrained_cfg: timm's description of the weights (normalisation, labels), as far as JSON can hold it.
+        notes: Cost of each named configuration, its score and how it was found.
+        latents: Kind of number in which latent weights of float32 are stored; None is as they were.
+        packing: The packed form; None is the training form, with latent weights.
+        format: The format that it was read in; it is always written in the present one.
     """
 
     version: str
@@ -58,11 +101,15 @@ class Document:
     statistics: tuple[BitConfig, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, ConfigNote] = field(default_factory=dict)
+    latents: torch.dtype | None = None
+    packing: Packing | None = None
+    format: int = FORMAT_VERSION
 
     def to_json(self) -> str:
         """The document as text."""
         architecture = None if self.architecture is None else dataclasses.asdict(self.architecture)
-        # Left out where there is nothing to say, as in the first files of this format.
+        # Left out where there is nothing to say, as in files of format 1.
         floors = {"floors": self.floors.to_json()} if self.floors else {}
         statistics = {"statistics": [config.to_json() for config in self.statistics]} if self.statistics else {}
         return json.dumps(
@@ -81,6 +128,9 @@ class Document:
                 **statistics,
                 "aliases": self.aliases,
                 "pretrained_cfg": self.pretrained_cfg,
+                **({"notes": _notes_json(self.notes)} if self.notes else {}),
+                **({"latents": _name(self.latents)} if self.latents else {}),
+                **({"packing": _packing_json(self.packing)} if self.packing else {}),
             }
         )
 
@@ -96,17 +146,17 @@ class Document:
         except (ValueError, RecursionError) as error:  # ValueError, not JSONDecodeError: Python caps digits of an int
             msg = f"the checkpoint's metadata is not valid JSON: {error}"
             raise CheckpointError(msg) from error
-        _require_tame(raw)
-        fields = _Fields(raw, "metadata")
+        require_tame(raw)
+        fields = Fields(raw, "metadata")
         version = fields.take("format", int)
-        if version != FORMAT_VERSION:
+        if not 1 <= version <= FORMAT_VERSION:
             remedy = ": update anyprec" if version > FORMAT_VERSION else ""
-            msg = f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}{remedy}"
+            msg = f"the checkpoint has format {version}, this anyprec reads formats 1 to {FORMAT_VERSION}{remedy}"
             raise CheckpointError(msg)
         return cls(
             version=fields.take("version", str),
             architecture=_read_architecture(fields),
-            settings=_read_settings(_Fields(fields.take("settings", dict), "metadata.settings")),
+            settings=_read_settings(Fields(fields.take("settings", dict), "metadata.settings")),
             facts=_read_facts(fields),
             configs=_read_configs(fields.take("configs", dict)),
             floors=_read_config(fields.take_or("floors", dict, default={}), "metadata.floors"),
@@ -114,84 +164,24 @@ class Document:
                 _read_config(config, "metadata.statistics[]")
                 for config in fields.take_or("statistics", list, default=[])
             ),
-            aliases=_strings(fields.take("aliases", dict), "metadata.aliases"),
+            aliases=strings(fields.take("aliases", dict), "metadata.aliases"),
             pretrained_cfg=fields.take("pretrained_cfg", dict),
+            notes=_read_notes(fields.take_or("notes", dict, default={})),
+            latents=_read_dtype(fields, "latents") if fields.has("latents") else None,
+            packing=_read_packing(fields.take("packing", dict)) if fields.has("packing") else None,
+            format=version,
         )
 
 
-class _Fields:
-    """A JSON object whose fields are taken with their type."""
-
-    def __init__(self, raw: Any, where: str) -> None:
-        if not isinstance(raw, dict):
-            msg = f"the checkpoint's {where} is not a JSON object"
-            raise CheckpointError(msg)
-        self._raw = raw
-        self._where = where
-
-    def take(self, name: str, *kinds: type) -> Any:
-        """The value of `name`, which must be of one of `kinds`."""
-        if name not in self._raw:
-            msg = f"the checkpoint's {self._where} has no field {name!r}"
-            raise CheckpointError(msg)
-        value = self._raw[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            msg = f"the checkpoint's {self._where}.{name} is {reprlib.repr(value)}, expected {expected}"
-            raise CheckpointError(msg)
-        return value
-
-    def take_or(self, name: str, *kinds: type, default: Any) -> Any:
-        """As `take`, of a field that older files of this format lack."""
-        return self.take(name, *kinds) if name in self._raw else default
-
-    def items(self, name: str, kind: type) -> tuple[Any, ...]:
-        """A list whose entries are all of one kind."""
-        entries = self.take(name, list)
-        if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
-            msg = (
-                f"the checkpoint's {self._where}.{name} is {reprlib.repr(entries)}, expected a list of {kind.__name__}"
-            )
-            raise CheckpointError(msg)
-        return tuple(entries)
-
-    def count(self, name: str) -> int:
-        """A number that cannot be negative."""
-        value: int = self.take(name, int)
-        if value < 0:
-            msg = f"the checkpoint's {self._where}.{name} is {value}, expected 0 or more"
-            raise CheckpointError(msg)
-        return value
-
-    def bit_width(self, name: str) -> int:
-        """A bit-width."""
-        value: int = self.take(name, int)
-        if not MIN_BITS <= value <= MAX_BITS:
-            msg = f"the checkpoint's {self._where}.{name} is {value}, expected {MIN_BITS} to {MAX_BITS}"
-            raise CheckpointError(msg)
-        return value
-
-    def bit_widths(self, name: str) -> tuple[int, ...]:
-        """A list of candidate bit-widths, ascending."""
-        widths = self.items(name, int)
-        if not widths or list(widths) != sorted(set(widths)) or not all(MIN_BITS <= w <= MAX_BITS for w in widths):
-            msg = (
-                f"the checkpoint's {self._where}.{name} is {reprlib.repr(widths)}, expected ascending bit-widths from "
-            )
-            msg += f"{MIN_BITS} to {MAX_BITS}"
-            raise CheckpointError(msg)
-        return widths
-
-
-def _read_architecture(fields: _Fields) -> Architecture | None:
+def _read_architecture(fields: Fields) -> Architecture | None:
     raw = fields.take("architecture", dict, type(None))
     if raw is None:
         return None
-    inner = _Fields(raw, "metadata.architecture")
+    inner = Fields(raw, "metadata.architecture")
     return Architecture(inner.take("name", str), inner.take("arguments", dict))
 
 
-def _read_settings(fields: _Fields) -> ConvertSettings:
+def _read_settings(fields: Fields) -> ConvertSettings:
     fixed = fields.take("first_last_bits", int, type(None))
     include = fields.take("include", list, type(None))
     return ConvertSettings(
@@ -203,10 +193,11 @@ def _read_settings(fields: _Fields) -> ConvertSettings:
         include=None if include is None else fields.items("include", str),
         exclude=fields.items("exclude", str),
         norm=_read_norm(fields),
+        only=_read_config(fields.take("only", dict), "metadata.settings.only") if fields.has("only") else None,
     )
 
 
-def _read_norm(fields: _Fields) -> NormSharing:
+def _read_norm(fields: Fields) -> NormSharing:
     found: Any = fields.take_or("norm", str, default="per-pair")
     if found not in get_args(NormSharing):
         msg = f"the checkpoint's metadata.settings.norm is {found!r:.40}, expected one of {get_args(NormSharing)}"
@@ -216,12 +207,15 @@ def _read_norm(fields: _Fields) -> NormSharing:
 
 
 def _settings_json(settings: ConvertSettings) -> dict[str, Any]:
-    """The settings; `norm` is left out where the first files of this format would agree."""
-    fields = dataclasses.asdict(settings)
-    return {name: value for name, value in fields.items() if name != "norm" or value != "per-pair"}
+    """The settings; `norm` and `only` are left out where they say what files of format 1 would say."""
+    fields = {name: getattr(settings, name) for name in (field.name for field in dataclasses.fields(settings))}
+    if settings.norm == "per-pair":
+        del fields["norm"]
+    only = fields.pop("only")
+    return fields if only is None else {**fields, "only": only.to_json()}
 
 
-def _read_facts(fields: _Fields) -> NetworkFacts:
+def _read_facts(fields: Fields) -> NetworkFacts:
     layers = _read_layers(fields)
     norms = fields.take("norms", dict)
     if not all(feeding is None or (isinstance(feeding, str) and feeding in layers) for feeding in norms.values()):
@@ -229,7 +223,7 @@ def _read_facts(fields: _Fields) -> NetworkFacts:
         raise CheckpointError(msg)
     uncounted = fields.take("uncounted", dict)
     for name, pair in uncounted.items():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(number) for number in pair)):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(is_count(number) for number in pair)):
             msg = f"the checkpoint's metadata.uncounted[{name!r:.40}] is {reprlib.repr(pair)}, expected [calls, MACs]"
             raise CheckpointError(msg)
     shape = fields.items("example_shape", int)
@@ -245,10 +239,10 @@ def _read_facts(fields: _Fields) -> NetworkFacts:
     )
 
 
-def _read_layers(fields: _Fields) -> dict[str, LayerFacts]:
+def _read_layers(fields: Fields) -> dict[str, LayerFacts]:
     layers: dict[str, LayerFacts] = {}
     for raw in fields.take("layers", list):
-        entry = _Fields(raw, "metadata.layers[]")
+        entry = Fields(raw, "metadata.layers[]")
         layer = LayerFacts(
             path=entry.take("path", str),
             calls=entry.count("calls"),
@@ -293,7 +287,7 @@ def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
 
 def _read_config(raw: Any, where: str) -> BitConfig:
     try:
-        return BitConfig(dict(_strings(raw, where)))
+        return BitConfig(dict(strings(raw, where)))
     except ValueError as error:  # BitsError, or a number of more digits than Python reads; also of our own refusal
         if isinstance(error, CheckpointError):
             raise
@@ -301,32 +295,70 @@ def _read_config(raw: Any, where: str) -> BitConfig:
         raise CheckpointError(msg) from error
 
 
-def _strings(raw: Any, where: str) -> dict[str, str]:
-    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        msg = f"the checkpoint's {where} is not an object of strings"
-        raise CheckpointError(msg)
-    return raw
+def _notes_json(notes: Mapping[str, ConfigNote]) -> dict[str, Any]:
+    return {name: {**dataclasses.asdict(note), "found": dict(note.found)} for name, note in notes.items()}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _require_tame(raw: Any) -> None:
-    """Refuse what JSON allows but neither a message nor another program could handle: depth and endless numbers."""
-    level = [raw]
-    for _ in range(_MAX_DEPTH):
-        numbers = [value for value in level if isinstance(value, (int, float))]
-        if not all(math.isfinite(number) and abs(number) <= _MAX_INTEGER for number in numbers):
-            msg = "the checkpoint's metadata holds a number that is not finite, or of more than 63 bits"
+def _read_notes(raw: dict[str, Any]) -> dict[str, ConfigNote]:
+    notes = {}
+    for name, one in raw.items():
+        where = f"metadata.notes[{name!r:.40}]"
+        fields = Fields(one, where)
+        found = fields.take("found", dict)
+        if not all(isinstance(value, (str, int, float)) for value in found.values()):
+            msg = f"the checkpoint's {where}.found is {reprlib.repr(found)}, expected texts and numbers"
             raise CheckpointError(msg)
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-        if not level:
-            return
-    msg = f"the checkpoint's metadata is nested deeper than {_MAX_DEPTH} levels"
-    raise CheckpointError(msg)
+        score = fields.take("score", int, float, type(None))
+        notes[name] = ConfigNote(fields.count("bitops"), fields.count("size"), score, found)
+    return notes
+
+
+def _packing_json(packing: Packing) -> dict[str, Any]:
+    return {
+        "coding": packing.coding,
+        "layers": {path: _record_json(record) for path, record in packing.layers.items()},
+        "latent": packing.latent,
+        "compressed": {name: _record_json(record) for name, record in packing.compressed.items()},
+    }
+
+
+def _read_packing(raw: Any) -> Packing:
+    fields = Fields(raw, "metadata.packing")
+    coding: Any = fields.take("coding", str)
+    if coding not in get_args(Coding):
+        msg = f"the checkpoint's metadata.packing.coding is {coding!r:.40}, expected one of {get_args(Coding)}"
+        raise CheckpointError(msg)
+    layers, compressed = (
+        {
+            name: _read_record(one, f"metadata.packing.{part}[{name!r:.80}]")
+            for name, one in fields.take(part, dict).items()
+        }
+        for part in ("layers", "compressed")
+    )
+    latent = strings(fields.take("latent", dict), "metadata.packing.latent")
+    return Packing(coding, layers, latent, compressed)
+
+
+def _record_json(record: TensorRecord) -> dict[str, Any]:
+    return {"dtype": _name(record.dtype), "shape": record.shape}
+
+
+def _read_record(raw: Any, where: str) -> TensorRecord:
+    fields = Fields(raw, where)
+    shape = fields.items("shape", int)
+    if any(length < 0 for length in shape):
+        msg = f"the checkpoint's {where}.shape is {reprlib.repr(shape)}, expected no negative length"
+        raise CheckpointError(msg)
+    return TensorRecord(_read_dtype(fields, "dtype"), shape)
+
+
+def _read_dtype(fields: Fields, name: str) -> torch.dtype:
+    found = fields.take(name, str)
+    if found not in DTYPES:
+        msg = f"the checkpoint names {found!r:.40} as {name}, expected one of {', '.join(DTYPES)}"
+        raise CheckpointError(msg)
+    return DTYPES[found]
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,15 +17,19 @@ from anyprec.model import ConvertedModel
 from anyprec.operators import LAYER_TYPES, matrix_path
 
 
-def require_float_fit(network: nn.Module, document: Document, state: Mapping[str, Tensor]) -> None:
+def require_float_fit(
+    network: nn.Module, document: Document, state: Mapping[str, Tensor], omitted: Collection[str] = ()
+) -> None:
     """Check a float network: its tensors are those of the file that conversion did not add, its layers those named.
+
+    `omitted` names tensors of the network that the file holds in another form.
 
     Raises:
         CheckpointError: They are not; the message names tensors or layers.
     """
     ours = our_prefixes(network, document.facts)
     floats = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
-    require_same_tensors(network.state_dict(), floats)
+    require_same_tensors(_without(network.state_dict(), omitted), floats)
     _require_modules(network, document.facts)
 
 
@@ -56,13 +60,13 @@ def require_converted_fit(model: ConvertedModel, document: Document) -> None:
             raise CheckpointError(msg)
 
 
-def require_state_fit(model: ConvertedModel, state: Mapping[str, Tensor]) -> None:
-    """Check the whole state of a converted network against a file's.
+def require_state_fit(model: ConvertedModel, state: Mapping[str, Tensor], omitted: Collection[str] = ()) -> None:
+    """Check the whole state of a converted network against a file's, besides what it holds in another form.
 
     Raises:
         CheckpointError: Tensors, ties or zero points do not fit.
     """
-    require_same_tensors(model.state_dict(), state)
+    require_same_tensors(_without(model.state_dict(), omitted), state)
     _require_same_ties(model, state)
     for path, layer in model.quantized_layers.items():
         zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
@@ -180,6 +184,10 @@ def _require_same_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             here, there = ("apart", f"as one with {other!r}") if first == name else (f"as one with {first!r}", "apart")
             msg = f"the network holds {name!r} {here}, the checkpoint {there}: tie the same parameters before loading"
             raise CheckpointError(msg)
+
+
+def _without(state: Mapping[str, Any], omitted: Collection[str]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if name not in omitted}
 
 
 def _kind(tensor: Any) -> str:

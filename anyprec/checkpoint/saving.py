@@ -1,13 +1,13 @@
-"""`save` and `load`: a converted model to one file and back, strictly.
+"""`save`: a converted model to one file.
 
-What the file says is in `document.py`, how it is written and read in `file.py`, how a network is rebuilt from its
-timm name in `architecture.py`, and whether file and network fit in `matching.py`.
+What the file says is in `document.py`, how it is written in `anyprec/storage.py`, what its packed form is in `packing.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -15,45 +15,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from anyprec.bits import BitConfig
-from anyprec.checkpoint.architecture import create, create_skeleton, describe, find_architecture
-from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.matching import (
-    fitting_configs,
-    holds_layer,
-    our_prefixes,
-    require_converted_fit,
-    require_float_fit,
-    require_state_fit,
+from anyprec.checkpoint.architecture import find_architecture
+from anyprec.checkpoint.coding import compress, to_planes
+from anyprec.checkpoint.document import Coding, Document, Packing, TensorRecord
+from anyprec.checkpoint.matching import holds_layer
+from anyprec.checkpoint.packing import (
+    PREFIX,
+    cells_of_layer,
+    names_of_weights,
+    split_layers,
+    to_tensors,
+    weight_name,
 )
-from anyprec.checkpoint.statistics import fitting_statistics, split_statistics, statistics_tensors
-from anyprec.conversion import apply_settings, revert
-from anyprec.errors import AnyprecError, BitsError, CheckpointError
+from anyprec.checkpoint.statistics import statistics_tensors
+from anyprec.cost import cost_model
+from anyprec.errors import BitsError
 from anyprec.graph import NetworkFacts
-from anyprec.model import ConvertedModel, require_converted
-from anyprec.storage import digest, read_file, stored_once, with_aliases, write_file
+from anyprec.layers import PACKED
+from anyprec.model import ConfigNote, ConvertedModel, require_calibrated, require_converted, require_latents
+from anyprec.searching.result import SearchResult
+from anyprec.storage import stored_once, write_file
+
+_WORTH_COMPRESSING = 256
+"""Bytes from which on a tensor is compressed."""
 
 
 def save(
     model: ConvertedModel,
     path: str | os.PathLike[str],
     *,
-    configs: Mapping[str, BitConfig] | None = None,
+    packed: bool = False,
+    coding: Coding = "zstd",
+    latents: torch.dtype | None = None,
+    configs: Mapping[str, BitConfig | SearchResult] | None = None,
     model_args: Mapping[str, Any] | None = None,
     rebuildable: bool = True,
 ) -> None:
     """Write a converted model to one safetensors file that serves every precision.
 
-    The file holds latent weights, step sizes, norm copies and, in its metadata, how to rebuild the network, its
-    candidates and named configurations. It is written to a temporary file and renamed, so `path` always holds the
-    old content or the new one.
+    The training form holds the latent weights, so that training can go on. The packed form holds, for each weight, one
+    small integer that tells its code at every candidate bit-width: several times smaller, and every precision computes
+    the same bit for bit, but the network that is loaded from it cannot be trained or run in floating point. Both hold step
+    sizes, norm copies and, in the metadata, how to rebuild the network, its candidates and named configurations. The
+    file is written to a temporary file and renamed, so `path` always holds the old content or the new one.
 
     Args:
         model: A converted model; only its `configs` are changed.
         path: Where to write; its folder must exist.
-        configs: Named configurations, added to `model.configs`.
+        packed: Write the packed form; layers that cannot be packed (see `docs/checkpoint.md`) keep their latent weight.
+        coding: Of the packed form: `"zstd"` is smallest; `"fixed"` gives every weight the same number of bits.
+        latents: Store latent weights of float32 as `torch.bfloat16` or `torch.float16`: half the size, and the loaded
+            network is that of the rounded weights. None keeps them. Of the training form.
+        configs: Named configurations, or search results, whose score and budget are kept with them; added to
+            `model.configs`.
         model_args: Arguments that the network was created with, if `timm.create_model` needs any beyond
             `num_classes`, `in_chans`, `img_size`, `drop_rate` and `global_pool`, which are found out.
         rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False writes a file
@@ -62,7 +79,10 @@ def save(
     Raises:
         ConversionError: `model` is not converted, or a layer was replaced since.
         BitsError: A named configuration does not fit the model.
+        NotCalibratedError: The packed form was asked for before calibration.
+        PackedError: The training form was asked of a packed model.
         CheckpointError: The network cannot be rebuilt, or the file not be written; `path` is unchanged.
+        ValueError: `coding` or `latents` is none of those above.
 
     Example:
         >>> import tempfile, timm, anyprec
@@ -72,8 +92,9 @@ def save(
         ...     again = anyprec.load(f"{folder}/net.safetensors")
     """
     require_converted(model, purpose="save")
+    _check_arguments(model, packed=packed, coding=coding, latents=latents)
     named = _checked_configs(model, {**model.configs, **(configs or {})})
-    tensors, aliases = stored_once({**model.state_dict(), **statistics_tensors(model)})
+    notes = _notes(model, named, configs or {})
     document = Document(
         version=version("anyprec"),
         architecture=find_architecture(model, model_args) if rebuildable else None,
@@ -82,121 +103,101 @@ def save(
         configs=named,
         floors=BitConfig(model.floors),
         statistics=tuple(model.anyprec_record.statistics),
-        aliases=aliases,
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
+        notes=notes,
+        latents=latents,
     )
+    tensors, document = _packed_form(model, document, coding) if packed else _training_form(model, document)
     write_file(Path(path), tensors, document.to_json())
     model.configs.update(named)
+    model.anyprec_record.notes.update(notes)
 
 
-def load(
-    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: str | torch.device = "cpu"
-) -> ConvertedModel:
-    """Read a converted model from a file that `save` wrote.
-
-    Args:
-        path: The file.
-        model: The network to load into, float (it is converted in place) or converted with the same arguments;
-            None rebuilds it with timm from what the file says.
-        device: Where a rebuilt network goes; a given one stays where it is.
-
-    Returns:
-        The converted model, in floating point, with the file's named configurations in place of its own and, if
-        rebuilt, in eval mode. Its outputs equal those of the saved model bit for bit at every precision, on the same
-        device and memory format.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, of another format or of another network; keys that do not
-            match are named, and a given `model` is left as it was.
-        ConversionError: A layer of a given converted `model` was replaced since its conversion.
-    """
-    _require_module(model)
-    tensors, text, written = read_file(Path(path))
-    document = Document.from_json(text)
-    if digest(tensors, text) != written:
-        msg = f"{str(path)!r} is damaged: its content does not match its digest; copy it again from its source"
-        raise CheckpointError(msg)
-    state, statistics = split_statistics(with_aliases(tensors, document.aliases))
-    if isinstance(model, ConvertedModel):
-        require_converted_fit(model, document)
-        _fill(model, document, state, statistics)
-        return model
-    network = _rebuilt(document, state, str(path)).to(device).eval() if model is None else model
-    require_float_fit(network, document, state)
-    return _convert_and_fill(network, document, state, statistics)
+def _check_arguments(model: ConvertedModel, *, packed: bool, coding: str, latents: torch.dtype | None) -> None:
+    if coding not in {"fixed", "zstd"}:
+        msg = f"coding={coding!r} is not known: use 'zstd' or 'fixed'"
+        raise ValueError(msg)
+    if latents not in {None, torch.bfloat16, torch.float16} or (packed and latents is not None):
+        msg = f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, with packed=False, or leave it out"
+        raise ValueError(msg)
+    if packed:
+        require_calibrated(model)
+    else:
+        require_latents(model, purpose="save(..., packed=False)")
 
 
-def _require_module(model: Any) -> None:
-    if model is not None and not isinstance(model, nn.Module):
-        msg = f"load takes a torch.nn.Module to load into, got {type(model).__name__}"
-        raise CheckpointError(msg)
+def _training_form(model: ConvertedModel, document: Document) -> tuple[dict[str, Tensor], Document]:
+    tensors, aliases = stored_once({**model.state_dict(), **statistics_tensors(model)})
+    if document.latents is not None:
+        facts = model.anyprec_record.facts.layers
+        for path in model.quantized_layers:
+            name = weight_name(facts[path])
+            name = aliases.get(name, name)
+            if name in tensors and tensors[name].dtype in {torch.float32, document.latents}:
+                tensors[name] = tensors[name].to(document.latents)
+    return tensors, dataclasses.replace(document, aliases=aliases)
 
 
-def _rebuilt(document: Document, state: Mapping[str, Tensor], path: str) -> nn.Module:
-    """The float network that the file names, without its values."""
-    if document.architecture is None:
-        msg = f"{path!r} does not say how to rebuild its network: pass it as load(path, model)"
-        raise CheckpointError(msg)
-    # Checked before memory is taken: a file of a few bytes may name a network of a terabyte.
-    require_float_fit(_match_dtypes(create_skeleton(document.architecture), state), document, state)
-    network = _match_dtypes(create(document.architecture), state)
-    formats = {parameter.dtype for parameter in network.parameters()}
-    if len(formats) == 1 and formats != {torch.get_default_dtype()}:
-        network.to(formats.pop())  # for buffers that no state holds (positions, frequencies), which follow the model
-    describe(network, document.pretrained_cfg)
-    return network
+def _packed_form(model: ConvertedModel, document: Document, coding: Coding) -> tuple[dict[str, Tensor], Document]:
+    facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
+    paths, kept = split_layers(model)
+    records = {path: TensorRecord(layers[path].weight.dtype, tuple(layers[path].weight.shape)) for path in paths}
+    omitted = names_of_weights(model, facts, records)
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in omitted and PACKED not in name.split(".")
+    }
+    tensors, aliases = stored_once({**state, **statistics_tensors(model)})
+    compressed = _compress(tensors) if coding == "zstd" else {}
+    for path in paths:
+        parts = to_tensors(cells_of_layer(layers[path], facts[path]), layers[path].candidates.weight, coding)
+        tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts.items()})
+    packing = Packing(coding, records, kept, compressed)
+    return tensors, dataclasses.replace(document, aliases=aliases, packing=packing)
 
 
-def _convert_and_fill(
-    network: nn.Module, document: Document, state: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
-) -> ConvertedModel:
-    try:
-        converted = apply_settings(network, document.settings, document.facts)
-    except AnyprecError as error:
-        msg = f"the checkpoint does not fit the network {type(network).__name__}: {error}"
-        raise CheckpointError(msg) from error
-    try:
-        # What conversion adds is in its own number format; the saved model may have been moved to another one.
-        _match_dtypes(converted, state, only=our_prefixes(converted, document.facts))
-        _fill(converted, document, state, statistics)
-    except BaseException:
-        revert(network)
-        raise
-    return converted
+def _compress(tensors: dict[str, Tensor]) -> dict[str, TensorRecord]:
+    """Replace tensors by their frames, in place, where that is worth it; what they were."""
+    records = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() * tensor.element_size() >= _WORTH_COMPRESSING and not tensor.is_complex():
+            frame = compress(to_planes(tensor))
+            if frame is not None:
+                records[name] = TensorRecord(tensor.dtype, tuple(tensor.shape))
+                tensors[name] = frame
+    return records
 
 
-def _fill(
-    model: ConvertedModel, document: Document, state: Mapping[str, Tensor], statistics: Mapping[str, Tensor]
-) -> None:
-    """Copy the file's values and configurations; all is checked before."""
-    require_state_fit(model, state)
-    configs = fitting_configs(model, document)
-    own = fitting_statistics(model, document, statistics)
-    _set_floors(model, document)
-    model.load_state_dict(state)
-    model.set_bits(None)
-    model.anyprec_record.statistics.clear()
-    model.anyprec_record.statistics.update(own)
-    model.configs.clear()
-    model.configs.update(configs)
+def _notes(
+    model: ConvertedModel, named: Mapping[str, BitConfig], given: Mapping[str, BitConfig | SearchResult]
+) -> dict[str, ConfigNote]:
+    """Costs of all named configurations, with what a search says or the file before said of them."""
+    costs, notes = cost_model(model), {}
+    for name, config in named.items():
+        cost, result, old = costs.cost(config), given.get(name), model.anyprec_record.notes.get(name)
+        note = ConfigNote(cost.bitops, cost.size)
+        if isinstance(result, SearchResult):
+            found: dict[str, str | int | float] = {
+                "by": "search",
+                "budget": str(result.budget),
+                "evaluations": result.evaluations,
+            }
+            score = result.score if math.isfinite(result.score) else None
+            note = dataclasses.replace(note, score=score, found=found)
+        elif old is not None and config == model.configs.get(name):
+            note = dataclasses.replace(note, score=old.score, found=old.found)
+        notes[name] = note
+    return notes
 
 
-def _set_floors(model: ConvertedModel, document: Document) -> None:
-    try:
-        model.set_floors(document.floors)
-    except BitsError as error:
-        msg = f"the checkpoint's frozen candidates do not fit the network: {error}"
-        raise CheckpointError(msg) from error
-
-
-def _match_dtypes(network: nn.Module, state: Mapping[str, Tensor], *, only: tuple[str, ...] = ("",)) -> nn.Module:
-    """Give the tensors of a network, of those whose names start with `only`, the number formats of the file."""
-    chosen = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name.startswith(only)}
-    for name, tensor in chosen.items():
-        stored = state.get(name)
-        if stored is not None and stored.dtype != tensor.dtype and stored.is_floating_point():
-            tensor.data = tensor.data.to(stored.dtype)
-    return network
+def _found(result: SearchResult) -> dict[str, str | int | float]:
+    return {
+        "by": "search",
+        "budget": str(result.budget),
+        "utilisation": result.utilisation,
+        "evaluations": result.evaluations,
+    }
 
 
 def _present_facts(model: ConvertedModel) -> NetworkFacts:
@@ -213,7 +214,8 @@ def _present_facts(model: ConvertedModel) -> NetworkFacts:
 
 def _checked_configs(model: ConvertedModel, configs: Mapping[Any, Any]) -> dict[str, BitConfig]:
     checked: dict[str, BitConfig] = {}
-    for name, config in configs.items():
+    for name, given in configs.items():
+        config = given.config if isinstance(given, SearchResult) else given
         if not isinstance(name, str) or not isinstance(config, Mapping):
             msg = f"configuration {name!r} is {config!r}: name a BitConfig by a string, e.g. model.resolve_bits(4)"
             raise BitsError(msg)

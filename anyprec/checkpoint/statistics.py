@@ -31,16 +31,15 @@ def statistics_tensors(model: ConvertedModel) -> dict[str, Tensor]:
     }
 
 
-def split_statistics(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the network's state, and those of the statistics."""
-    network = {name: tensor for name, tensor in state.items() if not name.startswith(_PREFIX)}
-    return network, {name: tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
+def is_statistic(name: str, number: int | None = None) -> bool:
+    """Whether a tensor of this name belongs to a configuration's statistics, or to those of the configuration `number`."""
+    return name.startswith(_PREFIX if number is None else f"{_PREFIX}{number}.")
 
 
 def fitting_statistics(
-    model: ConvertedModel, document: Document, tensors: Mapping[str, Tensor]
+    model: ConvertedModel, document: Document, tensors: Mapping[str, Tensor], *, only: BitConfig | None = None
 ) -> dict[BitConfig, dict[str, Statistics]]:
-    """The file's statistics by configuration.
+    """The file's statistics by configuration, or those of one configuration.
 
     Raises:
         CheckpointError: A configuration does not fit the network, or the tensors are not those of its norms.
@@ -50,9 +49,10 @@ def fitting_statistics(
         for path in model.anyprec_record.norms
         if isinstance(norm := model.get_submodule(path), SwitchableNorm)
     }
+    numbers = [number for number, config in enumerate(document.statistics) if only is None or config == only]
     expected = {
         f"{_PREFIX}{number}.{path}.{part}": like
-        for number in range(len(document.statistics))
+        for number in numbers
         for path, like in norms.items()
         for part in _PARTS
     }
@@ -68,9 +68,9 @@ def fitting_statistics(
             msg += f"{tuple(like.shape)}"
             raise CheckpointError(msg)
     found: dict[BitConfig, dict[str, Statistics]] = {}
-    for number, config in enumerate(document.statistics):
+    for number in numbers:
         mean, variance = ({path: tensors[f"{_PREFIX}{number}.{path}.{part}"] for path in norms} for part in _PARTS)
-        found[_fitting(model, config)] = {path: (mean[path], variance[path]) for path in norms}
+        found[_fitting(model, document.statistics[number])] = {path: (mean[path], variance[path]) for path in norms}
     return found
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DistributedSampler
 from anyprec.batches import Batch, device_of, images_of, labels_of, take
 from anyprec.bits import BitConfig
 from anyprec.distributed import of_all_processes, of_first_process, process_count, process_rank, sum_over_processes
-from anyprec.errors import SearchError
+from anyprec.errors import PackedError, SearchError
 from anyprec.model import ConvertedModel
 from anyprec.norms import normalising_by_batch
 from anyprec.searching.execution import DEFAULT_MEMORY, PartialExecution
@@ -155,10 +155,15 @@ class Evaluator:
             msg = "the loader yields no batch: search needs at least one to judge configurations on"
             raise SearchError(msg)
 
-    def _reference(self) -> Iterator[Tensor]:
-        with self._model.using_bits(None), torch.no_grad():
-            for images in self._images:
-                yield self._logits(self._model(images))
+    def _reference(self) -> list[Tensor]:
+        """Logits of the float network; of the highest precision where a file kept no float weights."""
+        try:
+            with self._model.using_bits(None), torch.no_grad():
+                return [self._logits(self._model(images)) for images in self._images]
+        except PackedError:
+            highest = {path: layer.highest for path, layer in self._model.candidates.items()}
+            with self._model.using_bits(BitConfig(highest)), torch.no_grad():
+                return [self._logits(self._model(images)) for images in self._images]
 
     def _judge(self, place: int) -> float:
         """The objective summed over the images of one batch."""

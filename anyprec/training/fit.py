@@ -17,7 +17,7 @@ from anyprec.batches import Batch, device_of
 from anyprec.calibration import calibrate, calibrate_norms
 from anyprec.distributed import process_count
 from anyprec.errors import TrainingError
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model import ConvertedModel, require_converted, require_latents
 from anyprec.progress import progress_bar
 from anyprec.training.loop import EpochRecord, Run
 from anyprec.training.oneshot import Criterion, OneShot, Term
@@ -86,6 +86,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
 
     Raises:
         ConversionError: `model` is not converted.
+        PackedError: It is packed.
         TrainingError: The loader is empty, the loss is no longer finite (the message names the step), or the snapshot is
             that of another run.
         CheckpointError: The snapshot cannot be read or written.
@@ -99,7 +100,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         >>> len(history[0].losses)
         4
     """
-    require_converted(model, purpose="fit")
+    require_latents(require_converted(model, purpose="fit"), purpose="fit")
     recipe = (recipe or Recipe()).changed(**changes)
     for name, value in (("epochs", epochs), ("accumulation", accumulation), ("snapshot_steps", snapshot_steps)):
         if value < 1:

@@ -27,7 +27,7 @@ from anyprec.bits import BitConfig, Candidates
 from anyprec.distributed import of_first_process, process_count
 from anyprec.errors import BitsError, TrainingError
 from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model import ConvertedModel, require_converted, require_latents
 from anyprec.modes import evaluating
 from anyprec.training.decay import exempt_from_decay
 from anyprec.training.features import FeatureDistances
@@ -113,6 +113,7 @@ class OneShot:
         seed: int = 0,
     ) -> None:
         self.model = require_converted(model, purpose="OneShot")
+        require_latents(self.model, purpose="OneShot")
         _require(total_steps >= 1, f"total_steps={total_steps} must be at least 1")
         _require(random_paths >= 0, f"random_paths={random_paths} must not be negative")
         _require(0 <= distillation <= 1, f"distillation={distillation} must be from 0 to 1")

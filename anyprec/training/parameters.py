@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model import ConvertedModel, require_converted, require_latents
 from anyprec.norms import NormBank, SwitchableNorm
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 
@@ -32,9 +32,10 @@ def param_groups(
 
     Raises:
         ConversionError: `model` is not converted.
+        PackedError: It is packed.
         ValueError: `step_lr_scale` is given without `lr`.
     """
-    require_converted(model, purpose="param_groups")
+    require_latents(require_converted(model, purpose="param_groups"), purpose="param_groups")
     if lr is None and step_lr_scale != 1.0:
         msg = f"step_lr_scale={step_lr_scale} needs lr="
         raise ValueError(msg)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import CheckpointError, TrainingError
-from anyprec.storage import digest, read_file, write_file
+from anyprec.storage import read_file, write_file
 
 _KEY = "anyprec.training"
 
@@ -39,10 +39,7 @@ def read_snapshot(path: Path) -> Any:
     Raises:
         CheckpointError: The file is missing, damaged or no snapshot.
     """
-    tensors, text, written = read_file(path, key=_KEY)
-    if digest(tensors, text) != written:
-        msg = f"{str(path)!r} is damaged: its content does not match its digest; delete it to train from the beginning"
-        raise CheckpointError(msg)
+    tensors, text = read_file(path, key=_KEY, remedy="delete it to train from the beginning")
     try:
         return _unpack(json.loads(text)["state"], tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:

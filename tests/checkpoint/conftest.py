@@ -66,7 +66,7 @@ def tamper(path: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
     """Rewrites the document of `path` as a forger would: whole, and with a digest that is right."""
 
     def rewrite(change: Callable[[dict[str, Any]], object]) -> Path:
-        tensors, text, _ = read_file(path)
+        tensors, text = read_file(path)
         document = json.loads(text)
         change(document)
         write_file(path, tensors, json.dumps(document))

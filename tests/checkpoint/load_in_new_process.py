@@ -1,6 +1,7 @@
 """Loads every file of a folder in a process that knows nothing of the networks, and writes down their outputs.
 
-Run by `test_new_process.py` as `python load_in_new_process.py FOLDER CONFTEST THREADS`.
+Run by `test_new_process.py` as `python load_in_new_process.py FOLDER CONFTEST THREADS`. Files are named KIND.FORM; next to
+them stand KIND.images and KIND.json, the configurations to run at.
 """
 
 import json
@@ -16,16 +17,25 @@ import anyprec
 
 def main(folder: Path, conftest: str, threads: int) -> None:
     torch.set_num_threads(threads)
-    requests = json.loads((folder / "requests.json").read_text())
     outputs = {}
-    for file in sorted(folder.glob("*.net")):
-        network = runpy.run_path(conftest)["plain_network"]() if file.stem == "plain" else None
-        model = anyprec.load(file, network)
-        images = load_file(file.with_suffix(".images"))["images"]
-        for request in requests:
-            model.set_bits(tuple(request) if isinstance(request, list) else request)
-            with torch.no_grad():
-                outputs[f"{file.stem} {request}"] = model(images).contiguous()
+    for requests_file in sorted(folder.glob("*.json")):
+        kind = requests_file.stem
+        requests = json.loads(requests_file.read_text())
+        images = load_file(folder / f"{kind}.images")["images"]
+        for form in ("training", "fixed", "zstd"):
+            network = runpy.run_path(conftest)["plain_network"]() if kind == "plain" else None
+            model = anyprec.load(folder / f"{kind}.{form}", network)
+            for number, request in enumerate(requests):
+                if request is None and model.is_packed:
+                    continue
+                model.set_bits(anyprec.BitConfig(request) if isinstance(request, dict) else request)
+                with torch.no_grad():
+                    outputs[f"{kind} {form} {number}"] = model(images).contiguous()
+        single = anyprec.load(
+            folder / f"{kind}.zstd", network and runpy.run_path(conftest)["plain_network"](), bits="last"
+        )
+        with torch.no_grad():
+            outputs[f"{kind} single {len(requests) - 1}"] = single(images).contiguous()
     save_file(outputs, folder / "outputs")
 
 

@@ -58,7 +58,7 @@ def test_tensors_of_the_right_names_in_other_modules_are_refused(path, plain, ph
 
 def test_a_mismatch_found_after_conversion_reverts_it(path, plain, photograph, batch):
     """The file lacks one step size: only the converted network shows that."""
-    tensors, text, _ = read_file(path)
+    tensors, text = read_file(path)
     del tensors["5.input_quantizer.step"]
     write_file(path, tensors, text)
     network = plain()
@@ -91,7 +91,7 @@ def test_settings_that_fit_nothing_leave_the_network_float(tamper, plain, photog
 
 
 def _break_tensor(path, name, change):
-    tensors, text, _ = read_file(path)
+    tensors, text = read_file(path)
     tensors[name] = change(tensors[name])
     write_file(path, tensors, text)
 
@@ -157,7 +157,7 @@ def test_candidates_of_equal_number_but_other_bits_are_refused(tmp_path, plain, 
     """One candidate for every layer: no shape shows that the first is fixed at 8 bits in one of the two."""
     first = anyprec.convert(plain(), bits=(4,), example_input=batch)
     anyprec.save(first, tmp_path / "net")
-    tensors, text, _ = read_file(tmp_path / "net")
+    tensors, text = read_file(tmp_path / "net")
     write_file(tmp_path / "net", tensors, text.replace('"first": true', '"first": false'))
     network = anyprec.convert(plain(), bits=(4,), example_input=batch)
     check = photograph(network)
@@ -230,7 +230,7 @@ def test_aliases_that_point_nowhere_or_hide_a_tensor_are_refused(tamper, plain, 
     ],
 )
 def test_aliases_that_lie_are_refused(path, plain, photograph, name, target, message):
-    tensors, text, _ = read_file(path)
+    tensors, text = read_file(path)
     tensors.pop(name, None)
     write_file(path, tensors, text.replace('"aliases": {}', f'"aliases": {{"{name}": "{target}"}}'))
     network = plain()

@@ -198,3 +198,25 @@ def test_the_file_names_network_and_arguments(tmp_path):
     _saved(tmp_path, timm.create_model("test_resnet", in_chans=1), (1, 1, 64, 64))
     document = Document.from_json(read_file(tmp_path / "net")[1])
     assert document.architecture == Architecture("test_resnet", {"num_classes": 1000, "in_chans": 1})
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_network_made_without_memory_has_all_of_its_constants(tmp_path, converted, packed):
+    """Those of our own that no state holds, which compiled networks read, and nothing left on the meta device."""
+    anyprec.save(converted("test_resnet"), tmp_path / "net", packed=packed)
+    loaded = anyprec.load(tmp_path / "net")
+    assert not [name for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()) if tensor.is_meta]
+    for layer in loaded.quantized_layers.values():
+        assert tuple(layer.weight_quantizer.widths.tolist()) == layer.candidates.weight
+        assert tuple(layer.input_quantizer.widths.tolist()) == layer.candidates.activation
+
+
+def test_a_network_that_computes_tensors_when_it_is_made_gets_them(tmp_path, converted):
+    arguments = {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2)}
+    model = converted("swinv2_tiny_window8_256", size=32, **arguments)
+    anyprec.save(model, tmp_path / "net", packed=True, model_args=arguments)
+    loaded = anyprec.load(tmp_path / "net")
+    own = dict(model.named_buffers())
+    computed = {name for name in own if name.endswith("relative_position_index")}
+    assert computed
+    assert all(torch.equal(dict(loaded.named_buffers())[name], own[name]) for name in computed)

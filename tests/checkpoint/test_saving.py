@@ -88,7 +88,7 @@ def test_a_loaded_network_can_be_saved_to_the_same_file_content(path, plain, tmp
 
 
 def test_a_document_reads_back_as_it_was_written(path, model):
-    _, text, _ = read_file(path)
+    _, text = read_file(path)
     document = Document.from_json(text)
     assert document.to_json() == text
     assert document.settings == model.anyprec_record.settings
@@ -179,7 +179,7 @@ def tied(tmp_path):
 
 def test_tied_parameters_are_stored_once_and_tied_again(tied, same_state):
     path, model = tied
-    tensors, _, _ = read_file(path)
+    tensors, _ = read_file(path)
     assert "encode.weight" in tensors
     assert not {"decode.weight", "twice.1.weight", "twice.1.input_quantizer.step"} & tensors.keys()
     loaded = anyprec.load(path, TiedNet().eval())
@@ -286,7 +286,7 @@ def test_damaged_statistics_and_floors_are_refused(tmp_path, plain, batch, photo
     anyprec.recalibrate(model, [batch], 4)
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
-    tensors, text, _ = read_file(path)
+    tensors, text = read_file(path)
     name = "anyprec.statistics.0.1.mean"
     changes = [
         ({name: torch.zeros(7)}, text, r"is \(7,\) torch.float32, expected finite numbers of shape \(4,\)"),
@@ -307,7 +307,7 @@ def test_an_unknown_sharing_of_norms_is_refused(tmp_path, plain, batch):
     model = anyprec.convert(plain(), bits=(2, 4), norm="shared", example_input=batch[:1])
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
-    tensors, text, _ = read_file(path)
+    tensors, text = read_file(path)
     write_file(path, tensors, text.replace('"shared"', '"by moon"'))
     with pytest.raises(anyprec.CheckpointError, match="settings.norm is 'by moon', expected one of"):
         anyprec.load(path, plain())

@@ -1,0 +1,207 @@
+"""`inspect`: what is inside a checkpoint, from its header alone. No network is built and no tensor is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyprec.bits import BitConfig, LayerCandidates
+from anyprec.checkpoint.content import Content
+from anyprec.checkpoint.document import Architecture, Document
+from anyprec.checkpoint.packing import PREFIX, weight_name
+from anyprec.conversion import layer_candidates
+from anyprec.errors import BitsError, CheckpointError
+from anyprec.graph import LayerFacts
+from anyprec.model import ConfigNote, ConvertSettings
+from anyprec.storage import StoredFile, opened
+
+_ELEMENT_BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BF16": 16}
+"""Bits of the kinds of number whose name does not end in them."""
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer in a file.
+
+    Attributes:
+        path: Its path.
+        weights: Number of weights.
+        macs: Multiply-accumulates for one sample.
+        candidates: The bit-widths that it may take.
+        storage: "cells" or "latent", or "tied" for a weight that is stored with another layer.
+        bytes: What its weight takes in the file.
+        reason: Why its latent weight is kept in a packed file; empty otherwise.
+    """
+
+    path: str
+    weights: int
+    macs: int
+    candidates: LayerCandidates
+    storage: str
+    bytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds. Prints as a summary with a table of layers.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        form: "training", "packed (fixed)" or "packed (zstd)".
+        format_version: Version of the format.
+        version: The anyprec version that wrote it.
+        architecture: How timm makes the network; None if loading takes a network.
+        settings: The arguments of `convert`.
+        input_shape: Shape of the input that MACs are counted for.
+        pretrained_cfg: timm's description of images and labels.
+        layers: The quantized layers, by path.
+        configs: Named configurations.
+        notes: Their costs, scores, and how they were found.
+        floors: Lowest precision in use, of layers with frozen candidates.
+        statistics: Configurations with norm statistics of their own.
+        tensors: Number of tensors.
+    """
+
+    path: str
+    bytes: int
+    form: str
+    format_version: int
+    version: str
+    architecture: Architecture | None
+    settings: ConvertSettings
+    input_shape: tuple[int, ...]
+    pretrained_cfg: Mapping[str, Any]
+    layers: Mapping[str, StoredLayer]
+    configs: Mapping[str, BitConfig]
+    notes: Mapping[str, ConfigNote]
+    floors: BitConfig
+    statistics: tuple[BitConfig, ...]
+    tensors: int
+
+    def __str__(self) -> str:
+        lines = [*self._heading(), "", *_table(self.layers.values())]
+        if self.configs:
+            lines += ["", "configurations", *(f"  {self._config_line(name)}" for name in self.configs)]
+        return "\n".join(lines)
+
+    def _heading(self) -> list[str]:
+        network = "a network that must be passed to load"
+        if self.architecture is not None:
+            arguments = "".join(f", {name}={value!r}" for name, value in self.architecture.arguments.items())
+            network = f"timm.create_model({self.architecture.name!r}{arguments})"
+        weights = sum(layer.weights for layer in self.layers.values())
+        stored = sum(layer.bytes for layer in self.layers.values())
+        candidates = "one precision for each layer" if self.settings.only else f"candidates {self.settings.bits}"
+        return [
+            f"{self.path}: {self.form} form, format {self.format_version}, written by anyprec {self.version}",
+            f"  network     {network}",
+            f"  size        {_mebibytes(self.bytes)} in {self.tensors} tensors; {weights:,} weights in {_mebibytes(stored)}",
+            f"  precision   {candidates}, norm copies {self.settings.norm!r}, {len(self.floors)} layers with frozen ones",
+            f"  input       {' x '.join(map(str, self.input_shape[1:]))}, "
+            f"mean {self.pretrained_cfg.get('mean', '?')}, std {self.pretrained_cfg.get('std', '?')}",
+        ]
+
+    def _config_line(self, name: str) -> str:
+        note = self.notes.get(name)
+        parts = [name]
+        if note is not None:
+            parts += [f"{note.bitops / 1e9:.4g} GBitOPs", _mebibytes(note.size / 8)]
+            parts += [] if note.score is None else [f"score {note.score:.4g}"]
+            parts += [", ".join(f"{key} {value}" for key, value in note.found.items())] if note.found else []
+        parts += ["norm statistics of its own"] if self.configs[name] in self.statistics else []
+        return "; ".join(parts)
+
+
+def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
+    """Say what is inside a checkpoint, without building its network or reading its tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The facts; print them.
+
+    Raises:
+        CheckpointError: The file is missing, its header is damaged, or anyprec did not write it.
+
+    Example:
+        >>> import tempfile, timm, anyprec
+        >>> model = anyprec.convert(timm.create_model("test_resnet"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     anyprec.save(model, f"{folder}/net.safetensors")
+        ...     info = anyprec.inspect(f"{folder}/net.safetensors")
+        >>> info.form, info.architecture.name, info.layers["fc"].candidates.weight
+        ('training', 'test_resnet', (8,))
+    """
+    with opened(Path(path)) as file:
+        document = Document.from_json(file.document)
+        Content(file, document)  # checks that the packed form speaks of what is there
+        layers = {}
+        for layer in document.facts.layers.values():
+            if f"{layer.path}.weight_quantizer.step" in file.shapes:
+                layers[layer.path] = _stored_layer(file, document, layer)
+        return CheckpointInfo(
+            path=str(path),
+            bytes=Path(path).stat().st_size,
+            form="training" if document.packing is None else f"packed ({document.packing.coding})",
+            format_version=document.format,
+            version=document.version,
+            architecture=document.architecture,
+            settings=document.settings,
+            input_shape=document.facts.example_shape,
+            pretrained_cfg=document.pretrained_cfg,
+            layers=layers,
+            configs=document.configs,
+            notes=document.notes,
+            floors=document.floors,
+            statistics=document.statistics,
+            tensors=len(file.shapes),
+        )
+
+
+def _stored_layer(file: StoredFile, document: Document, facts: LayerFacts) -> StoredLayer:
+    try:
+        candidates = layer_candidates(facts, document.settings)
+    except BitsError as error:
+        msg = f"the checkpoint contradicts itself: {error}"
+        raise CheckpointError(msg) from error
+    name = weight_name(facts)
+    reason = "" if document.packing is None else document.packing.latent.get(facts.path, "")
+    if document.packing is not None and facts.path in document.packing.layers:
+        prefix = f"{PREFIX}{facts.path}."
+        parts = [one for one in file.shapes if one.startswith(prefix) and "." not in one.removeprefix(prefix)]
+        storage, size = "cells", sum(_size(file, one) for one in parts)
+    elif name in file.shapes:
+        storage, size = "latent", _size(file, name)
+    else:
+        storage, size = "tied", 0
+    return StoredLayer(facts.path, facts.weights, facts.macs, candidates, storage, size, reason)
+
+
+def _size(file: StoredFile, name: str) -> int:
+    kind, shape = file.shapes[name]
+    digits = "".join(character for character in kind if character.isdigit())
+    bits = _ELEMENT_BITS.get(kind, int(digits) if digits else 0)
+    total = bits
+    for length in shape:
+        total *= length
+    return total // 8
+
+
+def _table(layers: Any) -> list[str]:
+    rows = [("layer", "weights", "MACs", "weight bits", "input bits", "stored as", "bytes")]
+    for layer in layers:
+        widths = (",".join(map(str, offered)) for offered in (layer.candidates.weight, layer.candidates.activation))
+        stored = f"{layer.storage}: {layer.reason}" if layer.reason else layer.storage
+        rows.append((layer.path, f"{layer.weights:,}", f"{layer.macs:,}", *widths, stored, f"{layer.bytes:,}"))
+    columns = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip() for row in rows]
+
+
+def _mebibytes(number: float) -> str:
+    return f"{number / 2**20:.3f} MiB"

@@ -1,0 +1,241 @@
+"""`load`: a converted model from one file, strictly.
+
+What the file says is read in `document.py`, its bytes in `content.py`; how a network is rebuilt from its timm name stands in
+`architecture.py`, and whether file and network fit in `matching.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from anyprec.batches import device_of
+from anyprec.bits import BitConfig, shorten
+from anyprec.checkpoint.architecture import create, create_skeleton, describe
+from anyprec.checkpoint.assembly import has_all_tensors_in, materialize
+from anyprec.checkpoint.content import Content
+from anyprec.checkpoint.document import Document
+from anyprec.checkpoint.matching import (
+    fitting_configs,
+    our_prefixes,
+    require_converted_fit,
+    require_float_fit,
+    require_state_fit,
+)
+from anyprec.checkpoint.narrowing import narrow
+from anyprec.checkpoint.packing import install, pack
+from anyprec.checkpoint.statistics import fitting_statistics
+from anyprec.conversion import apply_settings, revert
+from anyprec.errors import AnyprecError, BitsError, CheckpointError, NotCalibratedError
+from anyprec.layers import QuantizedLayer
+from anyprec.model import ConvertedModel, Request
+from anyprec.storage import opened
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    bits: Request = None,
+    device: str | torch.device = "cpu",
+) -> ConvertedModel:
+    """Read a converted model from a file that `save` wrote.
+
+    Args:
+        path: The file.
+        model: The network to load into, float (it is converted in place) or converted with the same arguments;
+            None rebuilds it with timm from what the file says.
+        bits: Load this configuration alone: the name of a stored one, or whatever `set_bits` takes. The network then has
+            no other precision, and holds one small integer for each weight. None loads them all.
+        device: Where a rebuilt network goes; a given one stays where it is.
+
+    Returns:
+        The converted model, with the file's named configurations in place of its own and, if rebuilt, in eval mode. From
+        a training file it is in floating point; from a packed one it is at its highest precision, holds no latent
+        weights, and raises `PackedError` when asked for them; with `bits` it is at these. Its outputs equal those of
+        the saved model bit for bit at every precision, on the same device and memory format.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another format or of another network; keys that do not
+            match are named, and a given `model` is left as it was.
+        ConversionError: A layer of a given converted `model` was replaced since its conversion.
+        BitsError: `bits` is no configuration of the network, or a converted `model` was given with it.
+        NotCalibratedError: `bits` were asked of a file that was saved before calibration.
+
+    Example:
+        >>> import tempfile, timm, torch, anyprec
+        >>> model = anyprec.convert(timm.create_model("test_resnet"))
+        >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     anyprec.save(model, f"{folder}/net.safetensors", packed=True)
+        ...     again = anyprec.load(f"{folder}/net.safetensors")
+        ...     four = anyprec.load(f"{folder}/net.safetensors", bits=4)
+        >>> again.is_packed, four.candidates["layer1.0.conv1"]
+        (True, LayerCandidates(weight=(4,), activation=(4,)))
+    """
+    _require_loadable(model, bits)
+    with opened(Path(path)) as file:
+        document = Document.from_json(file.document)
+        content = Content(file, document)
+        if isinstance(model, ConvertedModel):
+            require_converted_fit(model, document)
+            return _filled(model, content, None, device_of(model))
+        place = torch.device(device) if model is None else device_of(model)
+        network = _rebuilt(content, str(path), place) if model is None else model
+        require_float_fit(network, document, content.state, content.omitted(network))
+        return _converted(network, content, bits, place)
+
+
+def _require_loadable(model: Any, bits: Request) -> None:
+    if model is None:
+        return
+    if not isinstance(model, nn.Module):
+        msg = f"load takes a torch.nn.Module to load into, got {type(model).__name__}"
+        raise CheckpointError(msg)
+    if isinstance(model, ConvertedModel) and model.is_packed:
+        msg = "load takes a network with latent weights to load into, got a packed one: pass a float network, or none"
+        raise CheckpointError(msg)
+    if isinstance(model, ConvertedModel) and bits is not None:
+        msg = "load takes a float network, or none, when bits are given: a converted one has other candidates"
+        raise BitsError(msg)
+
+
+def _rebuilt(content: Content, path: str, device: torch.device) -> nn.Module:
+    """The float network that the file names, without its values and, where that can be, without memory for them."""
+    document, state = content.document, content.state
+    if document.architecture is None:
+        msg = f"{path!r} does not say how to rebuild its network: pass it as load(path, model)"
+        raise CheckpointError(msg)
+    # Checked before memory is taken: a file of a few bytes may name a network of a terabyte.
+    network = _match_dtypes(create_skeleton(document.architecture), content)
+    require_float_fit(network, document, state, content.omitted(network))
+    if not has_all_tensors_in(network, state.keys() | content.omitted(network)):
+        network = _match_dtypes(create(document.architecture), content)
+        formats = {parameter.dtype for parameter in network.parameters()}
+        if len(formats) == 1 and formats != {torch.get_default_dtype()}:
+            network.to(
+                formats.pop()
+            )  # for buffers that no state holds (positions, frequencies), which follow the model
+        network.to(device)
+    describe(network, document.pretrained_cfg)
+    return network.eval()
+
+
+def _converted(network: nn.Module, content: Content, bits: Request, device: torch.device) -> ConvertedModel:
+    document = content.document
+    try:
+        model = apply_settings(network, document.settings, document.facts)
+    except AnyprecError as error:
+        msg = f"the checkpoint does not fit the network {type(network).__name__}: {error}"
+        raise CheckpointError(msg) from error
+    try:
+        # What conversion adds is in its own number format; the saved model may have been moved to another one.
+        _match_dtypes(model, content, only=our_prefixes(model, document.facts))
+        return _filled(model, content, bits, device)
+    except BaseException:
+        revert(network)
+        raise
+
+
+def _filled(model: ConvertedModel, content: Content, bits: Request, device: torch.device) -> ConvertedModel:
+    """Copy the file's values and configurations; all is read and checked before anything is changed."""
+    document, omitted = content.document, content.omitted(model)
+    require_state_fit(model, content.state, omitted)
+    configs = fitting_configs(model, document)
+    config = _requested(model, bits, configs)
+    _require_calibrated(model, content, wanted=config is not None)
+    statistics = fitting_statistics(model, document, content.statistics(config), only=config)
+    cells = {path: content.cells(path, layer) for path, layer in _packed_layers(model, document).items()}
+    _set_floors(model, document)
+    materialize(model, device, besides=omitted)
+    model.load_state_dict({**model.state_dict(), **content.state})
+    for path, stored in cells.items():
+        derives = document.facts.layers[path].derived
+        install(model.quantized_layers[path], stored, content.record(path), device=device, derives=derives)
+    record = model.anyprec_record
+    record.statistics, record.notes = statistics, dict(document.notes)
+    record.configs.clear()
+    record.configs.update(configs)
+    _start(model, config)
+    return model
+
+
+def _packed_layers(model: ConvertedModel, document: Document) -> dict[str, QuantizedLayer]:
+    """The layers that the file has codes of.
+
+    Raises:
+        CheckpointError: The network has no such layer, or it is not calibrated.
+    """
+    paths = document.packing.layers if document.packing else {}
+    layers = model.quantized_layers
+    strange = sorted(paths.keys() - layers.keys())
+    if strange:
+        msg = f"the checkpoint holds codes of {len(strange)} layers that the network has not, e.g. {strange[0]!r:.80}"
+        raise CheckpointError(msg)
+    return {path: layers[path] for path in paths}
+
+
+def _requested(model: ConvertedModel, bits: Request, configs: dict[str, BitConfig]) -> BitConfig | None:
+    """The configuration that is asked for, of the file's own or any other."""
+    if isinstance(bits, str) and bits in configs:
+        return configs[bits]
+    try:
+        return model.resolve_bits(bits)
+    except BitsError as error:
+        msg = f"{error}; the file names {shorten(configs)}" if configs else str(error)
+        raise BitsError(msg) from error
+
+
+def _require_calibrated(model: ConvertedModel, content: Content, *, wanted: bool) -> None:
+    """Refuse to start a network at a precision whose step sizes the file does not have.
+
+    Raises:
+        CheckpointError: The file is packed, and was calibrated therefore.
+        NotCalibratedError: It is a training file, and a precision is wanted.
+    """
+    packed = content.document.packing is not None
+    if not packed and not wanted:
+        return
+    steps = {path: content.state[f"{path}.input_quantizer.step"] for path in model.quantized_layers}
+    missing = [path for path, step in steps.items() if not torch.isfinite(step).all()]
+    if missing:
+        msg = f"the checkpoint has no step sizes for the inputs of {len(missing)} layers ({shorten(missing, 3)})"
+        if packed:
+            raise CheckpointError(msg)
+        msg += ": load it without bits, and call anyprec.calibrate"
+        raise NotCalibratedError(msg)
+
+
+def _set_floors(model: ConvertedModel, document: Document) -> None:
+    try:
+        model.set_floors(document.floors)
+    except BitsError as error:
+        msg = f"the checkpoint's frozen candidates do not fit the network: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _match_dtypes(network: nn.Module, content: Content, *, only: tuple[str, ...] = ("",)) -> nn.Module:
+    """Give the tensors of a network, of those whose names start with `only`, the number formats of the file."""
+    chosen = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name.startswith(only)}
+    for name, tensor in chosen.items():
+        stored = content.dtype_of(name)
+        if stored is not None and stored != tensor.dtype and stored.is_floating_point:
+            tensor.data = tensor.data.to(stored)
+    return network
+
+
+def _start(model: ConvertedModel, config: BitConfig | None) -> None:
+    """The precision that a network has after loading."""
+    if config is not None:
+        if not model.is_packed:
+            pack(model)
+        narrow(model, config)
+        model.set_bits(config)
+    elif model.is_packed:
+        model.set_bits(BitConfig({path: layer.highest for path, layer in model.candidates.items()}))
+    else:
+        model.set_bits(None)

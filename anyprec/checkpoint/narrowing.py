@@ -1,0 +1,69 @@
+"""A network for one configuration: every layer with a single candidate, every norm with a single copy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from anyprec.bits import BitConfig, Bits
+from anyprec.layers import PACKED, QuantizedLayer
+from anyprec.model import ConvertedModel, norm_row
+from anyprec.norms import SwitchableNorm
+from anyprec.packed import PackedOperand
+from anyprec.quantizer import InputQuantizer, WeightQuantizer
+
+
+@torch.no_grad()
+def narrow(model: ConvertedModel, config: BitConfig) -> None:
+    """Leave a network this configuration alone, in place.
+
+    Args:
+        model: A calibrated model.
+        config: A full configuration of it.
+    """
+    record, layers = model.anyprec_record, model.quantized_layers
+    model.set_bits(config)
+    rows = {path: norm_row(layers.get(feeding or ""), record.settings.norm) for path, feeding in record.norms.items()}
+    for path, row in rows.items():
+        norm = model.get_submodule(path)
+        if isinstance(norm, SwitchableNorm) and norm.bank is not None and row is not None:
+            norm.bank.keep_row(row)
+    for path, layer in layers.items():
+        _narrow_layer(layer, config[path])
+    record.settings = dataclasses.replace(record.settings, only=config)
+    record.floors = {}
+    others = [name for name, one in record.configs.items() if one != config]
+    for name in others:
+        del record.configs[name]
+        record.notes.pop(name, None)
+
+
+def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
+    weight, input_ = layer.weight_quantizer, layer.input_quantizer
+    index, place = weight.candidates.index(bits.weight), input_.candidates.index(bits.activation)
+    if layer.packed is not None:
+        layer.add_module(PACKED, _narrowed_operand(layer.packed, layer.weight_codes(index)))
+    channels = None if weight.axis is None else weight.step.shape[1]
+    one = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis or 0).to(weight.step)
+    one.step.copy_(weight.step[index : index + 1])
+    one.step.requires_grad_(weight.step.requires_grad)
+    other = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
+    other.set_grid(input_.step[place : place + 1], input_.zero_point[place : place + 1])
+    layer.weight_quantizer, layer.input_quantizer = one.train(layer.training), other.train(layer.training)
+    layer.forget_weights()
+
+
+def _narrowed_operand(packed: PackedOperand, codes: torch.Tensor) -> PackedOperand:
+    """The operand with a single candidate, whose codes are their own points."""
+    moments = None
+    if packed.mean is not None and packed.spread is not None and packed.moments_axis is not None:
+        moments = packed.mean, packed.spread, packed.moments_axis
+    return PackedOperand(
+        codes.to(torch.int8),
+        torch.ones((1, packed.ratio_bits.shape[1]), device=codes.device),
+        axis=packed.axis,
+        listed=packed.listed[:0],
+        listed_codes=packed.listed_codes[:1, :0],
+        moments=moments,
+    ).train(packed.training)
