@@ -2,13 +2,13 @@
 
     python benchmarks/study.py plan                        # the grid, and how long it takes on this machine
     python benchmarks/study.py run --data ../shared/data/cifar10 --workers 2     # resumable; hours
-    python benchmarks/study.py run --data CIFAR10 --only 'S/mobile/full*' --minutes 60
+    python benchmarks/study.py run --data CIFAR10 --only 'S/mobile/*' --group core --minutes 60
     python benchmarks/study.py render                      # the study's part of docs/results.md, and its pictures
 
 A finished run is one line of JSON in `--results`, and is not run again; a one-shot run that was killed goes on from its
-snapshot. `--only` takes patterns of TRACK/NETWORK/METHOD/SEED. What is compared stands in `study_grid.py`, how in
-`study_runs.py`, the page in `study_page.py`. Track A is for an accelerator (`--track A --device cuda`) and is only run when
-it is named.
+snapshot. `--only` takes patterns of TRACK/NETWORK/METHOD/SEED, `--group` takes the question that a method answers. What is
+compared stands in `study_grid.py`, how in `study_runs.py`, the page in `study_page.py`. Track A is for an accelerator
+(`--track A --device cuda`) and is only run when it is named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from records import ROOT, append, read
-from study_grid import NETWORKS, TRACKS, Run, grid, tiny
+from study_grid import GROUPS, NETWORKS, TRACKS, Run, grid, tiny
 from study_runs import BUDGETS, CLASSES, Place, perform
 from torch import nn
 
@@ -85,8 +85,8 @@ def performed(
     with pool:
         running: dict[Future[dict[str, Any]], Run] = {}
         while True:
-            while len(running) < options.workers and until() and (one := next(queue, None)) is not None:
-                running[pool.submit(perform, one, place)] = one
+            while len(running) < options.workers and until() and (following := next(queue, None)) is not None:
+                running[pool.submit(perform, following, place)] = following
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -98,19 +98,34 @@ def selected(options: argparse.Namespace) -> list[Run]:
     """The runs that the options ask for, in order."""
     names = options.track or ["S", "P"]
     tracks = [tiny(TRACKS[name]) if options.tiny else TRACKS[name] for name in names]
-    runs = grid(tracks, seeds=options.seeds)
+    groups = set(options.group or GROUPS)
+    runs = [one for one in grid(tracks, seeds=options.seeds) if one.method.group in groups]
     patterns = options.only or ["*"]
     found = [one for one in runs if any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns)]
     if not found:
-        msg = f"no run matches {patterns}: they are TRACK/NETWORK/METHOD/SEED, e.g. {runs[0].name}"
+        msg = f"no run matches {patterns}: they are TRACK/NETWORK/METHOD/SEED, e.g. S/mobile/full/0"
         raise SystemExit(msg)
     return found
 
 
 def unfinished(runs: Iterable[Run], results: Path) -> list[Run]:
     """Those that have no result of the same settings."""
-    done = {(record["run"], repr(record["settings"])) for record in read(results)}
-    return [one for one in runs if (one.name, repr(one.track.settings)) not in done]
+    done = finished(results)
+    return [one for one in runs if record_of(one, done) is None]
+
+
+def finished(results: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of each run."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in read(results):
+        found.setdefault(record["run"], []).append(record)
+    return found
+
+
+def record_of(one: Run, done: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """The last record of a run that has its settings."""
+    fitting = [record for record in done.get(one.name, ()) if record["settings"] == one.track.settings]
+    return fitting[-1] if fitting else None
 
 
 def in_short(record: dict[str, Any]) -> str:
@@ -132,7 +147,7 @@ def plan(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     runs = selected(options)
     waiting = {one.name for one in unfinished(runs, options.results)}
-    known = {(record["run"], repr(record["settings"])): record for record in read(options.results)}
+    done = finished(options.results)
     speeds = {
         key: measured_speed(*key, device=options.device)
         for key in sorted({(one.track.name, one.network) for one in runs})
@@ -141,7 +156,7 @@ def plan(options: argparse.Namespace) -> int:
         print(f"{track}/{network}: images/s {', '.join(f'{name} {1 / value:.0f}' for name, value in speed.items())}")
     totals: dict[str, list[float]] = {}
     for one in runs:
-        record = known.get((one.name, repr(one.track.settings)))
+        record = record_of(one, done)
         speed = speeds[one.track.name, one.network]
         seconds = estimate(one, speed) if record is None else sum(record[part]["seconds"] for part in PARTS)
         group = f"{one.track.name}/{one.network}, {one.method.group}"
@@ -184,7 +199,7 @@ def estimate(one: Run, speed: dict[str, float]) -> float:
 def measured_speed(track: str, network: str, *, device: str) -> dict[str, float]:
     """Seconds for one image: a float training pass, a quantized one, and a quantized forward pass."""
     settings = TRACKS[track]
-    model = NETWORKS[network](CLASSES).to(device, memory_format=torch.channels_last)
+    model = NETWORKS[network](CLASSES).to(device).to(memory_format=torch.channels_last)
     shape = settings.batch_size, 3, settings.size, settings.size
     images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(settings.batch_size, dtype=torch.int64, device=device)
@@ -241,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results.add_argument("--results", type=Path, default=RESULTS)
     choice = argparse.ArgumentParser(add_help=False)
     choice.add_argument("--track", action="append", choices=sorted(TRACKS), help="S and P by default")
+    choice.add_argument("--group", action="append", choices=GROUPS, help="methods of this group; may be repeated")
     choice.add_argument("--only", action="append", help="a pattern of TRACK/NETWORK/METHOD/SEED; may be repeated")
     choice.add_argument("--seeds", type=int, help="at most so many of each track")
     choice.add_argument("--workers", type=int, default=2, help="runs side by side; 0 runs in this process")

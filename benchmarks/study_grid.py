@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 import torch
@@ -27,6 +27,8 @@ from anyprec.training.scheduler import Instability
 
 Kind = Literal["float", "dedicated", "random paths", "one-shot", "any-precision"]
 Group = Literal["core", "ablation", "interference", "variant"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""Which question a method answers."""
 
 
 # --- Networks -----------------------------------------------------------------------------------------------------
@@ -34,7 +36,12 @@ Group = Literal["core", "ablation", "interference", "variant"]
 
 def thin_resnet(num_classes: int) -> nn.Module:
     """A timm ResNet of four basic blocks, 0.13 M parameters; at 32 px its stages see 16, 8, 4 and 2 positions."""
-    settings = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64), "stem_width": 8}
+    settings: dict[str, Any] = {
+        "block": BasicBlock,
+        "layers": (1, 1, 1, 1),
+        "channels": (16, 32, 48, 64),
+        "stem_width": 8,
+    }
     network = timm.create_model("test_resnet", num_classes=num_classes, **settings)
     network.maxpool = nn.Identity()
     return network
@@ -187,8 +194,13 @@ TRACKS: dict[str, Track] = {
 
 def tiny(track: Track) -> Track:
     """The same track with hardly any images, to try the commands: its numbers mean nothing."""
-    changes = {"images": 4 * track.batch_size, "search_images": 32, "report_images": 200, "mixed_images": 100}
-    lengths = {"start_epochs": 1, "epochs": 1, "norm_batches": 2, "mixed": 2, "search_evaluations": 40}
+    changes: dict[str, Any] = {
+        "images": 4 * track.batch_size,
+        "search_images": 32,
+        "report_images": 200,
+        "mixed_images": 100,
+    }
+    lengths: dict[str, Any] = {"start_epochs": 1, "epochs": 1, "norm_batches": 2, "mixed": 2, "search_evaluations": 40}
     return dataclasses.replace(track, **changes, **lengths)
 
 

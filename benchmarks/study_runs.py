@@ -110,7 +110,7 @@ def start_network(run: Run, place: Place, data: Data) -> nn.Module:
     track = run.track
     kept = place.kept / f"study.{track.name}.{run.network}.{run.seed}.{_digest(track)}.pt"
     torch.manual_seed(run.seed)
-    network = NETWORKS[run.network](CLASSES).to(place.device, memory_format=torch.channels_last)
+    network = NETWORKS[run.network](CLASSES).to(place.device).to(memory_format=torch.channels_last)
     if kept.exists():
         network.load_state_dict(torch.load(kept, weights_only=True))
         return network
