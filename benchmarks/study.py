@@ -143,7 +143,10 @@ def in_short(record: dict[str, Any]) -> str:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print the grid and how long it takes, from the runs that are done or else from a few steps on this machine."""
+    """Print the grid and how long it takes, from the runs that are done or else from a few steps on this machine.
+
+    In time of a processor that has no other work.
+    """
     torch.set_num_threads(options.threads)
     runs = selected(options)
     waiting = {one.name for one in unfinished(runs, options.results)}
@@ -158,7 +161,7 @@ def plan(options: argparse.Namespace) -> int:
     for one in runs:
         record = record_of(one, done)
         speed = speeds[one.track.name, one.network]
-        seconds = estimate(one, speed) if record is None else sum(record[part]["seconds"] for part in PARTS)
+        seconds = estimate(one, speed) if record is None else sum(record[part]["cpu_seconds"] for part in PARTS)
         group = f"{one.track.name}/{one.network}, {one.method.group}"
         totals.setdefault(group, [0, 0, 0.0])
         totals[group][0] += 1
@@ -186,9 +189,10 @@ def estimate(one: Run, speed: dict[str, float]) -> float:
     statistics = track.norm_batches * track.batch_size
     configs = len(method.widths)
     looked_at = len(method.widths) ** 2 * statistics
-    if method.is_shared and method.widths == track.bits:
+    if method.is_whole(track):
         configs += 3
         looked_at += track.mixed * (statistics + 2 * track.mixed_images)
+    if method.searches(track):
         looked_at += len(BUDGETS) * (
             track.search_evaluations * track.search_images + statistics + 2 * track.report_images
         )
@@ -226,15 +230,18 @@ def measured_speed(track: str, network: str, *, device: str) -> dict[str, float]
 
 
 def _seconds(call: Callable[[], None], device: str, *, times: int = 5) -> float:
+    """Of one call: of the processor, which other work on it hardly changes; on another device of the wall."""
+    on_cpu = device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
     call()
     taken = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = clock()
         call()
-        if device.startswith("cuda"):
+        if not on_cpu:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken)[times // 2]
+        taken.append(clock() - start)
+    return sorted(taken)[times // 2] / (torch.get_num_threads() if on_cpu else 1)
 
 
 # --- Command line -------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class Track:
         norm_batches: Training batches for norm statistics.
         mixed: Random configurations.
         search_evaluations: At most so many for one budget.
-        searches: Whether budgets are searched.
+        searches: Whether budgets are searched; variants are not.
     """
 
     name: str
@@ -159,7 +159,7 @@ TRACKS: dict[str, Track] = {
         seeds=(0, 1),
         fewer={"ablation": 1, "variant": 1, "interference": 0},
         size=64,
-        images=4_000,
+        images=3_500,
         search_images=128,
         report_images=2_500,
         mixed_images=500,
@@ -235,6 +235,14 @@ class Method:
         if self.kind in {"float", "dedicated"}:
             return 1
         return len(self.widths) if self.kind == "any-precision" else 1 + self.recipe.get("random_paths", 3)
+
+    def is_whole(self, track: Track) -> bool:
+        """Whether it serves all configurations of the track's candidates."""
+        return self.is_shared and self.widths == track.bits
+
+    def searches(self, track: Track) -> bool:
+        """Whether budgets are searched for it."""
+        return track.searches and self.is_whole(track) and self.group != "variant"
 
     @property
     def is_shared(self) -> bool:

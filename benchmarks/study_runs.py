@@ -274,7 +274,7 @@ def evaluate(model: anyprec.ConvertedModel, run: Run, data: Data, report: Batche
     configs: dict[str, anyprec.BitConfig] = {str(width): uniform(width, model.candidates) for width in method.widths}
     mixed: list[anyprec.BitConfig] = []
     searched: dict[str, dict[str, Any]] = {}
-    if method.is_shared and method.widths == track.bits:
+    if method.is_whole(track):
         pairs = {"W2A3": (2, 3), "W3A2": (3, 2)}
         configs |= {
             name: uniform(pair, model.candidates) for name, pair in pairs.items() if set(pair) <= set(track.bits)
@@ -284,7 +284,7 @@ def evaluate(model: anyprec.ConvertedModel, run: Run, data: Data, report: Batche
             configs["lowest not frozen"] = anyprec.BitConfig(floors)
         mixed = random_configs(model, track.mixed)
         # Before any configuration has statistics of its own, which would favour it in the search.
-        searched = search(model, run, data) if track.searches else {}
+        searched = search(model, run, data) if method.searches(track) else {}
     stored = {name: judge.accuracy(config) for name, config in configs.items()}
     mixed_stored = [judge.accuracy(config, few=True) for config in mixed]
     for entry in searched.values():
