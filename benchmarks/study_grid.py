@@ -174,7 +174,7 @@ TRACKS: dict[str, Track] = {
     "A": Track(
         name="A",
         title="on an accelerator",
-        networks=("resnet18", "mobilenetv2", "lite0"),
+        networks=("resnet18", "mobilenetv2"),
         seeds=(0, 1, 2),
         size=64,
         images=49_000,

@@ -14,6 +14,8 @@ import torch
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 
+from anyprec.bits import LayerCandidates
+
 pytest.importorskip("matplotlib")
 
 TRACK = study_grid.Track(
@@ -128,6 +130,34 @@ def test_a_run_is_the_same_when_it_is_done_again(options):
     }
 
 
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
+    longer = dataclasses.replace(TRACK, epochs=2, searches=False)
+    run = next(run for run in study_grid.grid([longer]) if run.name == "S/small/full/0")
+    place = study_runs.Place(options.data, options.data / "unbroken")
+    unbroken = study_runs.perform(run, place)
+
+    epochs = []
+
+    def dies_after_the_second_epoch(model):
+        epochs.append(len(epochs))
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return study_runs_instability(model)
+
+    study_runs_instability = study_runs.instability
+    monkeypatch.setattr(study_runs, "instability", dies_after_the_second_epoch)
+    place = study_runs.Place(options.data, options.data / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        study_runs.perform(run, place)
+    assert len(list(place.kept.glob("*.snapshot"))) == 1
+    resumed = study_runs.perform(run, place)
+    assert len(epochs) == 3  # the first epoch was not trained again
+    assert (unbroken["resumed"], resumed["resumed"]) == (False, True)
+    for key in ("configs", "mixed", "losses", "trace"):
+        assert resumed[key] == unbroken[key]
+    assert [path.suffix for path in place.kept.iterdir()] == [".pt"]
+
+
 def test_results_of_other_settings_are_not_this_study(options):
     options.only = ["*/float/0"]
     study.run(options)
@@ -175,6 +205,14 @@ def test_distillation_is_recursive():
     assert float(criterion(logits, labels)) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
     assert float(criterion(logits, labels)) == pytest.approx(0.0)  # the same prediction as the higher bit-width's
     assert float(criterion(logits, labels)) > 1  # the labels again, in the next step
+
+
+def test_any_precision_takes_each_uniform_bit_width_once_the_highest_first():
+    candidates = {"conv": LayerCandidates((2, 4, 8), (2, 4, 8)), "depthwise": LayerCandidates((4, 8), (4, 8))}
+    sampler = study_grid.DescendingWidths((2, 4, 8))
+    drawn = sampler.draw(candidates, 2, generator=torch.Generator(), instability={})
+    assert [str(config["conv"]) for config in drawn] == ["W4A4", "W2A2"]  # after the max path, which is W8A8
+    assert [str(config["depthwise"]) for config in drawn] == ["W4A4", "W4A4"]
 
 
 def test_the_commands_say_what_they_would_do(tmp_path, capsys):
