@@ -148,7 +148,7 @@ TRACKS: dict[str, Track] = {
         start_epochs=9,
         start_lr=0.1,
         epochs=5,
-        lr=0.05,
+        lr=0.1,
         weight_decay=1e-4,
         search_evaluations=150,
     ),
