@@ -363,7 +363,10 @@ class _Statistics:
         """Take in a batch, channels on axis 1, together with those of all other processes of a distributed run."""
         count: float = values.numel() // values.shape[1]
         dims = [dim for dim in range(values.ndim) if dim != 1]
-        variance, mean = (part.double() for part in torch.var_mean(values.float(), dim=dims, correction=0))
+        values = values.float()
+        average = values.mean(dim=dims, keepdim=True)
+        # In two passes: torch.var_mean is as exact and 5 to 15 times slower on a CPU.
+        mean, variance = average.flatten().double(), (values - average).square_().mean(dim=dims).double()
         if process_count() > 1:
             count, mean, variance = _of_all_processes(count, mean, variance)
         total = self._count + count

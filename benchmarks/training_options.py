@@ -20,13 +20,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup, create_dataset, create_transform
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from images import Images, accuracy, batches, load
+from records import ROOT, append, read
+from timm.data import Mixup
+from torch import nn
 
 import anyprec
 
-ROOT = Path(__file__).parent.parent
 WIDTHS = (8, 6, 4, 3, 2)
 SCHEDULER = anyprec.BitWidthScheduler()
 FULL = {"scheduler": SCHEDULER, "feature_weight": 0.01, "error_weight": 0.1}
@@ -60,11 +60,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def run(args: argparse.Namespace) -> None:
     """Train what has no result yet."""
     torch.manual_seed(0)
-    train, held_out = load(args, "train", args.images), load(args, "val", args.held_out)
+    train = load(args.data / "train.tar", args.images)
+    held_out = list(batches(load(args.data / "val.tar", args.held_out), 250, training=False))
     network = float_network(args, train)
     top1 = accuracy(network, held_out)
     print(f"float: {top1:.1f}", flush=True)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
     done = {record["name"] for record in read(args.results)}
     for name in args.names or OPTIONS:
         if name not in done:
@@ -74,19 +74,21 @@ def run(args: argparse.Namespace) -> None:
                 "seed": args.seed,
                 **train_option(name, args, network, train, held_out),
             }
-            with args.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(args.results, record)
             print(json.dumps(record), flush=True)
 
 
-def train_option(name: str, args: argparse.Namespace, network: nn.Module, train: Any, held_out: Any) -> dict[str, Any]:
+def train_option(
+    name: str, args: argparse.Namespace, network: nn.Module, train: Images, held_out: Any
+) -> dict[str, Any]:
     """Train one option from the float network, and measure it at every uniform bit-width."""
     option = OPTIONS[name]
     recipe = anyprec.paper().changed(step_lr=1e-4) if option.get("paper") else anyprec.Recipe()
     recipe = recipe.changed(lr=args.lr, **option.get("recipe", {}))
     conversion = {**recipe.conversion, **option.get("convert", {})}
-    model = anyprec.convert(copy.deepcopy(network), example_input=train[0][:1], **conversion)
-    loader = batches(train, args, training=True)
+    example = torch.zeros(1, *train[0].shape[1:])
+    model = anyprec.convert(copy.deepcopy(network), example_input=example, **conversion)
+    loader = batches(train, args.batch_size, training=True, seed=args.seed)
     anyprec.calibrate(model, loader)
     more: dict[str, Any] = dict(option.get("fit", {}))
     if option.get("teacher"):
@@ -110,22 +112,13 @@ def train_option(name: str, args: argparse.Namespace, network: nn.Module, train:
     return {**found, "mixed, own norms": own, "minutes": minutes, "frozen": frozen, "loss": history[-1].losses}
 
 
-def accuracy_at(model: anyprec.ConvertedModel, data: tuple[Tensor, Tensor], config: anyprec.BitConfig) -> float:
+def accuracy_at(model: anyprec.ConvertedModel, held_out: Any, config: anyprec.BitConfig) -> float:
     """Top-1 of a configuration, in percent."""
     with model.using_bits(config):
-        return accuracy(model, data)
+        return accuracy(model, held_out)
 
 
-@torch.no_grad()
-def accuracy(network: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Top-1 in percent."""
-    network.eval()
-    parts = zip(data[0].split(250), data[1].split(250), strict=True)
-    right = sum(int((network(images).argmax(dim=1) == labels).sum()) for images, labels in parts)
-    return 100 * right / len(data[1])
-
-
-def float_network(args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> nn.Module:
+def float_network(args: argparse.Namespace, train: Images) -> nn.Module:
     """The network that all options start from, trained once and kept beside the results."""
     network = timm.create_model(args.model, num_classes=10).to(memory_format=torch.channels_last)
     kept = args.results.with_suffix(f".{args.model}.pt")
@@ -134,7 +127,7 @@ def float_network(args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> nn.
         return network
     epochs = args.float_epochs
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    loader = batches(train, args, training=True)
+    loader = batches(train, args.batch_size, training=True, seed=args.seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs * len(loader))
     network.train()
     for _ in range(epochs):
@@ -148,52 +141,12 @@ def float_network(args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> nn.
     return network
 
 
-def load(args: argparse.Namespace, part: str, limit: int) -> tuple[Tensor, Tensor]:
-    """Images in memory, shape `(3, 32, 32)`, and their labels."""
-    transform = create_transform((3, 32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop_pct=1.0)
-    dataset = create_dataset("", root=str(args.data / f"{part}.tar"), transform=transform)
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:limit].tolist()
-    pairs = [dataset[index] for index in chosen]
-    images = torch.stack([image for image, _ in pairs]).contiguous(memory_format=torch.channels_last)
-    return images, torch.tensor([label for _, label in pairs])
-
-
-def batches(data: tuple[Tensor, Tensor], args: argparse.Namespace, *, training: bool) -> DataLoader[Any]:
-    """Batches with mirrored and shifted images."""
-
-    def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        images = torch.stack([augmented(image) if training else image for image, _ in pairs])
-        return images.contiguous(memory_format=torch.channels_last), torch.stack([label for _, label in pairs])
-
-    generator = torch.Generator().manual_seed(args.seed)
-    return DataLoader(
-        TensorDataset(*data),
-        batch_size=args.batch_size,
-        shuffle=training,
-        drop_last=training,
-        collate_fn=collate,
-        generator=generator,
-    )
-
-
-def augmented(image: Tensor) -> Tensor:
-    """Mirrored with probability 1/2, and shifted by up to 4 pixels."""
-    across, down = (int(value) for value in torch.randint(0, 9, (2,)))
-    padded = nn.functional.pad(image, (4, 4, 4, 4))[:, down : down + 32, across : across + 32]
-    return padded.flip(2) if torch.rand(()) < 0.5 else padded
-
-
 def table(args: argparse.Namespace) -> None:
     """Print a Markdown table of the results."""
     columns = [*(f"W{width}" for width in WIDTHS), "mixed", "mixed, own norms", "minutes"]
     print(f"| option | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
     for record in read(args.results):
         print(f"| {record['name']} | {' | '.join(f'{record[column]:.1f}' for column in columns)} |")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main() -> None:

@@ -24,7 +24,6 @@ import json
 import multiprocessing
 import random
 import resource
-import subprocess
 import sys
 import time
 import warnings
@@ -36,12 +35,12 @@ from typing import Any
 import timm
 import torch
 from promises import Report, examine, examine_structure
+from records import ROOT, commit
 from rich.progress import Progress
 from torch import Tensor, nn
 
 import anyprec
 
-ROOT = Path(__file__).parent.parent
 GIB = 2**30
 
 SIZES = (56, 64, 84, 96, 112, 128, 160, 192, 224, 256, 384)
@@ -335,13 +334,6 @@ def look_at_all(waiting: list[str], options: argparse.Namespace) -> None:
 def _is_open(record: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether a result holds the structure alone, and more is asked for."""
     return not options.structure and "died" not in record and record["numbers"] is None
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty"]
-    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
-    return asked.stdout.strip() or "unknown"
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

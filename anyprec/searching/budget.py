@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import Protocol
@@ -247,32 +247,42 @@ def _read_text(text: str, costs: Costs) -> Budget:
 
 
 def _read_part(text: str, costs: Costs) -> Budget:
-    if match := _BITOPS.fullmatch(text):
-        return Budget(bitops=_scaled(match, _DECIMAL[match["prefix"].lower()]))
-    if match := _SIZE.fullmatch(text):
-        return Budget(size=_scaled(match, _bytes_per_unit(match) * _BITS_PER_BYTE))
-    if match := _AVERAGE_BITS.fullmatch(text):
-        return Budget(average_bits=_scaled(match, 1))
-    if match := _AVERAGE_ACTIVATION_BITS.fullmatch(text):
-        return Budget(average_activation_bits=_scaled(match, 1))
-    if match := _UNIFORM.fullmatch(text):
-        return Budget(bitops=float(_bitops_of(match, costs)))
-    if match := _PERCENTAGE.fullmatch(text):
-        return _share(_EXACT.divide(_number(match), Decimal(100)), match, costs)
-    if match := _MULTIPLE.fullmatch(text):
-        return _share(_number(match), match, costs)
-    if (match := _OWN.fullmatch(text)) and match["name"] in costs.names:
-        return Budget.of({match["name"]: _scaled(match, 1)})
-    if match := _LATENCY.fullmatch(text):
-        budget = Budget(latency=_scaled(match, _SECONDS[(match["prefix"] or "").lower()]))
-        _require_known(budget, costs)
-        return budget
-    if match := _WEIGHT_ONLY.fullmatch(text):
-        bits = match["bits"]
-        msg = f"it names weight bits only; write 'W{bits}A{bits}' for BitOPs, or '{bits} bits' for average weight bits"
-        raise BudgetError(msg)
+    for pattern, reader in _READERS:
+        if (match := pattern.fullmatch(text)) and (budget := reader(match, costs)) is not None:
+            return budget
     msg = f"write {ACCEPTED_FORMS}"
     raise BudgetError(msg)
+
+
+def _read_own(match: re.Match[str], costs: Costs) -> Budget | None:
+    return Budget.of({match["name"]: _scaled(match, 1)}) if match["name"] in costs.names else None
+
+
+def _read_latency(match: re.Match[str], costs: Costs) -> Budget:
+    budget = Budget(latency=_scaled(match, _SECONDS[(match["prefix"] or "").lower()]))
+    _require_known(budget, costs)
+    return budget
+
+
+def _refuse_weight_only(match: re.Match[str], _costs: Costs) -> Budget:
+    bits = match["bits"]
+    msg = f"it names weight bits only; write 'W{bits}A{bits}' for BitOPs, or '{bits} bits' for average weight bits"
+    raise BudgetError(msg)
+
+
+_READERS: tuple[tuple[re.Pattern[str], Callable[[re.Match[str], Costs], Budget | None]], ...] = (
+    (_BITOPS, lambda match, _: Budget(bitops=_scaled(match, _DECIMAL[match["prefix"].lower()]))),
+    (_SIZE, lambda match, _: Budget(size=_scaled(match, _bytes_per_unit(match) * _BITS_PER_BYTE))),
+    (_AVERAGE_BITS, lambda match, _: Budget(average_bits=_scaled(match, 1))),
+    (_AVERAGE_ACTIVATION_BITS, lambda match, _: Budget(average_activation_bits=_scaled(match, 1))),
+    (_UNIFORM, lambda match, costs: Budget(bitops=float(_bitops_of(match, costs)))),
+    (_PERCENTAGE, lambda match, costs: _share(_EXACT.divide(_number(match), Decimal(100)), match, costs)),
+    (_MULTIPLE, lambda match, costs: _share(_number(match), match, costs)),
+    (_OWN, _read_own),
+    (_LATENCY, _read_latency),
+    (_WEIGHT_ONLY, _refuse_weight_only),
+)
+"""What each form means; None where it means nothing for this network."""
 
 
 def _read_number(value: object, costs: Costs) -> Budget:

@@ -1,0 +1,182 @@
+"""Figures of the study, taken from its records: by network, method and seed. Cells and verdicts of the page's tables."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from study_grid import Track, grid
+from study_runs import BUDGETS
+
+MISSING = "not run yet"
+Record = dict[str, Any]
+By = Callable[[Record], float | None]
+"""A figure of a record, or None where it has none."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A network of a track."""
+
+    track: Track
+    network: str
+
+    def __str__(self) -> str:
+        return f"{self.track.name}/{self.network}"
+
+
+class Study:
+    """The records that belong to the tracks as they are declared now.
+
+    Args:
+        records: All that were found; the last one of a run counts.
+        tracks: Those that are on the page.
+    """
+
+    def __init__(self, records: Iterable[Record], tracks: Iterable[Track]) -> None:
+        self.tracks = tuple(tracks)
+        settings = {track.name: track.settings for track in self.tracks}
+        found = {record["run"]: record for record in records if record["settings"] == settings.get(record["track"])}
+        runs = [run.name for run in grid(self.tracks)]
+        self.records = [found[name] for name in runs if name in found]
+        self.planned = len(runs)
+
+    @property
+    def places(self) -> list[Place]:
+        """All networks."""
+        return [Place(track, network) for track in self.tracks for network in track.networks]
+
+    def of(self, place: Place, method: str) -> dict[int, Record]:
+        """The records of a method, by seed."""
+        return {
+            record["seed"]: record
+            for record in self.records
+            if (record["track"], record["network"], record["method"]) == (place.track.name, place.network, method)
+        }
+
+    def values(self, place: Place, method: str, by: By) -> dict[int, float]:
+        """A figure of each seed's record, where it has one."""
+        found = {seed: by(record) for seed, record in self.of(place, method).items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+# --- Figures of a record ------------------------------------------------------------------------------------------
+
+
+def top1(name: str, kind: str = "own") -> By:
+    """Of a named configuration, e.g. "4"; `kind` is "own" (statistics re-estimated) or "stored"."""
+
+    def by(record: Record) -> float | None:
+        entry = record["configs"].get(name)
+        return None if entry is None else float(entry[kind])
+
+    return by
+
+
+def mean_top1(names: Sequence[str], kind: str = "own") -> By:
+    """Mean over named configurations, all of which must be there."""
+
+    def by(record: Record) -> float | None:
+        found = [top1(name, kind)(record) for name in names]
+        return statistics.fmean(value for value in found if value is not None) if names and None not in found else None
+
+    return by
+
+
+def mixed(kind: str) -> By:
+    """Mean over the random configurations."""
+
+    def by(record: Record) -> float | None:
+        return statistics.fmean(entry[kind] for entry in record["mixed"]) if record.get("mixed") else None
+
+    return by
+
+
+def searched(budget: str, kind: str = "own") -> By:
+    """Of the configuration that was found for a budget."""
+
+    def by(record: Record) -> float | None:
+        entry = record.get("searched", {}).get(budget)
+        return None if entry is None or entry["config"] is None else float(entry[kind])
+
+    return by
+
+
+def uniform_at(budget: str) -> By:
+    """Of the uniform precision of the same BitOPs; in the middle between two, where no uniform one has them."""
+    return mean_top1([str(width) for width in BUDGETS[budget]])
+
+
+def reestimation(width: int) -> By:
+    """Points that re-estimated statistics add to stored ones."""
+
+    def by(record: Record) -> float | None:
+        own, stored = top1(str(width))(record), top1(str(width), "stored")(record)
+        return None if own is None or stored is None else own - stored
+
+    return by
+
+
+def minutes(record: Record) -> float | None:
+    """Of training; None if the run was killed in between."""
+    return None if record.get("resumed") else float(record["training"]["cpu_seconds"]) / 60
+
+
+def float_top1(record: Record) -> float | None:
+    """Of the float network trained as long."""
+    return float(record["float"])
+
+
+def worst_reestimation(place: Place, record: Record) -> float:
+    """The most that re-estimation adds at a uniform bit-width."""
+    found = [reestimation(width)(record) for width in place.track.bits]
+    return max(value for value in found if value is not None)
+
+
+def passes_ratio(study: Study, place: Place) -> dict[int, float]:
+    """Forward-backward passes of all dedicated networks together, over those of the full method."""
+    return _ratio(study, place, lambda record: float(record["passes"]))
+
+
+def time_ratio(study: Study, place: Place) -> dict[int, float]:
+    """The same for processor time of training."""
+    return _ratio(study, place, minutes)
+
+
+def _ratio(study: Study, place: Place, by: By) -> dict[int, float]:
+    dedicated = [study.values(place, f"dedicated-{width}", by) for width in place.track.bits]
+    full = study.values(place, "full", by)
+    seeds = [seed for seed in full if all(seed in values for values in dedicated)]
+    return {seed: sum(values[seed] for values in dedicated) / full[seed] for seed in seeds}
+
+
+# --- Cells --------------------------------------------------------------------------------------------------------
+
+
+def cell(values: Mapping[int, float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return ""
+    text = f"{statistics.fmean(values.values()):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values.values()):.{digits}f}"
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    """Of the seeds that both have."""
+    return {seed: first[seed] - second[seed] for seed in first if seed in second}
+
+
+def verdict(found: Mapping[int, float], least: float) -> str:
+    """Whether a mean is at least as high as it should be."""
+    if not found:
+        return MISSING
+    over = statistics.fmean(found.values()) - least
+    return f"met by {over:.2f}" if over >= 0 else f"**missed by {-over:.2f}**"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> list[str]:
+    """Markdown; all columns but the first `texts` are numbers."""
+    ruler = ["---"] * texts + ["---:"] * (len(header) - texts)
+    return [f"| {' | '.join(line)} |" for line in (header, ruler, *rows)]

@@ -1,0 +1,404 @@
+"""What the study compares: tracks (networks, images, epochs), methods, and the order of the runs.
+
+A run is a track, a network, a method and a seed. Within one seed of a network all methods start from the same float network,
+which was trained (or, pretrained, fine-tuned) for `start_epochs`, and take the same number of optimizer steps from there on
+the same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import timm
+import torch
+from pretrained import efficientnet_lite0
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
+from timm.models.resnet import BasicBlock
+from torch import nn
+
+import anyprec
+from anyprec.bits import Candidates
+from anyprec.training.losses import distillation_loss
+from anyprec.training.scheduler import Instability
+
+Kind = Literal["float", "dedicated", "random paths", "one-shot", "any-precision"]
+Group = Literal["core", "ablation", "interference", "variant"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+"""Which question a method answers."""
+
+
+# --- Networks -----------------------------------------------------------------------------------------------------
+
+
+def thin_resnet(num_classes: int) -> nn.Module:
+    """A timm ResNet of four basic blocks, 0.13 M parameters; at 32 px its stages see 16, 8, 4 and 2 positions."""
+    settings: dict[str, Any] = {
+        "block": BasicBlock,
+        "layers": (1, 1, 1, 1),
+        "channels": (16, 32, 48, 64),
+        "stem_width": 8,
+    }
+    network = timm.create_model("test_resnet", num_classes=num_classes, **settings)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def small_mobile(num_classes: int) -> nn.Module:
+    """A timm EfficientNet with the blocks of MobileNetV2, 0.1 M parameters; 16, 8 and 4 positions at 32 px."""
+    blocks = [["ds_r1_k3_s1_c16"], ["ir_r2_k3_s2_e6_c24"], ["ir_r2_k3_s2_e6_c40"], ["ir_r1_k3_s1_e6_c64"]]
+    return EfficientNet(
+        decode_arch_def(blocks), num_classes=num_classes, num_features=256, stem_size=16, act_layer=nn.ReLU6
+    )
+
+
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet": thin_resnet,
+    "mobile": small_mobile,
+    "lite0": efficientnet_lite0,
+    "resnet18": lambda num_classes: timm.create_model("resnet18", num_classes=num_classes),
+    "mobilenetv2": lambda num_classes: timm.create_model("mobilenetv2_100", num_classes=num_classes),
+}
+"""How each network is made."""
+
+
+# --- Tracks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """Networks, images and length of training.
+
+    Attributes:
+        name: One letter.
+        title: For the page.
+        networks: Keys of `NETWORKS`.
+        seeds: Of initial values, order of the images, augmentation and draws.
+        fewer: Number of seeds for groups of methods that have fewer.
+        bits: Candidate bit-widths.
+        size: Of an image.
+        images: To train on.
+        search_images: To search on; others of the training archive.
+        report_images: To report on; of the other archive.
+        mixed_images: The first so many of these, for the random configurations.
+        batch_size: In training.
+        start_epochs, start_lr: Training of the float network that all methods start from.
+        epochs, lr: Training of each method.
+        weight_decay: In both.
+        norm_batches: Training batches for norm statistics.
+        mixed: Random configurations.
+        search_evaluations: At most so many for one budget.
+        searches: Whether budgets are searched; variants are not.
+    """
+
+    name: str
+    title: str
+    networks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    fewer: Mapping[Group, int] = field(default_factory=dict)
+    bits: tuple[int, ...] = anyprec.conversion.DEFAULT_BITS
+    size: int
+    images: int
+    search_images: int
+    report_images: int = 5_000
+    mixed_images: int
+    batch_size: int
+    start_epochs: int
+    start_lr: float
+    epochs: int
+    lr: float
+    weight_decay: float
+    norm_batches: int = 16
+    mixed: int = 20
+    search_evaluations: int
+    searches: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a method."""
+        return self.epochs * (self.images // self.batch_size)
+
+    def seeds_of(self, group: Group) -> tuple[int, ...]:
+        """The seeds of the methods of a group."""
+        return self.seeds[: self.fewer.get(group, len(self.seeds))]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on: results of other settings are another study's."""
+        left_out = {"name", "title", "networks", "seeds", "fewer"}
+        values = {name: value for name, value in vars(self).items() if name not in left_out}
+        return {**values, "bits": list(self.bits)}
+
+
+TRACKS: dict[str, Track] = {
+    "S": Track(
+        name="S",
+        title="from scratch",
+        networks=("resnet", "mobile"),
+        seeds=(0, 1, 2),
+        fewer={"interference": 2},
+        size=32,
+        images=12_500,
+        search_images=512,
+        mixed_images=2_500,
+        batch_size=125,
+        start_epochs=9,
+        start_lr=0.1,
+        epochs=5,
+        lr=0.1,
+        weight_decay=1e-4,
+        search_evaluations=150,
+    ),
+    "P": Track(
+        name="P",
+        title="pretrained",
+        networks=("lite0",),
+        seeds=(0, 1),
+        fewer={"ablation": 1, "variant": 1, "interference": 0},
+        size=64,
+        images=3_500,
+        search_images=128,
+        report_images=2_500,
+        mixed_images=500,
+        batch_size=50,
+        start_epochs=2,
+        start_lr=0.02,
+        epochs=3,
+        lr=0.02,
+        weight_decay=2.5e-5,
+        search_evaluations=160,
+    ),
+    "A": Track(
+        name="A",
+        title="on an accelerator",
+        networks=("resnet18", "mobilenetv2"),
+        seeds=(0, 1, 2),
+        size=64,
+        images=49_000,
+        search_images=1_000,
+        mixed_images=5_000,
+        batch_size=250,
+        start_epochs=20,
+        start_lr=0.1,
+        epochs=15,
+        lr=0.04,
+        weight_decay=1e-4,
+        search_evaluations=250,
+    ),
+}
+"""S and P fit two cores; A is for an accelerator, and only runs when it is asked for."""
+
+
+def tiny(track: Track) -> Track:
+    """The same track with hardly any images, to try the commands: its numbers mean nothing."""
+    changes: dict[str, Any] = {
+        "images": 4 * track.batch_size,
+        "search_images": 32,
+        "report_images": 200,
+        "mixed_images": 100,
+    }
+    lengths: dict[str, Any] = {"start_epochs": 1, "epochs": 1, "norm_batches": 2, "mixed": 2, "search_evaluations": 40}
+    return dataclasses.replace(track, **changes, **lengths)
+
+
+# --- Methods ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        name: For results and commands.
+        title: For the page.
+        group: Which question it answers; it sets the order of the runs.
+        kind: What trains it.
+        widths: Uniform bit-widths that it is trained for and reported at.
+        recipe: Settings of `anyprec.Recipe`, besides those of the track.
+        convert: Arguments of `anyprec.convert`, besides the candidates.
+    """
+
+    name: str
+    title: str
+    group: Group
+    kind: Kind
+    widths: tuple[int, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    convert: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        """Forward-backward passes in a step."""
+        if self.kind in {"float", "dedicated"}:
+            return 1
+        return len(self.widths) if self.kind == "any-precision" else 1 + self.recipe.get("random_paths", 3)
+
+    def is_whole(self, track: Track) -> bool:
+        """Whether it serves all configurations of the track's candidates."""
+        return self.is_shared and self.widths == track.bits
+
+    def searches(self, track: Track) -> bool:
+        """Whether budgets are searched for it."""
+        return track.searches and self.is_whole(track) and self.group != "variant"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether one set of weights serves several configurations."""
+        return self.kind in {"random paths", "one-shot", "any-precision"}
+
+
+SCHEDULER = {"scheduler": anyprec.BitWidthScheduler()}
+FEATURES = {"feature_weight": 0.01}
+ERROR = {"error_weight": 0.1, "spare_decay": True}
+FULL = {**SCHEDULER, **FEATURES, **ERROR}
+
+
+def methods(widths: Sequence[int]) -> dict[str, Method]:
+    """All methods, for these candidate bit-widths."""
+    every = tuple(sorted(widths))
+    found = [Method(name="float", title="float", group="core", kind="float", widths=())]
+    found += [
+        Method(name=f"dedicated-{width}", title=f"dedicated, {width} bits", group="core", kind="dedicated", widths=(width,))
+        for width in every
+    ]  # fmt: skip
+    found += [
+        _one_shot(every, "plain", "one-shot, plain", "core", {}),
+        _one_shot(every, "full", "full method", "core", FULL),
+        Method(
+            name="random",
+            title="random paths and labels only",
+            group="ablation",
+            kind="random paths",
+            widths=every,
+        ),
+        _one_shot(every, "scheduler", "plain + scheduler", "ablation", SCHEDULER),
+        _one_shot(every, "distortion", "plain + distortion mitigation", "ablation", FEATURES),
+        _one_shot(every, "both", "plain + both", "ablation", {**SCHEDULER, **FEATURES}),
+        Method(
+            name="any-precision",
+            title="Any-Precision DNN",
+            group="ablation",
+            kind="any-precision",
+            widths=every,
+            recipe={"distillation": 0.0},
+            convert={"norm": "per-width"},
+        ),
+    ]
+    found += [
+        Method(
+            name=f"random-{every[lowest]}-up",
+            title=f"random paths of {every[lowest]} bits and more",
+            group="interference",
+            kind="random paths",
+            widths=every[lowest:],
+        )
+        for lowest in range(len(every) - 2, 0, -1)
+    ]
+    found += [
+        _variant(every, "norm-per-width", "norms per weight bit-width", convert={"norm": "per-width"}),
+        _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
+        _variant(every, "one-path", "1 random path", random_paths=1),
+        _variant(every, "two-paths", "2 random paths", random_paths=2),
+        _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
+        _variant(every, "sandwich", "sandwich sampler", sampler="sandwich"),
+        _variant(every, "instability", "instability sampler", sampler="instability"),
+    ]
+    return {method.name: method for method in found}
+
+
+def _one_shot(widths: tuple[int, ...], name: str, title: str, group: Group, recipe: Mapping[str, Any]) -> Method:
+    return Method(name=name, title=title, group=group, kind="one-shot", widths=widths, recipe=recipe)
+
+
+def _variant(
+    widths: tuple[int, ...], name: str, title: str, *, convert: Mapping[str, Any] | None = None, **recipe: Any
+) -> Method:
+    method = _one_shot(widths, f"full-{name}", title, "variant", {**FULL, **recipe})
+    return dataclasses.replace(method, convert=convert or {})
+
+
+@dataclass(frozen=True)
+class DescendingWidths:
+    """A sampler for Any-Precision DNN: every layer at the second highest bit-width, then the third, and so on.
+
+    Any-Precision DNN (Yu et al., AAAI 2021) knows uniform bit-widths only.
+    """
+
+    widths: tuple[int, ...]
+
+    def draw(
+        self, candidates: Candidates, count: int, *, generator: torch.Generator, instability: Instability
+    ) -> list[anyprec.BitConfig]:
+        """See `anyprec.training.samplers.Sampler`."""
+        del generator, instability  # nothing is drawn
+        descending = sorted(self.widths, reverse=True)[1:]
+        return [anyprec.bits.uniform(width, candidates) for width in descending[:count]]
+
+
+class RecursiveDistillation:
+    """Criterion of Any-Precision DNN: labels for the highest bit-width, for each lower one the next higher's predictions.
+
+    Args:
+        passes: In a step; the first one is the highest bit-width's.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
+        self._done = 0
+        self._target = torch.empty(0)
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of the next pass."""
+        first = self._done == 0
+        loss = nn.functional.cross_entropy(logits, labels) if first else distillation_loss(logits, self._target)
+        self._target = logits.detach()
+        self._done = (self._done + 1) % self._passes
+        return loss
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation."""
+
+    track: Track
+    network: str
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As `--only` has it."""
+        return f"{self.track.name}/{self.network}/{self.method.name}/{self.seed}"
+
+
+_ORDER = (("core", "first"), ("core", "others"), ("ablation", "first"), ("ablation", "others"), ("interference", "first"),
+          ("variant", "first"), ("variant", "others"), ("interference", "others"))  # fmt: skip
+
+
+def grid(tracks: Sequence[Track], *, seeds: int | None = None) -> list[Run]:
+    """All runs, the most valuable first: if they are stopped halfway, what is there can be used.
+
+    Args:
+        tracks: Which ones.
+        seeds: At most so many of each track.
+    """
+    runs = [
+        Run(track, network, method, seed)
+        for seed in sorted({seed for track in tracks for seed in track.seeds[:seeds]})
+        for track in tracks
+        for network in track.networks
+        for method in methods(track.bits).values()
+        if seed in track.seeds_of(method.group)[:seeds]
+    ]
+    return sorted(runs, key=_rank)
+
+
+def _rank(run: Run) -> int:
+    which = "first" if run.seed == run.track.seeds[0] else "others"
+    return _ORDER.index((run.method.group, which))

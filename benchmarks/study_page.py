@@ -1,0 +1,420 @@
+"""The study's part of `docs/results.md`: tables, targets and pictures, all from the records.
+
+Nothing here is a number of its own but the targets. What was not run yet is said so.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from study_figures import (
+    MISSING,
+    Place,
+    Record,
+    Study,
+    cell,
+    difference,
+    float_top1,
+    mean_top1,
+    minutes,
+    mixed,
+    passes_ratio,
+    reestimation,
+    searched,
+    table,
+    time_ratio,
+    top1,
+    uniform_at,
+    verdict,
+    worst_reestimation,
+)
+from study_grid import Track, methods
+from study_plots import draw_bitops, draw_instability, draw_interference
+from study_runs import BUDGETS
+
+BEGIN, END = "<!-- study: written by benchmarks/study.py render -->", "<!-- end of the study -->"
+# --- Targets ------------------------------------------------------------------------------------------------------
+
+
+def target_rows(study: Study) -> list[tuple[str, str, str, str, str]]:
+    """Target, where, required, found, verdict."""
+    rows: list[tuple[str, str, str, str, str]] = []
+
+    def add(what: str, where: object, least: float, found: Mapping[int, float]) -> None:
+        rows.append((what, str(where), f"{least:+.1f}", cell(found, 2), verdict(found, least)))
+
+    for place in study.places:
+        for width in sorted(place.track.bits, reverse=True):
+            least = {2: -1.0, 3: -0.3}.get(width, 0.0)
+            dedicated = study.values(place, f"dedicated-{width}", top1(str(width)))
+            found = difference(study.values(place, "full", top1(str(width))), dedicated)
+            add(f"full method over dedicated, {width} bits", place, least, found)
+    gains: dict[str, dict[int, float]] = {}
+    for place in study.places:
+        low = [str(width) for width in place.track.bits if width <= 6]
+        for what, by, least in (
+            (f"mean of {low[0]} to {low[-1]} bits", mean_top1(low), 0.5),
+            (f"{low[0]} bits", top1(low[0]), 1.5),
+        ):
+            found = difference(study.values(place, "full", by), study.values(place, "plain", by))
+            add(f"full method over plain, {what}", place, least, found)
+            gains.setdefault(str(place), found)
+    if {"S/mobile", "S/resnet"} <= set(gains):
+        found = difference(gains["S/mobile"], gains["S/resnet"])
+        add("that gain, mobile over residual network", "S", 0.0, found)
+    for place in study.places:
+        for budget, least in (("W4A4", 0.3), ("W3A3", 1.0), ("W2.5A2.5", 3.0)):
+            uniform = study.values(place, "full", uniform_at(budget))
+            found = difference(study.values(place, "full", searched(budget)), uniform)
+            add(f"searched over uniform, {budget}", place, least, found)
+    for place in study.places:
+        if place.track.name == "P":
+            found = difference(study.values(place, "full", searched("W4A4")), study.values(place, "float", float_top1))
+            add("searched W4A4 over float", place, 0.0, found)
+    for place in study.places:
+        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, "full").items()}
+        add("stored over re-estimated statistics, the worst bit-width", place, -0.5, found)
+    for place in study.places:
+        for what, ratio in (("passes", passes_ratio(study, place)), ("time", time_ratio(study, place))):
+            rows.append(
+                (
+                    f"training cost of the dedicated networks over the full method's, {what}",
+                    str(place),
+                    "1.5 times",
+                    cell(ratio, 2),
+                    verdict(ratio, 1.5),
+                )
+            )
+    return rows
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
+
+MAIN = ("random", "plain", "scheduler", "distortion", "both", "full", "any-precision")
+
+
+def method_table(study: Study, place: Place, names: Sequence[str], *, references: bool) -> list[str]:
+    """Accuracy of methods at every uniform bit-width and at the random configurations."""
+    widths = [str(width) for width in place.track.bits]
+    low = [width for width in widths if int(width) <= 6]
+    known = methods(place.track.bits)
+    header = ["method", "passes", *widths, f"mean {low[0]} to {low[-1]}", "mixed", "mixed, stored", "minutes"]
+    rows = [reference_row(study, place, low)] if references else []
+    for name in names:
+        cells = [study.values(place, name, top1(width)) for width in widths]
+        cells += [study.values(place, name, by) for by in (mean_top1(low), mixed("own"), mixed("stored"), minutes)]
+        shown = [cell(values) for values in cells]
+        rows.append([known[name].title, str(known[name].passes), *(shown if any(shown) else [MISSING])])
+    return table(header, [[*row, *[""] * (len(header) - len(row))] for row in rows])
+
+
+def reference_row(study: Study, place: Place, low: Sequence[str]) -> list[str]:
+    """The dedicated networks, one for each column, and what they cost together."""
+    found = {str(width): study.values(place, f"dedicated-{width}", top1(str(width))) for width in place.track.bits}
+    cells = [cell(values) or MISSING for values in found.values()]
+    seeds = [seed for seed in found[low[0]] if all(seed in found[width] for width in low)]
+    mean = {seed: statistics.fmean(found[width][seed] for width in low) for seed in seeds}
+    times = [study.values(place, f"dedicated-{width}", minutes) for width in place.track.bits]
+    together = {seed: sum(part[seed] for part in times) for seed in times[0] if all(seed in part for part in times)}
+    return ["dedicated, one network each", f"{len(times)} x 1", *cells, cell(mean), "", "", cell(together)]
+
+
+def caption(records: Sequence[Record], selection: str) -> list[str]:
+    """What a table was measured on, and the command."""
+    return ["", f"{_origin(records)} `python benchmarks/study.py run --data CIFAR10 {selection}`", ""]
+
+
+def _origin(records: Sequence[Record]) -> str:
+    if not records:
+        return f"({MISSING})"
+    seeds = sorted({record["seed"] for record in records})
+    machines = sorted({_machine(record) for record in records})
+    commits = sorted({record["commit"] for record in records})
+    shown = "seed" if len(seeds) == 1 else "seeds"
+    listed = ", ".join(str(seed) for seed in seeds)
+    return f"({shown.capitalize()} {listed}; {'; '.join(machines)}; commit {', '.join(commits)}.)"
+
+
+def _records(study: Study, places: Iterable[Place], names: Iterable[str]) -> list[Record]:
+    wanted = list(names)
+    return [record for place in places for name in wanted for record in study.of(place, name).values()]
+
+
+def _machine(record: Record) -> str:
+    of = record["machine"]
+    threads = f"{of['threads']} thread{'s' if of['threads'] > 1 else ''}"
+    return f"{of['processor']}, {threads}, torch {of['torch']}, timm {of['timm']}"
+
+
+def reestimation_table(study: Study, place: Place, names: Sequence[str]) -> list[str]:
+    """Points that re-estimated statistics add."""
+    known = methods(place.track.bits)
+    header = ["method", *(str(width) for width in place.track.bits), "mixed"]
+    rows = []
+    for name in names:
+        cells = [study.values(place, name, reestimation(width)) for width in place.track.bits]
+        cells.append(difference(study.values(place, name, mixed("own")), study.values(place, name, mixed("stored"))))
+        shown = [cell(values) for values in cells]
+        rows.append([known[name].title, *(shown if any(shown) else [MISSING, *[""] * (len(shown) - 1)])])
+    return table(header, rows)
+
+
+def search_table(study: Study, names: Sequence[str]) -> list[str]:
+    """Searched configurations beside the uniform ones of the same BitOPs."""
+    header = ["network", "method", "budget", "MBitOPs", "used", "uniform", "searched", "gain", "searched, stored",
+              "evaluations"]  # fmt: skip
+    rows = []
+    for place in study.places:
+        known = methods(place.track.bits)
+        for name in names:
+            for budget in BUDGETS:
+                found = study.values(place, name, searched(budget))
+                if not found:
+                    rows.append([str(place), known[name].title, budget, MISSING, *[""] * 6])
+                    continue
+                entries = [
+                    record["searched"][budget] for seed, record in study.of(place, name).items() if seed in found
+                ]
+                uniform = study.values(place, name, uniform_at(budget))
+                used = [100 * entry["bitops"] / entry["budget"] for entry in entries]
+                rows.append(
+                    [
+                        str(place),
+                        known[name].title,
+                        budget,
+                        f"{entries[0]['budget'] / 1e6:.1f}",
+                        f"{statistics.fmean(used):.1f} %",
+                        cell(uniform),
+                        cell(found),
+                        cell(difference(found, uniform), 2),
+                        cell(study.values(place, name, searched(budget, "stored"))),
+                        f"{statistics.fmean(entry['evaluations'] for entry in entries):.0f}",
+                    ]
+                )
+    return table(header, rows, texts=3)
+
+
+def frozen_table(study: Study, names: Sequence[str]) -> list[str]:
+    """What the scheduler froze at the end, and the lowest precision with and without it."""
+    header = ["network", "method", "layers frozen at the end", "lowest uniform", "lowest that is not frozen"]
+    rows = []
+    for place in study.places:
+        lowest = str(min(place.track.bits))
+        for name in names:
+            frozen = {seed: float(len(record["frozen"])) for seed, record in study.of(place, name).items()}
+            every = study.values(place, name, top1(lowest)), study.values(place, name, top1("lowest not frozen"))
+            shown = [cell(frozen) or MISSING, *(cell(values) for values in every)]
+            rows.append([str(place), methods(place.track.bits)[name].title, *shown])
+    return table(header, rows, texts=2)
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+def write_page(records: Iterable[Record], tracks: Mapping[str, Track], *, page: Path, pictures: Path) -> None:
+    """Write the part of `page` between the markers, and the pictures that the records allow."""
+    kept = list(records)
+    ran = {record["track"] for record in kept}
+    study = Study(kept, [track for name, track in tracks.items() if name != "A" or name in ran])
+    drawn = draw(study, pictures)
+    text = page.read_text() if page.exists() else "# Results\n"
+    part = f"{BEGIN}\n\n{render(study, drawn, relative=pictures.name)}\n\n{END}"
+    if BEGIN in text:
+        before, _, rest = text.partition(BEGIN)
+        text = before + part + rest.partition(END)[2]
+    else:
+        text = f"{text.rstrip()}\n\n{part}\n"
+    page.write_text(text)
+
+
+def draw(study: Study, pictures: Path) -> list[str]:
+    """Draw what there are records for; returns the names of the files."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, drawing in (
+        ("study-bitops.png", bitops_panels(study)),
+        ("study-interference.png", interference_panels(study)),
+        ("study-instability.png", instability_panels(study)),
+    ):
+        if drawing:
+            _DRAW[name](drawing, pictures / name)
+            drawn.append(name)
+    return drawn
+
+
+_DRAW: dict[str, Callable[[Any, Path], None]] = {
+    "study-bitops.png": draw_bitops,
+    "study-interference.png": draw_interference,
+    "study-instability.png": draw_instability,
+}
+
+
+def bitops_panels(study: Study) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """For each network the points (BitOPs, accuracy) of the full method, by kind."""
+    panels = {}
+    for place in study.places:
+        records = list(study.of(place, "full").values())
+        if not records:
+            continue
+        uniform = [
+            (
+                records[0]["configs"][str(width)]["bitops"],
+                statistics.fmean(r["configs"][str(width)]["own"] for r in records),
+            )
+            for width in place.track.bits
+        ]
+        random = [
+            (entry["bitops"], statistics.fmean(record["mixed"][index]["own"] for record in records))
+            for index, entry in enumerate(records[0]["mixed"])
+        ]
+        found = [
+            (entry["bitops"], entry["own"])
+            for record in records
+            for entry in record["searched"].values()
+            if entry["config"] is not None
+        ]
+        trained = study.values(place, "float", float_top1)
+        panels[str(place)] = {
+            "uniform": uniform,
+            "random": random,
+            "searched": found,
+            "float": [(0.0, statistics.fmean(trained.values()))] if trained else [],
+        }
+    return panels
+
+
+def interference_panels(study: Study) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """For each network and bit-width: its accuracy as lower and lower candidates are trained along, lowest first."""
+    panels = {}
+    for place in study.places:
+        bits = sorted(place.track.bits, reverse=True)
+        trained_with = {bits[0]: f"dedicated-{bits[0]}", bits[-1]: "random"}
+        trained_with |= {lowest: f"random-{lowest}-up" for lowest in bits[1:-1]}
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for width in bits:
+            for lowest in (low for low in bits if low <= width):
+                found = study.values(place, trained_with[lowest], top1(str(width)))
+                if found:
+                    lines.setdefault(f"{width} bits", []).append((lowest, statistics.fmean(found.values())))
+            full = study.values(place, "full", top1(str(width)))
+            if full and f"{width} bits" in lines:
+                lines.setdefault(f"{width} bits, full method", []).append((bits[-1], statistics.fmean(full.values())))
+        if any(len(points) > 1 for points in lines.values()):
+            panels[str(place)] = lines
+    return panels
+
+
+def instability_panels(study: Study) -> dict[str, list[dict[str, Any]]]:
+    """For each network the instability of every layer after every epoch of the full method's first seed."""
+    panels = {}
+    for place in study.places:
+        records = study.of(place, "full")
+        if records and records[min(records)]["trace"]:
+            panels[str(place)] = records[min(records)]["trace"]
+    return panels
+
+
+def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
+    """The Markdown of the study."""
+    lines = ["## The study: what one-shot training is worth", "", *_introduction(study)]
+    lines += ["### Targets", "", _TARGETS, ""]
+    lines += [*table(("target", "where", "at least", "found", ""), target_rows(study), texts=2), ""]
+    for place in study.places:
+        lines += _method_section(study, place)
+    lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, ("plain", "full"))]
+    selection = "--only '*/plain/*' --only '*/full/*'"
+    lines += caption(_records(study, study.places, ("plain", "full")), selection)
+    lines += ["### Frozen candidates", "", *frozen_table(study, ("scheduler", "both", "full"))]
+    lines += caption(_records(study, study.places, ("scheduler", "both", "full")), "--group core --group ablation")
+    for name in drawn:
+        description, text = _PICTURES[name]
+        lines += [f"![{description}]({relative}/{name})", "", text, ""]
+    return "\n".join(lines).rstrip()
+
+
+def _method_section(study: Study, place: Place) -> list[str]:
+    """All tables of one network."""
+    known = methods(place.track.bits)
+    lines = [f"### Every method: {place.network}, {place.track.title}", ""]
+    names = [name for name, method in known.items() if method.group in {"core", "ablation"}]
+    records = _records(study, [place], names)
+    if not records:
+        return [*lines, f"{MISSING.capitalize()}.", ""]
+    lines += [*_float_line(study, place), "", *method_table(study, place, MAIN, references=True)]
+    lines += caption(records, f"--only '{place}/*' --group core --group ablation")
+    lines += ["What re-estimated norm statistics add to stored ones, in points:", ""]
+    lines += [*reestimation_table(study, place, MAIN), ""]
+    variants = [name for name, method in known.items() if method.group == "variant"]
+    if _records(study, [place], variants):
+        names = ["full", *variants]
+        lines += [f"#### Variants of the full method: {place.network}", ""]
+        lines += method_table(study, place, names, references=False)
+        lines += caption(_records(study, [place], names), f"--only '{place}/full*'")
+        lines += ["What re-estimated norm statistics add:", "", *reestimation_table(study, place, names), ""]
+    return lines
+
+
+_TARGETS = """Differences are in points of top-1 with re-estimated norm statistics, seed by seed: mean ± standard deviation over
+the seeds that both sides have."""
+
+_SEARCH = """`anyprec.search` (objective: divergence) on images that training did not see; then the found configuration's norm
+statistics were re-estimated, as the uniform ones' were. "uniform" is the uniform precision of the same BitOPs; at W2.5A2.5,
+where there is none, the mean of W2A2 and W3A3: the budget is the middle of the two."""
+
+_PICTURES = {
+    "study-bitops.png": (
+        "Accuracy against BitOPs of uniform, random and searched configurations",
+        "One set of weights, the full method; each point with norm statistics of its own. Random points are means over seeds.",
+    ),
+    "study-interference.png": (
+        "Accuracy of each bit-width as lower candidates are trained along",
+        "Interference: random paths and labels only, trained with fewer and with more candidates. At the left a network that is "
+        "trained for the highest bit-width alone; crosses: the full method.",
+    ),
+    "study-instability.png": (
+        "Instability of every layer after every epoch, frozen ones marked",
+        "The measure that the bit-width scheduler ranks layers by, full method, first seed; a cross marks a layer whose lowest "
+        "candidate is frozen at that time.",
+    ),
+}
+
+
+def _introduction(study: Study) -> list[str]:
+    return [
+        f"{len(study.records)} of {study.planned} runs are done.",
+        _METHOD,
+        "",
+        *(_described(track) for track in study.tracks),
+        "",
+        "```sh",
+        "python benchmarks/study.py run --data CIFAR10   # resumable; `plan` tells how long it takes",
+        "python benchmarks/study.py render",
+        "```",
+        "",
+    ]
+
+
+_METHOD = """Within a seed all methods start from the same float network and take the same number of optimizer steps on the same
+images; the forward-backward passes of a step stand beside. Accuracy is on images that neither training nor search saw, with
+norm statistics re-estimated for each configuration (on training images) unless it says stored. First and last layers have 8
+bits, depthwise convolutions at least 3. "mixed" is the mean of random mixed configurations, the same for all; minutes are
+processor time of training."""
+
+
+def _described(track: Track) -> str:
+    images = f"CIFAR-10 at {track.size} px, {track.images:,} images to train on, {track.search_images} to search on, "
+    images += (
+        f"{track.report_images:,} to report on (the {track.mixed} random configurations on {track.mixed_images:,})"
+    )
+    length = f"{track.start_epochs} float epochs, then {track.epochs} epochs of each method ({track.steps:,} steps of "
+    length += f"{track.batch_size} images); {len(track.seeds)} seeds"
+    return f"- **{track.name}**, {track.title}: {', '.join(track.networks)}; {images}; {length}."
+
+
+def _float_line(study: Study, place: Place) -> list[str]:
+    found = study.values(place, "float", float_top1)
+    start = study.values(place, "float", lambda record: float(record["start"]))
+    return [f"Float: {cell(found)} % (start of all methods: {cell(start)} %)." if found else f"Float: {MISSING}."]

@@ -1,0 +1,235 @@
+"""The study's harness, end to end on noise: the numbers mean nothing, the bookkeeping must be right."""
+
+import argparse
+import dataclasses
+
+import pytest
+import records
+import study
+import study_figures
+import study_grid
+import study_page
+import study_runs
+import torch
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
+
+from anyprec.bits import LayerCandidates
+
+pytest.importorskip("matplotlib")
+
+TRACK = study_grid.Track(
+    name="S",
+    title="from noise",
+    networks=("small",),
+    seeds=(0, 1),
+    fewer={"interference": 1, "ablation": 1, "variant": 0},
+    bits=(2, 3, 4),
+    size=32,
+    images=16,
+    search_images=8,
+    report_images=16,
+    mixed_images=8,
+    batch_size=8,
+    start_epochs=1,
+    start_lr=0.05,
+    epochs=1,
+    lr=0.05,
+    weight_decay=1e-4,
+    norm_batches=1,
+    mixed=2,
+    search_evaluations=12,
+)
+
+
+def small_network(num_classes: int) -> torch.nn.Module:
+    """Three blocks, depthwise convolutions among them."""
+    blocks = decode_arch_def([["ds_r1_k3_s2_c8"], ["ir_r1_k3_s2_e2_c8"]])
+    return EfficientNet(blocks, num_classes=num_classes, num_features=16, stem_size=8)
+
+
+def noise(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(count) % 10
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """The command line's options for a grid of one track on noise, in this process."""
+    monkeypatch.setitem(study_grid.NETWORKS, "small", small_network)
+    monkeypatch.setattr(study, "TRACKS", {"S": TRACK})
+    data = study_runs.Data(noise(16), noise(8), noise(17))
+    monkeypatch.setattr(study_runs, "cifar10", lambda *_: data)
+    return argparse.Namespace(
+        track=["S"],
+        only=None,
+        group=None,
+        seeds=1,
+        workers=0,
+        threads=1,
+        device="cpu",
+        tiny=False,
+        data=tmp_path,
+        results=tmp_path / "study.jsonl",
+        minutes=float("inf"),
+        dry_run=False,
+        page=tmp_path / "results.md",
+        pictures=tmp_path / "images",
+    )
+
+
+def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
+    options.only = ["*/float/0", "*/dedicated-2/0"]
+    assert study.run(options) == 0
+    options.page.write_text("# Results\n\nbefore\n")
+    study.render(options)
+    partial = options.page.read_text()
+    assert "2 of " in partial
+    assert "not run yet" in partial
+    assert not (options.pictures / "study-bitops.png").exists()
+
+    options.only = ["*/float/*", "*/dedicated-[24]/*", "*/full/*", "*/any-precision/*", "*/random*/*"]
+    first = options.results.read_text()
+    assert study.run(options) == 0
+    found = records.read(options.results)
+    names = [record["run"] for record in found]
+    assert options.results.read_text().startswith(first)  # what was done is not done again
+    assert len(names) == len(set(names)) == 7
+    assert study.run(options) == 0
+    assert capsys.readouterr().out.rstrip().endswith("0 runs to do")
+    assert not list(options.results.parent.glob("*.snapshot"))
+
+    full = next(record for record in found if record["method"] == "full")
+    assert full["steps"] == 2
+    assert full["passes"] == 8
+    assert len(full["trace"]) == 1
+    assert len(full["mixed"]) == 2
+    assert set(full["searched"]) == {"W4A4", "W3A3", "W2.5A2.5"}
+    other = next(record for record in found if record["method"] == "any-precision")
+    assert [entry["bitops"] for entry in full["mixed"]] == [entry["bitops"] for entry in other["mixed"]]
+
+    study.render(options)
+    study.render(options)
+    page = options.page.read_text()
+    assert page.startswith("# Results\n\nbefore\n")
+    assert page.count(study_page.BEGIN) == page.count(study_page.END) == 1
+    assert f"7 of {len(study_grid.grid([TRACK]))} runs" in page.replace("\n", " ")
+    for name in ("bitops", "interference", "instability"):
+        assert (options.pictures / f"study-{name}.png").stat().st_size > 1000
+
+
+def test_a_run_is_the_same_when_it_is_done_again(options):
+    options.only = ["*/full/0"]
+    study.run(options)
+    options.results = options.results.with_name("again.jsonl")
+    study.run(options)
+    first, again = (records.read(path)[0] for path in sorted(options.results.parent.glob("*.jsonl")))
+    assert {key: first[key] for key in ("configs", "mixed", "losses", "trace")} == {
+        key: again[key] for key in ("configs", "mixed", "losses", "trace")
+    }
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
+    longer = dataclasses.replace(TRACK, epochs=2, searches=False)
+    run = next(run for run in study_grid.grid([longer]) if run.name == "S/small/full/0")
+    place = study_runs.Place(options.data, options.data / "unbroken")
+    unbroken = study_runs.perform(run, place)
+
+    epochs = []
+
+    def dies_after_the_second_epoch(model):
+        epochs.append(len(epochs))
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        return study_runs_instability(model)
+
+    study_runs_instability = study_runs.instability
+    monkeypatch.setattr(study_runs, "instability", dies_after_the_second_epoch)
+    place = study_runs.Place(options.data, options.data / "broken")
+    with pytest.raises(KeyboardInterrupt):
+        study_runs.perform(run, place)
+    assert len(list(place.kept.glob("*.snapshot"))) == 1
+    resumed = study_runs.perform(run, place)
+    assert len(epochs) == 3  # the first epoch was not trained again
+    assert (unbroken["resumed"], resumed["resumed"]) == (False, True)
+    for key in ("configs", "mixed", "losses", "trace"):
+        assert resumed[key] == unbroken[key]
+    assert [path.suffix for path in place.kept.iterdir()] == [".pt"]
+
+
+def test_results_of_other_settings_are_not_this_study(options):
+    options.only = ["*/float/0"]
+    study.run(options)
+    longer = dataclasses.replace(TRACK, epochs=3)
+    runs = study_grid.grid([longer], seeds=1)
+    assert len(study.unfinished(runs, options.results)) == len(runs)
+    assert study_figures.Study(records.read(options.results), [longer]).records == []
+    assert len(study_figures.Study(records.read(options.results), [TRACK]).records) == 1
+
+
+def test_no_run_begins_when_time_is_over(options):
+    options.minutes = 0
+    assert study.run(options) == 0
+    assert records.read(options.results) == []
+
+
+def test_the_most_valuable_runs_come_first():
+    runs = study_grid.grid([study_grid.TRACKS["S"], study_grid.TRACKS["P"]])
+    groups = [(run.method.group, run.seed) for run in runs]
+    assert groups == sorted(groups, key=groups.index)
+    assert groups[0] == ("core", 0)
+    assert groups.index(("core", 2)) < groups.index(("ablation", 0)) < groups.index(("variant", 0))
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_a_line_that_was_cut_off_is_no_record_and_spoils_no_other(tmp_path):
+    path = tmp_path / "found.jsonl"
+    records.append(path, {"run": "a"})
+    with path.open("a") as file:
+        file.write('{"run": "b", "conf')
+    records.append(path, {"run": "c"})
+    assert [record["run"] for record in records.read(path)] == ["a", "c"]
+
+
+def test_verdicts_are_computed():
+    assert study_figures.verdict({0: 1.0, 1: 2.0}, 0.5) == "met by 1.00"
+    assert study_figures.verdict({0: -1.0}, -0.3) == "**missed by 0.70**"
+    assert study_figures.verdict({}, 0.0) == "not run yet"
+    assert study_figures.difference({0: 3.0, 1: 5.0}, {1: 4.0, 2: 9.0}) == {1: 1.0}
+
+
+def test_distillation_is_recursive():
+    criterion = study_grid.RecursiveDistillation(2)
+    logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
+    assert float(criterion(logits, labels)) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
+    assert float(criterion(logits, labels)) == pytest.approx(0.0)  # the same prediction as the higher bit-width's
+    assert float(criterion(logits, labels)) > 1  # the labels again, in the next step
+
+
+def test_any_precision_takes_each_uniform_bit_width_once_the_highest_first():
+    candidates = {"conv": LayerCandidates((2, 4, 8), (2, 4, 8)), "depthwise": LayerCandidates((4, 8), (4, 8))}
+    sampler = study_grid.DescendingWidths((2, 4, 8))
+    drawn = sampler.draw(candidates, 2, generator=torch.Generator(), instability={})
+    assert [str(config["conv"]) for config in drawn] == ["W4A4", "W2A2"]  # after the max path, which is W8A8
+    assert [str(config["depthwise"]) for config in drawn] == ["W4A4", "W4A4"]
+
+
+def test_the_commands_say_what_they_would_do(tmp_path, capsys):
+    command = [
+        "run",
+        "--data",
+        str(tmp_path),
+        "--dry-run",
+        "--only",
+        "S/mobile/full/0",
+        "--results",
+        str(tmp_path / "none"),
+    ]
+    assert study.main(command) == 0
+    assert capsys.readouterr().out.splitlines() == ["1 runs to do", "S/mobile/full/0"]
+    with pytest.raises(SystemExit, match="no run matches"):
+        study.main([*command, "--group", "variant"])
+    with pytest.raises(SystemExit):
+        study.main([*command[:3], "--tiny"])
+    assert "--tiny needs --results" in capsys.readouterr().err
