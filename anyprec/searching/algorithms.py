@@ -42,6 +42,8 @@ def run_algorithm(name: str, walk: Walk, settings: Settings) -> None:
     require_algorithm(name)
     for config in walk.problem.fitting_uniform:
         walk.evaluations(config)
+    if not walk.problem.fitting_uniform:  # costs of any table: something that fits is known from the beginning
+        walk.evaluations(walk.problem.cheapest)
     start = walk.problem.start
     if start is None:
         walk.loss(walk.problem.space.highest)

@@ -17,7 +17,8 @@ test); the minimum is subtracted in the normalisation; ups are held to a rule th
 Termination. A down lowers the sum of all options' ranks, so between two ups there are finitely many downs. An up is
 taken only into a point whose loss is strictly lower than that of every point on the way so far of at most its cost. A
 point already on the way is itself one of these, and its loss is not lower than itself: an up never returns to one. There
-are finitely many points, so finitely many ups, and the descent ends, at the latest with every choice at its lowest.
+are finitely many points, so finitely many ups, and the descent ends, at the latest with every choice at its lowest. Where
+that does not fit (several limits, costs that do not fall with bits), it ends at the cheapest configuration, which does.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ class _Descent:
             self.walk.measure(here, [*downs, *ups])
         while True:
             moves = [*downs, *(move for move in ups if self._permitted(here, move))]
+            if not moves:  # the lowest options of arbitrary costs need not fit together
+                self.way.append(self.walk.problem.space.point(self.walk.problem.cheapest) or here)
+                self._spent.append(self.walk.problem.utilisation(self.walk.problem.cheapest))
+                return
             increases = [self._increase(here, move) for move in moves]
             scores = scored(increases, [savings[move] for move in moves], alpha=self._alpha)
             best = moves[scores.index(min(scores))]

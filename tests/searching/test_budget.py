@@ -1,3 +1,5 @@
+"""Budgets: what may be written for one, what it means, and what it costs to miss it."""
+
 import math
 import re
 
@@ -5,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyprec.bits import BitConfig, LayerCandidates, uniform
+from anyprec.bits import BitConfig, Bits, LayerCandidates, uniform
 from anyprec.errors import BitsError, BudgetError
-from anyprec.searching.budget import Budget, parse_budget, require_reachable, utilisation
+from anyprec.searching.budget import Budget, parse_budget, utilisation
+from anyprec.searching.problem import Problem
+from anyprec.searching.space import make_space
 
 WIDTHS = (2, 3, 4, 6)
 
@@ -15,21 +19,36 @@ WIDTHS = (2, 3, 4, 6)
 class FakeCosts:
     """Three layers; the first is fixed at 8 bits, as in the paper."""
 
-    def __init__(self, scale: int = 1) -> None:
+    def __init__(self, scale: int = 1, own: tuple[str, ...] = ()) -> None:
         self.scale = scale
         self.macs = {"stem": 100_000_000, "conv": 300_000_000, "fc": 7_000_001}
         self.weights = {"stem": 1_001, "conv": 500_000, "fc": 123_457}
         fixed, free = LayerCandidates((8,), (8,)), LayerCandidates(WIDTHS, WIDTHS)
         self.candidates = {"stem": fixed, "conv": free, "fc": free}
+        self.names = ("bitops", "size", "average_bits", "average_activation_bits", *own)
 
-    def bitops(self, config: BitConfig) -> int:
-        return self.scale * sum(self.macs[path] * bits.weight * bits.activation for path, bits in config.items())
+    def of_layer(self, name: str, path: str, bits: Bits) -> float:
+        if name == "bitops":
+            return self.scale * self.macs[path] * bits.weight * bits.activation
+        if name == "average_activation_bits":
+            return self.macs[path] * bits.activation
+        if name == "average_bits":
+            return self.weights[path] * bits.weight
+        return self.scale * self.weights[path] * bits.weight
 
-    def size(self, config: BitConfig) -> int:
-        return self.scale * sum(self.weights[path] * bits.weight for path, bits in config.items())
+    def divisor(self, name: str) -> int:
+        divisors = {"average_bits": sum(self.weights.values()), "average_activation_bits": sum(self.macs.values())}
+        return divisors.get(name, 1)
 
-    def average_bits(self, config: BitConfig) -> float:
-        return self.size(config) / sum(self.weights.values()) / self.scale
+    def total(self, name: str, config: BitConfig) -> float:
+        return sum(self.of_layer(name, path, bits) for path, bits in config.items()) / self.divisor(name)
+
+
+NAMES = ("bitops", "size", "average_bits", "average_activation_bits")
+
+
+def require_reachable(budget: Budget, costs: FakeCosts) -> None:
+    Problem(make_space(costs.candidates), budget, costs)
 
 
 @pytest.fixture
@@ -46,11 +65,13 @@ def uniform_bitops(width: int) -> int:
 
 
 def test_a_budget_needs_a_limit():
-    with pytest.raises(BudgetError, match=r"limits nothing: give at least one of bitops, size \(in bits\) and average"):
+    with pytest.raises(
+        BudgetError, match=r"limits nothing: give at least one of bitops, size \(in bits\), average_bits, "
+    ):
         Budget()
 
 
-@pytest.mark.parametrize("name", ["bitops", "size", "average_bits"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "5 MiB"])
 def test_a_limit_is_positive_and_finite(name, value):
     with pytest.raises(BudgetError, match=re.escape(f"{name}={value!r} is not a limit: use a positive finite number")):
@@ -76,6 +97,13 @@ def test_limits_have_names_only():
         (Budget(size=800), "100 B"),
         (Budget(size=3 * 8 * 2**30), "3 GiB"),
         (Budget(average_bits=4.5), "4.5 bits"),
+        (Budget(average_activation_bits=4.5), "4.5 activation bits"),
+        (Budget(latency=2.5e-3), "2.5 ms"),
+        (Budget(latency=2.0), "2 s"),
+        (Budget(latency=30e-6), "30 us"),
+        (Budget(latency=12e-9), "12 ns"),
+        (Budget(own={"energy": 3.25}), "3.25 energy"),
+        (Budget(bitops=20e9, own={"energy": 3, "heat": 4}), "20 GBitOPs and 3 energy and 4 heat"),
         (Budget(bitops=20e9, size=5 * 8 * 2**20, average_bits=4), "20 GBitOPs and 5 MiB and 4 bits"),
     ],
 )
@@ -108,6 +136,15 @@ def test_a_budget_reads_in_the_units_of_people(budget, text):
         ("7 B", Budget(size=56)),
         ("4.5 bits", Budget(average_bits=4.5)),
         ("1 bit", Budget(average_bits=1)),
+        ("4.5 weight bits", Budget(average_bits=4.5)),
+        ("4.5 activation bits", Budget(average_activation_bits=4.5)),
+        ("1 Activation  Bit", Budget(average_activation_bits=1)),
+        ("W4A4 and 5 MiB", Budget(bitops=uniform_bitops(4), size=5 * 8 * 2**20)),
+        ("5 MiB  AND 50% of w4a4", Budget(bitops=uniform_bitops(4) / 2, size=5 * 8 * 2**20)),
+        (
+            "20 GBitOPs and 5 MiB and 4 bits and 3 activation bits",
+            Budget(bitops=20e9, size=5 * 8 * 2**20, average_bits=4, average_activation_bits=3),
+        ),
         ("W4A4", Budget(bitops=uniform_bitops(4))),
         (" w4a4 ", Budget(bitops=uniform_bitops(4))),
         ("W2A6", Budget(bitops=100_000_000 * 64 + 307_000_001 * 12)),
@@ -132,9 +169,79 @@ def test_a_budget_is_returned_as_it_is(costs):
     assert parse_budget(budget, costs) is budget
 
 
-@pytest.mark.parametrize("text", ["20 GBitOPs", "5 MiB", "900 KiB", "4.5 bits"])
+@pytest.mark.parametrize(
+    "text", ["20 GBitOPs", "5 MiB", "900 KiB", "4.5 bits", "4.5 activation bits", "20 GBitOPs and 5 MiB"]
+)
 def test_a_budget_is_written_as_it_is_read(text, costs):
     assert str(parse_budget(text, costs)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("2.5 ms", Budget(latency=0.0025)),
+        ("2.5ms", Budget(latency=0.0025)),
+        ("0.5 S", Budget(latency=0.5)),
+        ("30 us", Budget(latency=30e-6)),
+        ("7 ns", Budget(latency=7e-9)),
+        ("3 energy", Budget(own={"energy": 3})),
+        ("1e-3 energy and 2 ms", Budget(latency=0.002, own={"energy": 0.001})),
+        ("W4A4 and 3 energy", Budget(bitops=uniform_bitops(4), own={"energy": 3})),
+    ],
+)
+def test_costs_that_are_given_can_be_limited_by_name(text, budget):
+    costs = FakeCosts(own=("latency", "energy"))
+    assert parse_budget(text, costs) == budget
+    assert str(parse_budget(str(budget), costs)) == str(budget)
+
+
+@pytest.mark.parametrize("value", ["2.5 ms", "1 s", Budget(latency=0.0025)])
+def test_a_latency_without_a_table_is_refused_with_how_to_give_one(value, costs):
+    expected = (
+        r"nothing is known of the cost 'latency': give search costs=\{'latency': \.\.\.\}.* known are bitops, size"
+    )
+    with pytest.raises(BudgetError, match=expected):
+        parse_budget(value, costs)
+
+
+def test_a_cost_of_unknown_name_is_refused(costs):
+    with pytest.raises(BudgetError, match="cannot read '3 energy' as a budget: write"):
+        parse_budget("3 energy", costs)
+    with pytest.raises(BudgetError, match="nothing is known of the cost 'energy'"):
+        parse_budget(Budget(own={"energy": 3}), costs)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("5 MiB and 4 MiB", "size"),
+        ("W4A4 and 20 GBitOPs", "bitops"),
+        ("50% and 0.5 x W6A6", "bitops"),
+        ("4 bits and 3 weight bits", "average bits"),
+    ],
+)
+def test_a_cost_is_limited_once(text, what, costs):
+    with pytest.raises(BudgetError, match=re.escape(f"cannot read {text!r} as a budget: ") + f".*limits {what} twice"):
+        parse_budget(text, costs)
+
+
+@pytest.mark.parametrize("text", ["W4A4 and", "and 5 MiB", "W4A4 and much", "W4A4 and 0 MiB", "W4A4, 5 MiB"])
+def test_every_part_of_several_must_be_readable(text, costs):
+    with pytest.raises(BudgetError, match=re.escape(f"cannot read {text!r} as a budget: ")):
+        parse_budget(text, costs)
+
+
+def test_own_limits_do_not_shadow_fields():
+    with pytest.raises(BudgetError, match=r"own=\{'size': \.\.\.\} has the name of a field: write Budget\(size="):
+        Budget(own={"size": 3})
+    with pytest.raises(BudgetError, match="energy=0 is not a limit"):
+        Budget(own={"energy": 0})
+
+
+def test_limits_by_name_make_the_budget_again():
+    budget = Budget(bitops=20e9, latency=0.1, own={"energy": 3})
+    assert budget.limits == {"bitops": 20e9, "latency": 0.1, "energy": 3}
+    assert Budget.of(budget.limits) == budget
 
 
 @pytest.mark.parametrize(
@@ -209,16 +316,17 @@ def test_a_precision_that_the_network_does_not_offer_is_refused(costs):
 
 def test_utilisation_is_that_of_the_tightest_limit(costs):
     config = uniform(4, costs.candidates)
-    budget = Budget(bitops=costs.bitops(config) * 4, size=costs.size(config) * 2, average_bits=8)
-    assert utilisation(config, budget, costs) == max(0.25, 0.5, costs.average_bits(config) / 8)
-    assert utilisation(config, Budget(bitops=costs.bitops(config) * 4), costs) == 0.25
+    bitops, size = costs.total("bitops", config), costs.total("size", config)
+    budget = Budget(bitops=bitops * 4, size=size * 2, average_bits=8)
+    assert utilisation(config, budget, costs) == max(0.25, 0.5, costs.total("average_bits", config) / 8)
+    assert utilisation(config, Budget(bitops=bitops * 4), costs) == 0.25
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["bitops", "size", "average_bits"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_fits_its_own_cost_and_not_a_hair_less(width, name, costs):
     config = uniform(width, costs.candidates)
-    cost = getattr(costs, name)(config)
+    cost = costs.total(name, config)
     assert utilisation(config, Budget(**{name: cost}), costs) == 1
     assert utilisation(config, Budget(**{name: math.nextafter(cost, 0)}), costs) > 1
 
@@ -229,12 +337,12 @@ def test_a_uniform_configuration_fits_the_budget_of_its_name(width, costs):
     assert utilisation(uniform(width, costs.candidates), budget, costs) == 1
 
 
-# require_reachable
+# Budgets that nothing fits
 
 
-@pytest.mark.parametrize("name", ["bitops", "size", "average_bits"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_lowest_cost_is_reachable_and_a_hair_less_is_not(name, costs):
-    lowest = getattr(costs, name)(uniform(2, costs.candidates))
+    lowest = costs.total(name, uniform(2, costs.candidates))
     require_reachable(Budget(**{name: lowest}), costs)
     with pytest.raises(BudgetError, match="no configuration fits the budget"):
         require_reachable(Budget(**{name: math.nextafter(lowest, 0)}), costs)
@@ -243,14 +351,14 @@ def test_the_lowest_cost_is_reachable_and_a_hair_less_is_not(name, costs):
 def test_an_impossible_budget_is_refused_with_what_is_achievable(costs):
     expected = (
         "no configuration fits the budget 1 KBitOPs and 5 MiB and 1 bits: achievable are 7.629 GBitOPs to 17.45 GBitOPs "
-        "and 153.2 KiB to 457.6 KiB and 2.01 bits to 6.003 bits (every layer at its lowest to every layer at its highest "
-        "candidates); raise the budget, or offer lower candidate bit-widths"
+        "and 153.2 KiB to 457.6 KiB and 2.01 bits to 6.003 bits (each by itself), every layer at its cheapest to every layer "
+        "at its highest option; raise the budget, or offer lower candidate bit-widths"
     )
     with pytest.raises(BudgetError, match=re.escape(expected)):
         require_reachable(Budget(bitops=1000, size=5 * 8 * 2**20, average_bits=1), costs)
 
 
-@given(scale=st.integers(1, 10**6), name=st.sampled_from(["bitops", "size", "average_bits"]))
+@given(scale=st.integers(1, 10**6), name=st.sampled_from(NAMES))
 def test_the_lowest_figure_of_the_refusal_is_itself_reachable(scale, name):
     costs = FakeCosts(scale)
     with pytest.raises(BudgetError) as caught:

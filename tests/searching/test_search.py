@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.bits import BitConfig, Bits
 from anyprec.cost import cost_model
-from anyprec.errors import BudgetError, NotCalibratedError
+from anyprec.errors import BitsError, BudgetError, NotCalibratedError, SearchError
 from anyprec.searching.evaluator import Evaluator
 
 
@@ -21,22 +23,22 @@ def batches(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(images[:5], labels[:5]), (images[5:], labels[5:])]
 
 
-@pytest.mark.parametrize("budget", ["W4A4", "W3A3", "60%", 0.5, anyprec.Budget(size=4000), "5.5 bits"])
-@pytest.mark.parametrize("objective", ["loss", "divergence"])
+@pytest.mark.parametrize("budget", ["W3A3", 0.5, anyprec.Budget(size=4000), "5.5 bits", "5 activation bits and W4A4"])
+@pytest.mark.parametrize("objective", ["loss", "divergence", "error"])
 def test_the_result_fits_and_is_not_worse_than_uniform_configurations_that_fit(
     budget: object, objective: str, net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
-    result = anyprec.search(net, batches, budget, objective=objective)
+    result = anyprec.search(net, batches, budget, objective=objective, max_evaluations=40)
     assert result.utilisation <= 1
     costs = cost_model(net)
     for name, limit in result.budget.limits.items():
-        assert getattr(costs, name)(result.config) <= limit
+        assert costs.total(name, result.config) <= limit
     net.eval()
     evaluator = Evaluator(net, batches, objective)
     assert evaluator(result.config) == result.score
     for bits in (2, 3, 4, 8):
         config = net.resolve_bits(bits)
-        if all(getattr(costs, name)(config) <= limit for name, limit in result.budget.limits.items()):
+        if all(costs.total(name, config) <= limit for name, limit in result.budget.limits.items()):
             assert result.score <= evaluator(config)
 
 
@@ -105,13 +107,17 @@ def test_objectives_are_their_definitions(
     with torch.no_grad():
         with net.using_bits(config):
             logits = net(images)
-        with net.using_bits(8):
+        with net.using_bits(None):
             reference = net(images)
     loss = nn.functional.cross_entropy(logits, labels)
     target = reference.softmax(dim=1)
     divergence = (target * (reference.log_softmax(dim=1) - logits.log_softmax(dim=1))).sum(dim=1).mean()
     assert Evaluator(net, batches, "loss")(config) == pytest.approx(float(loss), rel=1e-5)
     assert Evaluator(net, batches, "divergence")(config) == pytest.approx(float(divergence), rel=1e-4)
+    error = float((logits.argmax(dim=1) != labels).float().mean())
+    assert Evaluator(net, batches, "error")(config) == error
+    without_labels = [images for images, _ in batches]
+    assert Evaluator(net, without_labels, "divergence")(config) == pytest.approx(float(divergence), rel=1e-4)
     assert Evaluator(net, batches, "loss", max_batches=1)(config) != pytest.approx(float(loss), rel=1e-5)
 
 
@@ -128,10 +134,20 @@ def test_an_output_that_is_not_finite_counts_as_infinitely_bad(
         ({"budget": "2 GBitFlops"}, BudgetError, "cannot read '2 GBitFlops' as a budget"),
         ({"budget": "W9A9"}, BudgetError, "weight bit-width 9 is not supported"),
         ({"budget": "1 KBitOPs"}, BudgetError, "no configuration fits the budget 1 KBitOPs: achievable are"),
-        ({"objective": "accuracy"}, ValueError, "objective 'accuracy' is unknown: use one of"),
-        ({"max_evaluations": 1}, BudgetError, "max_evaluations=1 is too few"),
-        ({"alpha": 0.0}, BudgetError, "alpha=0.0"),
-        ({"val_loader": []}, ValueError, "the loader yields no batch"),
+        ({"objective": "accuracy"}, SearchError, "objective 'accuracy' is unknown: use one of"),
+        ({"max_evaluations": 1}, SearchError, "max_evaluations=1 is too few"),
+        ({"alpha": 0.0}, SearchError, "alpha=0.0"),
+        ({"val_loader": []}, SearchError, "the loader yields no batch"),
+        ({"algorithm": "magic"}, SearchError, "algorithm 'magic' is unknown: use one of"),
+        ({"norms": "none"}, SearchError, "norms='none' is unknown"),
+        ({"max_seconds": 0}, SearchError, "max_seconds=0 leaves nothing to do"),
+        ({"budget": []}, BudgetError, "names no budget"),
+        ({"budget": "2 ms"}, BudgetError, "nothing is known of the cost 'latency'"),
+        ({"tied": "heads"}, SearchError, "tied='heads' is unknown"),
+        ({"allowed": "W5A5"}, BitsError, "leaves nothing for layer"),
+        ({"costs": {"latency": {}}}, BudgetError, "the cost table 'latency' lacks"),
+        ({"costs": {"size": lambda path, bits: 1.0}}, BudgetError, "would replace a cost that every network has"),
+        ({"costs": {"energy": lambda path, bits: -1.0}}, BudgetError, "use a number that is not negative"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_and_the_model_stays(
@@ -152,3 +168,212 @@ def test_an_uncalibrated_network_is_refused(float_net: nn.Module, batches: list[
     model = anyprec.convert(float_net, example_input=batches[0][0])
     with pytest.raises(NotCalibratedError, match=r"anyprec\.calibrate"):
         anyprec.search(model, batches, "W4A4")
+
+
+# Constraints, costs, budgets
+
+
+def cheap(model: anyprec.ConvertedModel) -> float:
+    """Prefers bits of later layers."""
+    return sum((index + 1) * (4.0**-b.weight + 4.0**-b.activation) for index, b in enumerate(model.bits.values()))
+
+
+@pytest.mark.parametrize(("allowed", "widths"), [((4, 8), {4, 8}), (("W4A4", "W8A8"), {4, 8}), ({"head": 3}, {3})])
+def test_only_what_is_allowed_is_evaluated(allowed: object, widths: set[int], net: anyprec.ConvertedModel) -> None:
+    if not isinstance(allowed, dict):
+        allowed = {"pointwise": allowed, "head": allowed}
+    result = anyprec.search(net, [], 0.6, objective=cheap, allowed=allowed)
+    seen = {config["head"] for config in result.evaluated}
+    assert {bits.weight for bits in seen} | {bits.activation for bits in seen} == widths
+    if allowed["head"] == ("W4A4", "W8A8"):
+        assert seen == {Bits(4, 4), Bits(8, 8)}
+
+
+def test_tied_layers_have_one_precision_in_everything_evaluated(net: anyprec.ConvertedModel) -> None:
+    result = anyprec.search(net, [], "W4A4", objective=cheap, tied=[("depthwise", "head")])
+    assert all(config["depthwise"] == config["head"] for config in result.evaluated)
+    assert any(config["depthwise"] != config["pointwise"] for config in result.evaluated)
+
+
+class Blocks(nn.Module):
+    """Two branches that read the same tensor, and are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+        self.main, self.skip, self.last = (nn.Conv2d(8, 8, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.main(x)) + self.skip(x)
+        return self.fc(self.last(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("tied", ["inputs", "residual"])
+def test_layers_of_the_same_input_or_sum_are_tied(tied: str, images: Tensor) -> None:
+    model = anyprec.convert(Blocks().eval(), bits=(2, 4, 8), example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    result = anyprec.search(model, [], "W4A4", objective=cheap, tied=tied)
+    assert all(config["main"] == config["skip"] for config in result.evaluated)
+    assert any(config["main"] != config["last"] for config in result.evaluated)
+
+
+def test_own_costs_and_several_limits_hold(net: anyprec.ConvertedModel) -> None:
+    table = {
+        path: {Bits(w, a): 1e-3 * max(w, a) for w in (2, 3, 4, 8) for a in (2, 3, 4, 8)} for path in net.candidates
+    }
+    energy = lambda path, bits: float(bits.weight + bits.activation)  # noqa: E731
+    result = anyprec.search(
+        net, [], "27 ms and 50 energy and W4A4", objective=cheap, costs={"latency": table, "energy": energy}
+    )
+    assert sum(1e-3 * max(b.weight, b.activation) for b in result.config.values()) <= 0.027
+    assert sum(b.weight + b.activation for b in result.config.values()) <= 50
+    assert set(result.budget.limits) == {"bitops", "latency", "energy"}
+
+
+def test_norms_of_the_batch_are_used(net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> None:
+    stored, batch = (
+        anyprec.search(net, batches, "W3A3", norms=norms, max_evaluations=12) for norms in ("stored", "batch")
+    )
+    assert batch.norms == "batch"
+    shared = set(stored.evaluated) & set(batch.evaluated)
+    assert shared
+    assert all(stored.evaluated[config] != batch.evaluated[config] for config in shared)
+    assert Evaluator(net.eval(), batches, norms="batch")(batch.config) == batch.score
+
+
+def test_a_list_of_budgets_is_searched_together(net: anyprec.ConvertedModel) -> None:
+    result = anyprec.search(net, [], ["W3A3", "W4A4", "5 bits"], objective=cheap)
+    assert result.budget == anyprec.search(net, [], "W3A3", objective=cheap, max_evaluations=4).budget
+    for budget in ("W3A3", "W4A4", "5 bits"):
+        alone = anyprec.search(net, [], budget, objective=cheap)
+        assert result.at(budget).score <= 1.01 * alone.score
+    assert result.at("W3A3").config == result.config
+
+
+def test_without_a_budget_the_whole_range_is_searched(net: anyprec.ConvertedModel) -> None:
+    result = anyprec.search(net, [], objective=cheap)
+    costs = cost_model(net)
+    bitops = [found.cost.bitops for found in result.frontier]
+    assert bitops[0] == min(costs.bitops(net.resolve_bits(bits)) for bits in (2, 3, 4, 8))
+    assert bitops[-1] == costs.bitops(net.resolve_bits(8))
+    assert len(bitops) > 8
+
+
+# When it stops
+
+
+def test_time_that_is_used_up_ends_the_search(net: anyprec.ConvertedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("anyprec.searching.evaluations.time.monotonic", lambda: float(next(clock)))
+    result = anyprec.search(net, [], "W3A3", objective=cheap, max_seconds=15)
+    assert result.stopped == "max_seconds"
+    assert 5 < result.evaluations < 16
+    assert result.utilisation <= 1
+    assert "(stopped: max_seconds)" in str(result)
+
+
+def test_an_interrupt_returns_the_best_so_far(net: anyprec.ConvertedModel) -> None:
+    bits, calls = net.bits, itertools.count()
+
+    def objective(model: anyprec.ConvertedModel) -> float:
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        return cheap(model)
+
+    result = anyprec.search(net, [], "W4A4", objective=objective)
+    assert (result.stopped, result.evaluations) == ("interrupted", 9)
+    limit = result.budget.bitops
+    assert result.score == min(s for c, s in result.evaluated.items() if cost_model(net).bitops(c) <= limit)
+    assert net.bits == bits
+
+
+# The result
+
+
+@pytest.fixture
+def result(net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> anyprec.SearchResult:
+    return anyprec.search(net, batches, "W3A3", report_loader=batches[::-1], max_evaluations=25)
+
+
+def test_the_frontier_holds_what_nothing_beats(result: anyprec.SearchResult) -> None:
+    frontier = result.frontier
+    assert all(a.cost.bitops < b.cost.bitops and a.score > b.score for a, b in itertools.pairwise(frontier))
+    for config, score in result.evaluated.items():
+        bitops = result.costs.model.bitops(config)
+        assert any(found.cost.bitops <= bitops and found.score <= score for found in frontier)
+
+
+def test_another_budget_is_answered_from_what_was_evaluated(result: anyprec.SearchResult) -> None:
+    found = result.at("W4A4")
+    limit = result.costs.model.bitops(result.at("W4A4").config.replace({}))
+    assert found.score == min(s for c, s in result.evaluated.items() if result.costs.model.bitops(c) <= limit)
+    assert result.at(result.budget).config == result.config
+    with pytest.raises(BudgetError, match="no configuration fits the budget 1 KBitOPs: achievable are"):
+        result.at("1 KBitOPs")
+
+
+def test_accuracies_are_top_1_on_the_report_images(
+    result: anyprec.SearchResult, net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    judge = Evaluator(net.eval(), batches, "error")
+    shown = {found.config for found in result.frontier} | set(result.uniform) | {result.config}
+    assert set(result.accuracies) == shown
+    for config, accuracy in result.accuracies.items():
+        assert accuracy == pytest.approx(100 * (1 - judge(config)))
+    assert all(found.accuracy == result.accuracies[found.config] for found in result.frontier)
+
+
+def test_a_result_is_saved_and_loaded_whole(result: anyprec.SearchResult, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result.save(path)
+    loaded = anyprec.SearchResult.load(path)
+    assert loaded == result
+    assert list(loaded.evaluated.items()) == list(result.evaluated.items())
+    assert loaded.frontier == result.frontier
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_own_costs_and_infinite_scores_are_saved_too(net: anyprec.ConvertedModel, tmp_path: Path) -> None:
+    result = anyprec.search(
+        net,
+        [],
+        "60 energy",
+        objective=lambda _: math.nan,
+        max_evaluations=8,
+        costs={"energy": lambda path, bits: float(bits.weight + bits.activation)},
+    )
+    result.save(tmp_path / "r")
+    loaded = anyprec.SearchResult.load(tmp_path / "r")
+    assert loaded == result
+    assert loaded.score == math.inf
+    assert loaded.at("50 energy").config == result.at("50 energy").config
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": "other"}', "cut", "config"])
+def test_a_damaged_result_is_refused(damage: str, result: anyprec.SearchResult, tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    result.save(path)
+    text = path.read_text()
+    document = json.loads(text)
+    document["config"][0] = [2, 3]
+    path.write_text({"cut": text[: len(text) // 2], "config": json.dumps(document)}.get(damage, damage))
+    with pytest.raises(SearchError, match="is no search result, or is damaged"):
+        anyprec.SearchResult.load(path)
+    with pytest.raises(SearchError, match="cannot read the search result"):
+        anyprec.SearchResult.load(tmp_path / "missing")
+    with pytest.raises(SearchError, match="cannot write"):
+        result.save(tmp_path / "missing" / "r")
+
+
+def test_pictures_and_table(result: anyprec.SearchResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "frontier.png", title="t")
+    result.plot_bits(tmp_path / "bits.png")
+    result.plot_bits(tmp_path / "other.png", budget="W4A4")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("frontier.png", "bits.png", "other.png"))
+    table = result.table()
+    assert "top-1 %" in [column.header for column in table.columns]
+    names = list(table.columns[0].cells)
+    assert "W3A3" in names
+    assert table.row_count == len({f.config for f in result.frontier} | set(result.uniform))
