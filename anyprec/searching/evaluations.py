@@ -43,6 +43,7 @@ class Evaluations:
             that a search that goes on where it was stopped does what it would have done.
         max_evaluations: At most so many.
         max_seconds: Stop after so long.
+        agree: Makes several processes agree that the time is over, or not.
         on_evaluation: Called with each configuration, its loss, and whether it was measured now.
     """
 
@@ -53,12 +54,14 @@ class Evaluations:
         known: Mapping[BitConfig, float] | None = None,
         max_evaluations: int | None = None,
         max_seconds: float | None = None,
+        agree: Callable[[bool], bool] = bool,
         on_evaluation: Callable[[BitConfig, float, bool], None] | None = None,
     ) -> None:
         self._judge = judge
         self._known = known or {}
         self._limit = math.inf if max_evaluations is None else max_evaluations
-        self._end = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        self._agree = agree
         self._on_evaluation = on_evaluation
         self._losses: dict[BitConfig, float] = {}
 
@@ -83,7 +86,7 @@ class Evaluations:
             if len(self._losses) >= self._limit:
                 raise Stopped(reason="max_evaluations")
             measured = config not in self._known
-            if measured and time.monotonic() >= self._end:
+            if measured and self._end is not None and self._agree(time.monotonic() >= self._end):
                 raise Stopped(reason="max_seconds")
             loss = float(self._judge(config) if measured else self._known[config])
             self._losses[config] = loss if math.isfinite(loss) else math.inf

@@ -11,6 +11,7 @@ from pathlib import Path
 from anyprec.batches import Batch
 from anyprec.bits import BitConfig
 from anyprec.cost import cost_model
+from anyprec.distributed import of_first_process
 from anyprec.errors import BudgetError, SearchError
 from anyprec.model import ConvertedModel, require_converted
 from anyprec.modes import evaluating
@@ -141,6 +142,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
                 known=memo.known,
                 max_evaluations=max_evaluations,
                 max_seconds=max_seconds,
+                agree=of_first_process,
                 on_evaluation=watch.note,
             )
             stopped = _search_all(problems, evaluations, algorithm, settings, frontier=bool(asked), costs=priced)

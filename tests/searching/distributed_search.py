@@ -1,0 +1,48 @@
+"""Searches in one process or in several, on the same images: what a test compares.
+
+python distributed_search.py FOLDER                                 one process
+torchrun --nproc-per-node 2 distributed_search.py FOLDER            every process runs its share of the batches
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import anyprec
+
+
+def main() -> None:
+    """Search, and write what each process found."""
+    torch.manual_seed(0)
+    hidden = [nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU()]
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *hidden, nn.Flatten(), nn.Linear(96, 4))
+    batches = [(torch.randn(size, 3, 8, 8), torch.randint(4, (size,))) for size in (5, 4, 7)]
+    model = anyprec.convert(net, bits=(2, 3, 4, 8), example_input=batches[0][0])
+    anyprec.calibrate(model, batches)  # before there are several processes: the same network everywhere
+    several = "RANK" in os.environ
+    if several:
+        dist.init_process_group("gloo")
+    folder = Path(sys.argv[1])
+    for objective in ("loss", "error", "divergence"):
+        result = anyprec.search(
+            model,
+            batches,
+            "W3A3",
+            objective=objective,
+            max_seconds=1000,
+            resume=folder / f"{objective}.jsonl",
+            report_loader=batches,
+        )
+        result.save(folder / f"{objective}-{dist.get_rank() if several else 0}.json")
+    if several:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

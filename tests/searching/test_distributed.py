@@ -1,0 +1,42 @@
+"""Two processes under torchrun search as one does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anyprec
+
+SCRIPT = Path(__file__).with_name("distributed_search.py")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    made = []
+    for name, options in (("one", []), ("two", launcher)):
+        made.append(tmp_path_factory.mktemp(name))
+        command = [sys.executable, *options, str(SCRIPT), str(made[-1])]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("objective", ["loss", "error", "divergence"])
+def test_two_processes_find_what_one_finds_bit_for_bit(objective: str, folders: tuple[Path, Path]) -> None:
+    one = anyprec.SearchResult.load(folders[0] / f"{objective}-0.json")
+    assert len(set(one.evaluated.values())) > 1
+    for rank in (0, 1):
+        two = anyprec.SearchResult.load(folders[1] / f"{objective}-{rank}.json")
+        assert two.config == one.config
+        assert list(two.evaluated.items()) == list(one.evaluated.items())
+        assert two.accuracies == one.accuracies
+        assert 0 < two.layer_runs < one.layer_runs
+
+
+def test_the_search_file_is_written_once(folders: tuple[Path, Path]) -> None:
+    one, two = ((folder / "loss.jsonl").read_text() for folder in folders)
+    assert one == two
