@@ -213,6 +213,16 @@ def check_candidates(values: Iterable[int] | int, *, what: str = "bits") -> tupl
     return tuple(sorted(listed))
 
 
+def highest_config(candidates: Candidates) -> BitConfig:
+    """Every layer at its highest bit-widths."""
+    return BitConfig({path: layer.highest for path, layer in candidates.items()})
+
+
+def lowest_config(candidates: Candidates) -> BitConfig:
+    """Every layer at its lowest bit-widths."""
+    return BitConfig({path: layer.lowest for path, layer in candidates.items()})
+
+
 def uniform(bits: BitsLike, candidates: Candidates) -> BitConfig:
     """The configuration in which every layer has `bits`, as far as its candidates allow.
 

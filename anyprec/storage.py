@@ -56,20 +56,32 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], document: str, *, key:
     if not path.parent.is_dir():
         msg = f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
         raise CheckpointError(msg)
-    temporary = path.with_name(f".anyprec-{uuid.uuid4().hex}.tmp")
     try:
         sealed = _sealed(document, {name: _tensor_digest(tensor) for name, tensor in tensors.items()})
         _require_small(len(json.dumps(sealed)), len(tensors))
+        with replacing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata={key: sealed})
+    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the last two: numbers that it cannot hold
+        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there before is unchanged"
+        raise CheckpointError(msg) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which takes its place, whole, when the `with` block ends without an exception.
+
+    Raises:
+        OSError: It cannot be written; `path` is unchanged.
+    """
+    temporary = path.with_name(f".anyprec-{uuid.uuid4().hex}.tmp")
+    try:
         temporary.touch()
         mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
-        save_file(dict(tensors), temporary, metadata={key: sealed})
+        yield temporary
         temporary.chmod(mode)  # safetensors writes a file that only its owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:  # the last two: numbers that it cannot hold
-        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there before is unchanged"
-        raise CheckpointError(msg) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

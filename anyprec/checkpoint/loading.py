@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from anyprec.batches import device_of
-from anyprec.bits import BitConfig, shorten
+from anyprec.bits import BitConfig, highest_config, shorten
 from anyprec.checkpoint.architecture import create, create_skeleton, describe
 from anyprec.checkpoint.assembly import has_all_tensors_in, materialize
 from anyprec.checkpoint.content import Content
@@ -236,6 +236,6 @@ def _start(model: ConvertedModel, config: BitConfig | None) -> None:
         narrow(model, config)
         model.set_bits(config)
     elif model.is_packed:
-        model.set_bits(BitConfig({path: layer.highest for path, layer in model.candidates.items()}))
+        model.set_bits(highest_config(model.candidates))
     else:
         model.set_bits(None)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from anyprec.bits import BitConfig
 from anyprec.cost import Cost
+from anyprec.report.figures import label_cost_and_score, new_figure
 
 Points = Sequence[tuple[float, float]]
 """(cost, score) pairs."""
@@ -71,7 +72,7 @@ def frontier_plot(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _figure(7, 4.5)
+    figure, axes = new_figure(7, 4.5, title=title)
     scale, label = _UNITS.get(cost, (1, cost))
     for kind, points in series.items():
         shown = sorted((x / scale, y) for x, y in points if math.isfinite(y))
@@ -82,13 +83,9 @@ def frontier_plot(
     positive = [y for points in series.values() for _, y in points if math.isfinite(y)]
     if positive and min(positive) > 0 and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(f"{label} (log scale)")
-    axes.set_ylabel(score)
-    axes.grid(visible=True, alpha=0.3)
+    label_cost_and_score(axes, cost=label, score=score)
     axes.legend()
-    _finish(figure, axes, path, title)
+    figure.savefig(path)
 
 
 def bits_plot(config: BitConfig, path: str | Path, *, title: str = "") -> None:
@@ -97,7 +94,7 @@ def bits_plot(config: BitConfig, path: str | Path, *, title: str = "") -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure, axes = _figure(max(7.0, 0.18 * len(config)), 4.5)
+    figure, axes = new_figure(max(7.0, 0.18 * len(config)), 4.5, title=title)
     places = range(len(config))
     axes.bar(
         [x - 0.2 for x in places], [b.weight for b in config.values()], width=0.4, color=_WEIGHT, label="weight bits"
@@ -111,19 +108,4 @@ def bits_plot(config: BitConfig, path: str | Path, *, title: str = "") -> None:
     axes.set_xlim(-1, len(config))
     axes.grid(visible=True, axis="y", alpha=0.3)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=2, frameon=False)
-    _finish(figure, axes, path, title)
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (optional)
-    from matplotlib.figure import Figure  # noqa: PLC0415 (optional)
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _finish(figure: Any, axes: Any, path: str | Path, title: str) -> None:
-    if title:
-        axes.set_title(title)
     figure.savefig(path)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from anyprec.report.figures import label_cost_and_score, new_figure
 from anyprec.report.results import Result
 
 _STYLE = {"uniform": ("o-", "#4269d0"), "searched": ("D", "#ff725c")}
@@ -22,13 +23,7 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 (optional)
-    from matplotlib.figure import Figure  # noqa: PLC0415 (optional)
-    from matplotlib.ticker import FuncFormatter  # noqa: PLC0415 (optional)
-
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(7, 4.5, title=title)
     for kind, (style, color) in _STYLE.items():
         series = sorted((r for r in results if r.kind == kind), key=lambda result: result.cost.bitops)
         if not series:
@@ -47,13 +42,7 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
             )
     for r, line in zip((r for r in results if r.kind == "float"), itertools.cycle(("--", ":", "-.")), strict=False):
         axes.axhline(r.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=r.name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel("BitOPs of one image, in G (log scale)")
-    axes.set_ylabel("top-1 accuracy, %")
+    label_cost_and_score(axes, cost="BitOPs of one image, in G", score="top-1 accuracy, %")
     axes.margins(x=0.08, y=0.12)
-    axes.grid(visible=True, alpha=0.3)
     axes.legend(loc="lower right")
-    if title:
-        axes.set_title(title)
     figure.savefig(path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from typing import Protocol
 
-from anyprec.bits import BitConfig, Bits, Candidates, uniform
+from anyprec.bits import BitConfig, Bits, Candidates, highest_config, uniform
 from anyprec.errors import BitsError, BudgetError
 
 ACCEPTED_FORMS = (
@@ -290,7 +290,7 @@ def _read_number(value: object, costs: Costs) -> Budget:
     if not 0 < value <= 1:
         msg = f"a number is a share of BitOPs, in (0, 1]; with a unit, write {ACCEPTED_FORMS}"
         raise BudgetError(msg)
-    return Budget(bitops=value * costs.total("bitops", _highest(costs)))
+    return Budget(bitops=value * costs.total("bitops", highest_config(costs.candidates)))
 
 
 def _share(share: Decimal, match: re.Match[str], costs: Costs) -> Budget:
@@ -311,7 +311,7 @@ def _require_known(budget: Budget, costs: Costs) -> None:
 def _bitops_of(match: re.Match[str], costs: Costs) -> float:
     """BitOPs of the uniform precision in `match`, or of the highest candidates where it names none."""
     precision = match["precision"]
-    config = uniform(Bits.parse(precision), costs.candidates) if precision else _highest(costs)
+    config = uniform(Bits.parse(precision), costs.candidates) if precision else highest_config(costs.candidates)
     return costs.total("bitops", config)
 
 
@@ -338,10 +338,6 @@ def _check_limit(name: str, limit: object) -> None:
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
         msg = f"{name}={limit!r} is not a limit: use a positive finite number"
         raise BudgetError(msg)
-
-
-def _highest(costs: Costs) -> BitConfig:
-    return BitConfig({path: layer.highest for path, layer in costs.candidates.items()})
 
 
 def _show(name: str, value: float, *, rounding: str = ROUND_HALF_EVEN) -> str:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DistributedSampler
 
 from anyprec.batches import Batch, device_of, images_of, labels_of, take
-from anyprec.bits import BitConfig
+from anyprec.bits import BitConfig, highest_config
 from anyprec.distributed import of_all_processes, of_first_process, process_count, process_rank, sum_over_processes
 from anyprec.errors import PackedError, SearchError
 from anyprec.model import ConvertedModel
@@ -161,8 +161,7 @@ class Evaluator:
             with self._model.using_bits(None), torch.no_grad():
                 return [self._logits(self._model(images)) for images in self._images]
         except PackedError:
-            highest = {path: layer.highest for path, layer in self._model.candidates.items()}
-            with self._model.using_bits(BitConfig(highest)), torch.no_grad():
+            with self._model.using_bits(highest_config(self._model.candidates)), torch.no_grad():
                 return [self._logits(self._model(images)) for images in self._images]
 
     def _judge(self, place: int) -> float:

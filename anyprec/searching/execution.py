@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from anyprec.bits import BitConfig
+from anyprec.bits import BitConfig, highest_config, lowest_config
 from anyprec.graph import trace
 from anyprec.layers import FunctionalOwner, QuantizedLayer
 from anyprec.model import ConvertedModel
@@ -63,7 +63,7 @@ class PartialExecution:
 
         The network is run a few times on one batch of each shape, whole and in parts: outputs must be identical.
         """
-        graph, reason = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
+        graph, reason = trace_converted(model)
         if graph is None:
             return None, f"torch.fx cannot trace it: {reason}"
         if isinstance(model, FunctionalOwner):
@@ -188,11 +188,10 @@ class PartialExecution:
 
     def _try_batch(self, index: int, images: Tensor) -> str | None:
         candidates = self._model.candidates
-        highest = BitConfig({path: layer.highest for path, layer in candidates.items()})
-        lowest = {path: layer.lowest for path, layer in candidates.items()}
+        highest, lowest = highest_config(candidates), lowest_config(candidates)
         some = list(candidates)[:: max(1, len(candidates) // 3)][::-1]
         self.set_anchor(highest)
-        configs = [highest, *(highest.replace({path: lowest[path]}) for path in some), BitConfig(lowest), highest]
+        configs = [highest, *(highest.replace({path: lowest[path]}) for path in some), lowest, highest]
         for config in configs:
             with self._model.using_bits(config), torch.no_grad():
                 whole, partial = self._model(images), self.run(index, images)
@@ -222,6 +221,14 @@ class PartialExecution:
             room -= sizes[node]
             if room < 0:
                 self._keepable.discard(node)
+
+
+def trace_converted(model: ConvertedModel) -> tuple[fx.Graph | None, str | None]:
+    """The graph of a converted network, in which quantized layers and what runs their operators are single nodes.
+
+    None, and the reason, where torch.fx cannot trace it.
+    """
+    return trace(model, opaque=(QuantizedLayer, FunctionalOwner))
 
 
 def _parts(model: ConvertedModel, node: fx.Node) -> list[QuantizedLayer | SwitchableNorm]:

@@ -9,10 +9,10 @@ from typing import Literal
 from torch import fx
 
 from anyprec.errors import SearchError
-from anyprec.graph import trace
-from anyprec.layers import FunctionalOwner, QuantizedLayer
+from anyprec.layers import QuantizedLayer
 from anyprec.model import ConvertedModel
 from anyprec.modes import evaluating
+from anyprec.searching.execution import trace_converted
 
 Tied = Literal["inputs", "residual"] | Iterable[Sequence[str]]
 """A rule, or groups of paths or patterns."""
@@ -32,7 +32,7 @@ def tied_groups(model: ConvertedModel, tied: Tied) -> list[Sequence[str]]:
         msg = f"tied={tied!r} is unknown: use 'inputs', 'residual', or a list of groups of layers"
         raise SearchError(msg)
     with evaluating(model):
-        graph, reason = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
+        graph, reason = trace_converted(model)
     if graph is None:
         msg = f"tied={tied!r} needs the network's graph, and torch.fx cannot trace it ({reason}): name the groups yourself"
         raise SearchError(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -51,9 +51,9 @@ class Memo:
         """Add a score; it is on its way to the disk when this returns."""
         if self._file is None:
             return
-        bits = [[config[path].weight, config[path].activation] for path in self._layers]
+        entry = {"bits": as_pairs(config, self._layers), "score": score if math.isfinite(score) else None}
         try:
-            self._file.write(json.dumps({"bits": bits, "score": score if math.isfinite(score) else None}) + "\n")
+            self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
         except OSError as error:
             msg = f"cannot write to the search file {self._path}: {error.strerror}"
@@ -100,13 +100,26 @@ class Memo:
                 msg += "or the norms are not the same; use another file, or delete it"
                 raise SearchError(msg)
             for entry in entries:
-                bits = [Bits(weight, activation) for weight, activation in entry["bits"]]
                 score = math.inf if entry["score"] is None else float(entry["score"])
-                self.known[BitConfig(dict(zip(self._layers, bits, strict=True)))] = score
+                self.known[from_pairs(entry["bits"], self._layers)] = score
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, BitsError) as error:
             if isinstance(error, SearchError):
                 raise
             raise _foreign(path) from error
+
+
+def as_pairs(config: BitConfig, paths: Sequence[str]) -> list[list[int]]:
+    """A configuration for JSON: weight and activation bits of each layer, in the order of `paths`."""
+    return [[config[path].weight, config[path].activation] for path in paths]
+
+
+def from_pairs(pairs: Sequence[Sequence[int]], paths: Sequence[str]) -> BitConfig:
+    """The configuration that `as_pairs` wrote.
+
+    Raises:
+        BitsError, TypeError, ValueError: It is none of these layers.
+    """
+    return BitConfig({path: Bits(*pair) for path, pair in zip(paths, pairs, strict=True)})
 
 
 def _foreign(path: Path) -> SearchError:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,8 @@ from anyprec.errors import AnyprecError, BudgetError, SearchError
 from anyprec.report.frontiers import bits_plot, frontier_plot, frontier_table
 from anyprec.searching.budget import Budget, BudgetLike, parse_budget, unreachable, utilisation
 from anyprec.searching.costs import SearchCosts
+from anyprec.searching.memo import as_pairs, from_pairs
+from anyprec.storage import replacing
 
 _FORMAT = "anyprec-search-result-1"
 
@@ -180,18 +180,23 @@ class SearchResult:
             "norms": self.norms,
             "stopped": self.stopped,
             "layer_runs": self.layer_runs,
-            "config": _as_pairs(self.config, paths),
-            "uniform": [_as_pairs(config, paths) for config in self.uniform],
+            "config": as_pairs(self.config, paths),
+            "uniform": [as_pairs(config, paths) for config in self.uniform],
             "evaluated": [
                 {
-                    "bits": _as_pairs(config, paths),
+                    "bits": as_pairs(config, paths),
                     "score": score if math.isfinite(score) else None,
                     **({"accuracy": self.accuracies[config]} if config in self.accuracies else {}),
                 }
                 for config, score in self.evaluated.items()
             ],
         }
-        _write_whole(Path(path), json.dumps(document))
+        try:
+            with replacing(Path(path)) as temporary:
+                temporary.write_text(json.dumps(document), "utf-8")
+        except OSError as error:
+            msg = f"cannot write {str(path)!r}: {error.strerror}; what stood there before is unchanged"
+            raise SearchError(msg) from error
 
     @classmethod
     def load(cls, path: str | Path) -> SearchResult:
@@ -238,23 +243,6 @@ def uniform_name(config: BitConfig) -> str:
     return str(max(dict.fromkeys(every), key=every.count))
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".anyprec-{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        msg = f"cannot write {str(path)!r}: {error.strerror}; what stood there before is unchanged"
-        raise SearchError(msg) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _as_pairs(config: BitConfig, paths: list[str]) -> list[list[int]]:
-    return [[config[path].weight, config[path].activation] for path in paths]
-
-
 def _read(document: dict[str, Any]) -> dict[str, Any]:
     rows = document["layers"]
     paths = [str(row["path"]) for row in rows]
@@ -274,7 +262,7 @@ def _read(document: dict[str, Any]) -> dict[str, Any]:
     }
 
     def config(pairs: list[list[int]]) -> BitConfig:
-        return BitConfig({path: Bits(*pair) for path, pair in zip(paths, pairs, strict=True)})
+        return from_pairs(pairs, paths)
 
     evaluated = {
         config(entry["bits"]): math.inf if entry["score"] is None else float(entry["score"])

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Candidates
+from anyprec.bits import BitConfig, Candidates, highest_config
 from anyprec.distributed import of_first_process, process_count
 from anyprec.errors import BitsError, TrainingError
 from anyprec.layers import QuantizedLayer
@@ -177,7 +177,7 @@ class OneShot:
 
     def highest_config(self) -> BitConfig:
         """Every layer at its highest candidates."""
-        return BitConfig({path: layer.highest for path, layer in self.model.candidates.items()})
+        return highest_config(self.model.candidates)
 
     def random_configs(self, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""

@@ -12,7 +12,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
-from anyprec.bits import BitConfig, Bits, Candidates, LayerCandidates
+from anyprec.bits import BitConfig, Bits, Candidates, LayerCandidates, lowest_config
 from anyprec.training.scheduler import Instability
 
 
@@ -66,7 +66,7 @@ class SandwichSampler:
         instability: Instability,  # noqa: ARG002 (of the protocol)
     ) -> list[BitConfig]:
         """See `Sampler`."""
-        lowest = BitConfig({path: layer.lowest for path, layer in candidates.items()})
+        lowest = lowest_config(candidates)
         return [lowest, *(_draw_uniformly(candidates, generator) for _ in range(count - 1))][:count]
 
 
