@@ -6,7 +6,6 @@ import math
 import random
 
 from anyprec.searching.moves import Walk
-from anyprec.searching.program import allocate
 from anyprec.searching.space import Point
 
 _POPULATION = 24
@@ -62,11 +61,9 @@ def program_on_sensitivities(walk: Walk) -> None:
         ]
         for number, choice in enumerate(space.choices)
     ]
-    for limit in (1.0, 1 - 1e-6):
-        target = allocate(losses, walk.problem.shares, limit=limit)
-        if target is not None and walk.fits(target):
-            walk.loss(target)
-            return
+    target = walk.allocate(losses)
+    if target is not None:
+        walk.loss(target)
 
 
 def _random_point(walk: Walk, draw: random.Random) -> Point:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Sequence
 
 from anyprec.searching.moves import Move, Walk
-from anyprec.searching.space import Point
+from anyprec.searching.space import Point, dominates
 
 
 def descend(walk: Walk, start: Point, *, lazy: bool, alpha: float = 1.5) -> Point:
@@ -55,7 +55,7 @@ class _Descent:
     def __init__(self, walk: Walk, start: Point, *, lazy: bool, alpha: float) -> None:
         self.walk = walk
         self.way = [start]
-        self._spent = [walk.problem.utilisation(walk.problem.space.config(start))]
+        self._spent = [walk.utilisation(start)]
         self._lazy = lazy
         self._alpha = alpha
         walk.loss(start)
@@ -74,17 +74,19 @@ class _Descent:
         while True:
             moves = [*downs, *(move for move in ups if self._permitted(here, move))]
             if not moves:  # the lowest options of arbitrary costs need not fit together
-                self.way.append(self.walk.problem.space.point(self.walk.problem.cheapest) or here)
-                self._spent.append(self.walk.problem.utilisation(self.walk.problem.cheapest))
+                self._arrive(self.walk.problem.space.point(self.walk.problem.cheapest) or here)
                 return
             increases = [self._increase(here, move) for move in moves]
             scores = scored(increases, [savings[move] for move in moves], alpha=self._alpha)
             best = moves[scores.index(min(scores))]
             if self.walk.knows(best.apply(here)):
-                self.way.append(best.apply(here))
-                self._spent.append(self.walk.problem.utilisation(self.walk.problem.space.config(self.way[-1])))
+                self._arrive(best.apply(here))
                 return
             self.walk.measure(here, [best])
+
+    def _arrive(self, point: Point) -> None:
+        self.way.append(point)
+        self._spent.append(self.walk.utilisation(point))
 
     def _increase(self, here: Point, move: Move) -> float:
         increase = self.walk.increase(here, move)
@@ -100,19 +102,17 @@ class _Descent:
 
     def _undos(self, here: Point) -> list[Move]:
         """Ups of what was lowered since the start."""
-        ranks = self.walk.problem.space.options
-        start = self.way[0]
+        options, start = self.walk.problem.space.options, self.way[0]
         return [
             move
             for move in self.walk.ups(here)
-            if ranks[move.choice][move.after].weight <= ranks[move.choice][start[move.choice]].weight
-            and ranks[move.choice][move.after].activation <= ranks[move.choice][start[move.choice]].activation
+            if dominates(options[move.choice][start[move.choice]], options[move.choice][move.after])
         ]
 
     def _permitted(self, here: Point, move: Move) -> bool:
         """Whether an up leads, or is predicted to lead, to a loss lower than any on the way at no more cost."""
         target = move.apply(here)
-        cost = self.walk.problem.utilisation(self.walk.problem.space.config(target))
+        cost = self.walk.utilisation(target)
         passed = zip(self.way, self._spent, strict=True)
         bound = min((self.walk.loss(point) for point, spent in passed if spent <= cost), default=math.inf)
         if self.walk.knows(target):

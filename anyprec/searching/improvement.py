@@ -13,10 +13,8 @@ nothing is predicted to gain and all that could matter was measured, or after so
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from anyprec.searching.moves import Move, Walk
-from anyprec.searching.program import allocate
 from anyprec.searching.space import Point
 
 _REACHES = (1, 2, math.inf)
@@ -30,9 +28,6 @@ _POOL = 40
 
 _STEPS = 2
 """Most options that one choice may pass in one turn, up or down."""
-
-_LIMITS = (1.0, 1 - 1e-7, 1 - 1e-5)
-"""The solver's tolerance may exceed a limit by a little; then it is asked again for a little less."""
 
 
 def leap(walk: Walk, start: Point) -> None:
@@ -115,17 +110,16 @@ def best_point(walk: Walk) -> Point:
 
 def _program(walk: Walk, start: Point, middle: Point, *, reach: float) -> Point | None:
     """The best point that fits if changes from `start` added up, near `middle`."""
-    options = walk.problem.space.options
     losses = [
         [
             _change(walk, number, start[number], option)
-            if _distance(walk, number, middle[number], option) <= reach or option == start[number]
+            if choice.distance(middle[number], option) <= reach or option == start[number]
             else math.inf
-            for option in range(len(options[number]))
+            for option in range(len(choice.options))
         ]
-        for number in range(len(options))
+        for number, choice in enumerate(walk.problem.space.choices)
     ]
-    return _fitting(walk, losses, near=None, excluded=())
+    return walk.allocate(losses)
 
 
 def _exchange(walk: Walk, here: Point, tried: set[Point]) -> Point | None:
@@ -136,7 +130,7 @@ def _exchange(walk: Walk, here: Point, tried: set[Point]) -> Point | None:
     ]
     for number, option, increase in _promising(walk, here):
         losses[number][option] = increase
-    target = _fitting(walk, losses, near=(here, _CHANGES), excluded=tried)
+    target = walk.allocate(losses, near=(here, _CHANGES), excluded=tried)
     if target is None or math.fsum(losses[number][option] for number, option in enumerate(target)) >= 0:
         return None
     return target
@@ -147,7 +141,7 @@ def _promising(walk: Walk, here: Point) -> list[tuple[int, int, float]]:
     changes = []
     for number, choice in enumerate(walk.problem.space.choices):
         for option in range(len(choice.options)):
-            if option != here[number] and _distance(walk, number, here[number], option) <= _STEPS:
+            if option != here[number] and choice.distance(here[number], option) <= _STEPS:
                 increase = _change(walk, number, here[number], option)
                 if math.isfinite(increase):
                     changes.append((number, option, increase, walk.problem.saving(here, number, option)))
@@ -166,16 +160,6 @@ def _known_around(walk: Walk, here: Point) -> set[Point]:
     return {p for p in points if p is not None and sum(a != b for a, b in zip(p, here, strict=True)) <= _CHANGES}
 
 
-def _fitting(
-    walk: Walk, losses: list[list[float]], *, near: tuple[Point, int] | None, excluded: Iterable[Point]
-) -> Point | None:
-    for limit in _LIMITS:
-        target = allocate(losses, walk.problem.shares, limit=limit, near=near, excluded=excluded)
-        if target is None or walk.fits(target):
-            return target
-    return None
-
-
 def _change(walk: Walk, choice: int, before: int, after: int) -> float:
     """Predicted loss increase; infinite where nothing is known."""
     if before == after:
@@ -183,18 +167,6 @@ def _change(walk: Walk, choice: int, before: int, after: int) -> float:
     options = walk.problem.space.options[choice]
     increase = walk.predictor.increase(choice, options[before], options[after])
     return math.inf if increase is None else increase
-
-
-def _distance(walk: Walk, choice: int, one: int, other: int) -> int:
-    """Options between two, of the operand that differs more."""
-    choice_options = walk.problem.space.options[choice]
-    gaps = []
-    for name in ("weight", "activation"):
-        widths = sorted({getattr(bits, name) for bits in choice_options})
-        gaps.append(
-            abs(widths.index(getattr(choice_options[one], name)) - widths.index(getattr(choice_options[other], name)))
-        )
-    return max(gaps)
 
 
 def _single_moves(walk: Walk, here: Point, target: Point) -> list[Move]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from anyprec.searching.evaluations import Evaluations
 from anyprec.searching.predictor import Predictor
 from anyprec.searching.problem import Problem
+from anyprec.searching.program import allocate
 from anyprec.searching.space import Point
+
+_LIMITS = (1.0, 1 - 1e-7, 1 - 1e-5)
+"""The solver's tolerance may exceed a limit by a little; then it is asked again for a little less."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,24 @@ class Walk:
     def fits(self, point: Point) -> bool:
         """Whether a point is within the budget."""
         return self.problem.fits(self.problem.space.config(point))
+
+    def utilisation(self, point: Point) -> float:
+        """Share of the budget that a point uses."""
+        return self.problem.utilisation(self.problem.space.config(point))
+
+    def allocate(
+        self,
+        losses: Sequence[Sequence[float]],
+        *,
+        near: tuple[Point, int] | None = None,
+        excluded: Collection[Point] = (),
+    ) -> Point | None:
+        """The point of least total loss that fits; see `allocate`."""
+        for limit in _LIMITS:
+            target = allocate(losses, self.problem.shares, limit=limit, near=near, excluded=excluded)
+            if target is None or self.fits(target):
+                return target
+        return None
 
     def set_anchor(self, point: Point) -> None:
         """Say that changes of this point come next."""

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
 
 from anyprec.bits import Bits
-from anyprec.searching.space import Space
-
-Operand = Literal["weight", "activation"]
-OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
+from anyprec.searching.space import OPERANDS, Operand, Space
 
 
 class Predictor:
@@ -26,10 +22,7 @@ class Predictor:
     """
 
     def __init__(self, space: Space) -> None:
-        self._widths = [
-            {operand: sorted({getattr(bits, operand) for bits in choice.options}) for operand in OPERANDS}
-            for choice in space.choices
-        ]
+        self._widths = [choice.widths for choice in space.choices]
         self._lowerings: dict[tuple[int, Operand], dict[tuple[int, int], float]] = {}
         self._joint: dict[int, float] = {}
 

@@ -35,6 +35,7 @@ class Problem:
         self.budget = budget
         self._costs = costs
         self._limits = budget.limits
+        self._utilisations: dict[BitConfig, float] = {}  # the best of all evaluations is asked for after each
         self.space = Space(tuple(self._worthwhile(choice) for choice in everything.choices))
         if not self.fits(self.cheapest):
             raise unreachable(budget, {name: self._range(name) for name in self._limits})
@@ -65,15 +66,13 @@ class Problem:
     @cached_property
     def start(self) -> Point | None:
         """The cheapest point of equal bit-widths that does not fit; None if all fit."""
-        widths = sorted(
-            {width for choice in self.space.choices for o in choice.options for width in (o.weight, o.activation)}
-        )
-        points = dict.fromkeys(self.space.at_least(Bits(width, width)) for width in widths)
-        return next((point for point in points if not self.fits(self.space.config(point))), None)
+        return next((point for point in self.space.equal_points if not self.fits(self.space.config(point))), None)
 
     def utilisation(self, config: BitConfig) -> float:
         """Share of the budget that a configuration uses: it fits if at most 1."""
-        return utilisation(config, self.budget, self._costs)
+        if config not in self._utilisations:
+            self._utilisations[config] = utilisation(config, self.budget, self._costs)
+        return self._utilisations[config]
 
     def fits(self, config: BitConfig) -> bool:
         """Whether a configuration is within the budget."""

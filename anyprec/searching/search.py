@@ -134,8 +134,8 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         evaluator = Evaluator(
             model, val_loader, objective, norms=norms, max_batches=max_batches, reuse=reuse, memory=memory
         )
-        print_ = evaluator.fingerprint() if resume is not None else ""
-        with Memo(resume, fingerprint=print_, layers=model.candidates) as memo:
+        fingerprint = evaluator.fingerprint() if resume is not None else ""
+        with Memo(resume, fingerprint=fingerprint, layers=model.candidates) as memo:
             watch = _Watch(problems, memo, bar, max_evaluations)
             evaluations = Evaluations(
                 evaluator,

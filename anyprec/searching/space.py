@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from anyprec.bits import BitConfig, Bits, Candidates, check_bit_width, match_paths, shorten
 from anyprec.errors import BitsError
 
 Point = tuple[int, ...]
 """For each choice the index of the option that is taken."""
+
+Operand = Literal["weight", "activation"]
+OPERANDS: tuple[Operand, Operand] = ("weight", "activation")
 
 Allowed = int | str | Bits | Sequence["int | str | Bits | tuple[int, int]"]
 """Bit-widths (for both operands) or precisions that a layer may take; see `make_space`."""
@@ -45,35 +49,35 @@ class Choice:
 
     def at_least(self, bits: Bits) -> int:
         """The lowest option with at least these bit-widths; where a bit-width has none, its highest counts."""
-        wanted = Bits(
-            min(bits.weight, max(option.weight for option in self.options)),
-            min(bits.activation, max(option.activation for option in self.options)),
-        )
+        wanted = Bits(*(min(getattr(bits, operand), self.widths[operand][-1]) for operand in OPERANDS))
         enough = [index for index, option in enumerate(self.options) if dominates(option, wanted)]
         if not enough:  # no single option has both: the nearest to it
             return max(range(len(self.options)), key=lambda i: (self.options[i].weight + self.options[i].activation, i))
         return min(enough, key=lambda index: (self.options[index].weight + self.options[index].activation, index))
 
+    @cached_property
+    def widths(self) -> dict[Operand, list[int]]:
+        """The bit-widths that occur, ascending."""
+        return {operand: sorted({getattr(bits, operand) for bits in self.options}) for operand in OPERANDS}
+
+    def distance(self, one: int, other: int) -> int:
+        """Bit-widths between two options, of the operand that differs more."""
+        ranks = self._ranks
+        return max(abs(a - b) for a, b in zip(ranks[one], ranks[other], strict=True))
+
+    @cached_property
+    def _ranks(self) -> list[tuple[int, ...]]:
+        return [tuple(self.widths[name].index(getattr(bits, name)) for name in OPERANDS) for bits in self.options]
+
     def _neighbours(self, index: int, *, down: bool) -> tuple[int, ...]:
         here = self.options[index]
-        further = [
-            other
-            for other, option in enumerate(self.options)
-            if option != here and (dominates(here, option) if down else dominates(option, here))
-        ]
-        return tuple(
-            other
-            for other in further
-            if not any(
-                between != other
-                and (
-                    dominates(self.options[between], self.options[other])
-                    if down
-                    else dominates(self.options[other], self.options[between])
-                )
-                for between in further
-            )
-        )
+
+        def beyond(one: Bits, other: Bits) -> bool:
+            return one != other and (dominates(one, other) if down else dominates(other, one))
+
+        further = [option for option in self.options if beyond(here, option)]
+        nearest = [option for option in further if not any(beyond(between, option) for between in further)]
+        return tuple(map(self.options.index, nearest))
 
 
 @dataclass(frozen=True)
@@ -137,29 +141,36 @@ class Space:
     @property
     def lowest(self) -> Point:
         """The point of lowest bit-widths."""
-        return self.at_least(Bits(*(min(getattr(o, name) for c in self.choices for o in c.options) for name in _NAMES)))
+        return self.at_least(Bits(*(widths[0] for widths in self._widths)))
 
     @property
     def highest(self) -> Point:
         """The point of highest bit-widths."""
-        return self.at_least(Bits(*(max(getattr(o, name) for c in self.choices for o in c.options) for name in _NAMES)))
+        return self.at_least(Bits(*(widths[-1] for widths in self._widths)))
 
     @cached_property
     def uniform(self) -> tuple[BitConfig, ...]:
         """Configurations with one precision everywhere, as far as choices allow: equal bit-widths first, descending."""
-        widths = [sorted({getattr(o, name) for c in self.choices for o in c.options}, reverse=True) for name in _NAMES]
-        equal = [Bits(width, width) for width in sorted({*widths[0], *widths[1]}, reverse=True)]
-        pairs = sorted((Bits(w, a) for w in widths[0] for a in widths[1] if w != a), reverse=True)
-        return tuple(dict.fromkeys(self.config(self.at_least(bits)) for bits in (*equal, *pairs)))
+        weights, activations = self._widths
+        pairs = sorted((Bits(w, a) for w in weights for a in activations if w != a), reverse=True)
+        mixed = (self.config(self.at_least(bits)) for bits in pairs)
+        return tuple(dict.fromkeys((*self.equal_widths, *mixed)))
 
     @cached_property
     def equal_widths(self) -> tuple[BitConfig, ...]:
         """Those of `uniform` whose two bit-widths are the same."""
-        widths = sorted({getattr(o, name) for c in self.choices for o in c.options for name in _NAMES}, reverse=True)
-        return tuple(dict.fromkeys(self.config(self.at_least(Bits(width, width))) for width in widths))
+        return tuple(self.config(point) for point in reversed(self.equal_points))
 
+    @cached_property
+    def equal_points(self) -> tuple[Point, ...]:
+        """The points with one bit-width for both operands everywhere, as far as choices allow, ascending."""
+        widths = sorted({*self._widths[0], *self._widths[1]})
+        return tuple(dict.fromkeys(self.at_least(Bits(width, width)) for width in widths))
 
-_NAMES = ("weight", "activation")
+    @cached_property
+    def _widths(self) -> list[list[int]]:
+        """The bit-widths of each operand that occur, ascending."""
+        return [sorted({w for choice in self.choices for w in choice.widths[operand]}) for operand in OPERANDS]
 
 
 def dominates(one: Bits, other: Bits) -> bool:
@@ -192,7 +203,7 @@ def make_space(
     rules = allowed if isinstance(allowed, Mapping) else {} if allowed is None else {"*": allowed}
     for pattern, rule in rules.items():
         permits = _rule(rule)
-        for path in [pattern] if pattern in candidates else match_paths(pattern, candidates):
+        for path in _matching(pattern, candidates):
             left = [bits for bits in options[path] if permits(bits)]
             if not left:
                 msg = f"allowed={rule!r} leaves nothing for layer {path!r}, whose candidates are weight bits "
