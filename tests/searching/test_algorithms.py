@@ -25,12 +25,28 @@ from anyprec.searching.space import make_space
 OURS = ("sequential", "lazy", "greedy")
 
 
-class FakeNetwork:
+class CostsAndJudge:
+    """The costs and the judge of a search in one: costs are sums over layers."""
+
+    def of_layer(self, name: str, path: str, bits: Bits) -> float:
+        raise NotImplementedError
+
+    def divisor(self, name: str) -> int:
+        return 1
+
+    def total(self, name: str, config: Mapping[str, Bits]) -> float:
+        return sum(self.of_layer(name, path, bits) for path, bits in config.items())
+
+    def set_anchor(self, config: BitConfig) -> None:
+        pass
+
+
+class FakeNetwork(CostsAndJudge):
     """Layers with MACs, weights and sensitivities of a spread that real networks have; both ends fixed at 8 bits.
 
     Quantization noise of an operand falls with its bits as base^-bits, where the base is its own: the search supposes
     4 for all. The loss is the sum of the noises ("separable"), plus terms of neighbouring layers ("interacting"),
-    or bounded ("saturating"). It is the costs and the judge of a search in one.
+    or bounded ("saturating").
     """
 
     names = ("bitops", "size", "latency")
@@ -58,15 +74,6 @@ class FakeNetwork:
         return (
             self.macs[path] * 1e-9 * max(bits.weight, bits.activation) * self.slow[path, bits.weight, bits.activation]
         )
-
-    def divisor(self, name: str) -> int:
-        return 1
-
-    def total(self, name: str, config: Mapping[str, Bits]) -> float:
-        return sum(self.of_layer(name, path, bits) for path, bits in config.items())
-
-    def set_anchor(self, config: BitConfig) -> None:
-        pass
 
     def __call__(self, config: BitConfig) -> float:
         self.asked.append(config)
@@ -269,7 +276,7 @@ LOSSES: dict[str, Callable[[int, BitConfig], float]] = {
 }
 
 
-class AnyNetwork:
+class AnyNetwork(CostsAndJudge):
     """A small problem of any shape, which counts what it is asked. Costs are MACs x bits, or any table at all."""
 
     names = ("bitops", "latency")
@@ -296,15 +303,6 @@ class AnyNetwork:
         if name == "bitops":
             return self.macs[path] * bits.weight * bits.activation
         return random.Random(f"{self.seed} {path} {bits}").randint(1, 20) * self.macs[path]
-
-    def divisor(self, name: str) -> int:
-        return 1
-
-    def total(self, name: str, config: BitConfig) -> float:
-        return sum(self.of_layer(name, path, bits) for path, bits in config.items())
-
-    def set_anchor(self, config: BitConfig) -> None:
-        pass
 
     def __call__(self, config: BitConfig) -> float:
         self.asked.append(config)
@@ -392,7 +390,7 @@ def test_a_looser_budget_never_excludes_what_a_tighter_one_found(net, algorithm)
 # Single rules, on problems made by hand
 
 
-class ByHand:
+class ByHand(CostsAndJudge):
     """Weights only; the loss is of the weight bits in layer order, the cost MACs x weight bits."""
 
     names = ("bitops",)
@@ -404,15 +402,6 @@ class ByHand:
 
     def of_layer(self, name: str, path: str, bits: Bits) -> float:
         return self.macs[path] * bits.weight
-
-    def divisor(self, name: str) -> int:
-        return 1
-
-    def total(self, name: str, config: BitConfig) -> float:
-        return sum(self.of_layer(name, path, bits) for path, bits in config.items())
-
-    def set_anchor(self, config: BitConfig) -> None:
-        pass
 
     def __call__(self, config: BitConfig) -> float:
         self.asked.append(config)
