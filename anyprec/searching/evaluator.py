@@ -36,7 +36,7 @@ class Evaluator:
     """Judges configurations of one model, which must be in eval mode; its precision is restored each time.
 
     Under `torchrun` each process runs its share of the batches, and all get the same number, bit for bit that of one
-    process. Every process must make the same calls.
+    process with as many threads. Every process must make the same calls.
 
     Args:
         model: A converted and calibrated model.
