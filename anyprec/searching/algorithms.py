@@ -62,19 +62,25 @@ def require_algorithm(name: str) -> None:
         raise SearchError(msg)
 
 
-def _sequential(walk: Walk, start: Point, settings: Settings) -> None:
+def _combined(walk: Walk, start: Point, settings: Settings) -> None:
     leap(walk, start)
-    improve(walk, patience=settings.patience)
+    _lazy(walk, start, settings)
 
 
 def _lazy(walk: Walk, start: Point, settings: Settings) -> None:
-    descend(walk, start, lazy=True, alpha=settings.alpha)
-    improve(walk, patience=settings.patience)
+    end = descend(walk, start, lazy=True, alpha=settings.alpha)
+    _improve_both(walk, end, settings)
 
 
 def _greedy(walk: Walk, start: Point, settings: Settings) -> None:
-    descend(walk, start, lazy=False, alpha=settings.alpha)
-    improve(walk, lazy=False, patience=settings.patience)
+    end = descend(walk, start, lazy=False, alpha=settings.alpha)
+    _improve_both(walk, end, settings, lazy=False)
+
+
+def _improve_both(walk: Walk, end: Point, settings: Settings, *, lazy: bool = True) -> None:
+    """Improve where a descent ended, and then the best: uniform configurations may be better, and are harder to leave."""
+    improve(walk, end, lazy=lazy, patience=settings.patience)
+    improve(walk, lazy=lazy, patience=settings.patience)
 
 
 def _program(walk: Walk, _start: Point, _settings: Settings) -> None:
@@ -90,7 +96,7 @@ def _random(walk: Walk, _start: Point, settings: Settings) -> None:
 
 
 _ALGORITHMS: dict[str, Callable[[Walk, Point, Settings], None]] = {
-    "sequential": _sequential,
+    "combined": _combined,
     "lazy": _lazy,
     "greedy": _greedy,
     "program": _program,

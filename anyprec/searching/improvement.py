@@ -4,14 +4,15 @@
 point of any budget would follow; the integer program proposes one near the uniform points and one anywhere, since
 predictions get worse the further they reach.
 
-*Improvement*, from the best point that fits. An integer program over predicted changes of a few choices at once, some up
-and some down, proposes the point of largest predicted gain that was not measured yet. If its loss is lower, the search goes
+*Improvement*, from a point that fits. An integer program over predicted changes of a few choices at once, some up and
+some down, proposes the point of largest predicted gain that was not measured yet. If its loss is lower, the search goes
 on from there; if not, the changes that it combined are measured one by one, which corrects the predictions. It ends when
 nothing is predicted to gain and all that could matter was measured, or after some turns without a gain.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from anyprec.searching.moves import Move, Walk
@@ -52,19 +53,23 @@ def sketch(walk: Walk, start: Point) -> None:
         walk.loss(target)
 
 
-def improve(walk: Walk, *, lazy: bool = True, patience: int = 24) -> None:
-    """Improve the best point that fits, as far as predictions lead.
+def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patience: int = 24) -> None:
+    """Improve a point that fits, as far as predictions lead.
 
     Args:
         walk: Measures; at least one configuration that fits was measured before.
+        start: Where to begin; None is the best point that fits.
         lazy: Measure single moves only where a prediction failed; otherwise all of them at every point.
         patience: Turns without a gain after which it ends.
     """
-    turns = 0
-    here = best_point(walk)
-    tried = _known_around(walk, here)
-    walk.set_anchor(here)
+    here, turns, tried = best_point(walk) if start is None else start, 0, set[Point]()
+    arrived = True
     while turns < patience:
+        if arrived:
+            here = _best_around(walk, here)
+            walk.set_anchor(here)
+            turns, tried = 0, _known_around(walk, here)
+        before = len(walk.evaluations)
         moves = [*walk.downs(here), *walk.ups(here)]
         if not lazy:
             walk.measure(here, moves)
@@ -81,11 +86,8 @@ def improve(walk: Walk, *, lazy: bool = True, patience: int = 24) -> None:
                 walk.measure(
                     here, [move for move in _single_moves(walk, here, target) if not walk.knows(move.apply(here))]
                 )
-        better = best_point(walk)
-        if walk.loss(better) < walk.loss(here):
-            here, turns = better, 0
-            tried = _known_around(walk, here)
-            walk.set_anchor(here)
+        new = itertools.islice(walk.evaluations.losses.items(), before, None)
+        arrived = any(loss < walk.loss(here) and walk.problem.fits(config) for config, loss in new)
 
 
 def best_point(walk: Walk) -> Point:
@@ -152,6 +154,15 @@ def _promising(walk: Walk, here: Point) -> list[tuple[int, int, float]]:
     costly = [change[:3] for change in changes if change[3] < 0]
     saving = [change[:3] for change in changes if change[3] >= 0]
     return costly[:_POOL] + saving[:_POOL]
+
+
+def _best_around(walk: Walk, here: Point) -> Point:
+    """The measured point of lowest loss that fits, among those that differ in a few choices; from there again."""
+    while True:
+        better = min(filter(walk.fits, _known_around(walk, here)), key=walk.loss, default=here)
+        if walk.loss(better) >= walk.loss(here):
+            return here
+        here = better
 
 
 def _known_around(walk: Walk, here: Point) -> set[Point]:

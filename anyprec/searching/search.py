@@ -40,7 +40,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     val_loader: Iterable[Batch],
     budget: BudgetLike | Sequence[BudgetLike] | None = None,
     *,
-    algorithm: str = "sequential",
+    algorithm: str = "combined",
     objective: Objective = "loss",
     norms: Norms = "stored",
     max_batches: int | None = None,
@@ -74,7 +74,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         budget: What the configuration may cost: `"20 GBitOPs"`, `"5 MiB"`, `"4.5 bits"`, `"2.5 ms"`, `"W4A4"` (the
             BitOPs of that uniform configuration), `"60% of W8A8"`, a fraction such as 0.5 of the BitOPs at the highest
             candidates, several with "and", or a `Budget`. A list searches several; None the whole range of BitOPs.
-        algorithm: `"sequential"` (integer programs on measurements in context), `"lazy"` (bidirectional greedy that
+        algorithm: `"combined"` (greedy descent and integer programs on measurements), `"lazy"` (bidirectional greedy that
             measures what looks best), `"greedy"` (the paper's, measures everything), `"program"` (one integer program on
             sensitivities), `"evolution"` or `"random"`.
         objective: `"loss"`, `"error"` (top-1), `"divergence"` (from the float network's predictions; needs no labels), or
@@ -179,7 +179,7 @@ def _search_all(
         for problem in problems:
             predictor = predictors.setdefault(problem.space, Predictor(problem.space))
             run_algorithm(algorithm, Walk(problem, evaluations, predictor), settings)
-        if frontier and algorithm == "sequential":
+        if frontier and algorithm == "combined":
             name = next(iter(problems[0].budget.limits))
             for limits in _ladder(problems[0].everything, name, costs):
                 other = Problem(problems[0].everything, limits, costs)
@@ -200,7 +200,7 @@ class _Watch:
         self._memo = memo
         self._bar = bar
         self._best = math.inf
-        # What a sequential search takes, roughly: single moves at each start, then a few dozen turns.
+        # What a search takes, roughly: single moves at each start, then a few dozen turns.
         starts = {problem.start: problem for problem in problems if problem.start is not None}
         moves = sum(len(problem.space.choices) * 2 for problem in starts.values())
         self._expected = limit or len(problems[0].everything.uniform) + moves + 60 * len(problems)

@@ -22,7 +22,7 @@ from anyprec.searching.predictor import Predictor
 from anyprec.searching.problem import Problem
 from anyprec.searching.space import make_space
 
-OURS = ("sequential", "lazy", "greedy")
+OURS = ("combined", "lazy", "greedy")
 
 
 class CostsAndJudge:
@@ -125,7 +125,7 @@ class Outcome:
 
 
 def searched(
-    network, budget: Budget, algorithm: str = "sequential", *, limit: int | None = None, **options: object
+    network, budget: Budget, algorithm: str = "combined", *, limit: int | None = None, **options: object
 ) -> Outcome:
     return Outcome(network, budget, algorithm, Settings(**options), limit)
 
@@ -231,7 +231,7 @@ def test_measuring_what_looks_best_saves_most_evaluations(kind):
     for name, result in results.items():
         assert result.loss <= 1.05 * best, name
         assert result.loss < 0.7 * net.loss(uniform(4, net.candidates))
-    for name in ("sequential", "lazy"):
+    for name in ("combined", "lazy"):
         assert len(results[name].evaluations) * 3 <= len(results["greedy"].evaluations)
 
 
@@ -413,7 +413,7 @@ def test_of_equal_choices_the_earlier_layer_is_lowered(algorithm):
     net = ByHand(lambda *bits: sum(4.0**-b for b in bits), {"b": 1, "a": 1, "c": 1})
     result = searched(net, Budget(bitops=20), algorithm)
     assert sorted(bits.weight for bits in result.config.values()) == [4, 8, 8]
-    if algorithm != "sequential":
+    if algorithm != "combined":
         assert result.config["b"].weight == 4
 
 
@@ -458,6 +458,6 @@ def test_losses_that_were_known_are_not_measured_and_count():
     known = dict(list(whole.evaluations.losses.items())[:20])
     net.asked.clear()
     evaluations = Evaluations(net, known=known)
-    run_algorithm("sequential", Walk(whole.problem, evaluations, Predictor(whole.problem.space)), Settings())
+    run_algorithm("combined", Walk(whole.problem, evaluations, Predictor(whole.problem.space)), Settings())
     assert list(evaluations.losses.items()) == list(whole.evaluations.losses.items())
     assert net.asked == list(whole.evaluations.losses)[20:]

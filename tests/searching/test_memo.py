@@ -45,7 +45,7 @@ def same(one: anyprec.SearchResult, other: anyprec.SearchResult) -> bool:
     return one.config == other.config and list(one.evaluated.items()) == list(other.evaluated.items())
 
 
-@pytest.mark.parametrize("algorithm", ["sequential", "lazy", "evolution"])
+@pytest.mark.parametrize("algorithm", ["combined", "lazy", "evolution"])
 def test_a_search_goes_on_where_max_evaluations_stopped_it(
     algorithm: str, net: anyprec.ConvertedModel, tmp_path: Path
 ) -> None:
