@@ -174,9 +174,3 @@ def verdict(found: Mapping[int, float], least: float) -> str:
         return MISSING
     over = statistics.fmean(found.values()) - least
     return f"met by {over:.2f}" if over >= 0 else f"**missed by {-over:.2f}**"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> list[str]:
-    """Markdown; all columns but the first `texts` are numbers."""
-    ruler = ["---"] * texts + ["---:"] * (len(header) - texts)
-    return [f"| {' | '.join(line)} |" for line in (header, ruler, *rows)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import origin, table, write_part
 from study_figures import (
     MISSING,
     Place,
@@ -24,7 +25,6 @@ from study_figures import (
     passes_ratio,
     reestimation,
     searched,
-    table,
     time_ratio,
     top1,
     uniform_at,
@@ -35,7 +35,6 @@ from study_grid import Track, methods
 from study_plots import draw_bitops, draw_instability, draw_interference
 from study_runs import BUDGETS
 
-BEGIN, END = "<!-- study: written by benchmarks/study.py render -->", "<!-- end of the study -->"
 # --- Targets ------------------------------------------------------------------------------------------------------
 
 
@@ -124,29 +123,16 @@ def reference_row(study: Study, place: Place, low: Sequence[str]) -> list[str]:
 
 def caption(records: Sequence[Record], selection: str) -> list[str]:
     """What a table was measured on, and the command."""
-    return ["", f"{_origin(records)} `python benchmarks/study.py run --data CIFAR10 {selection}`", ""]
-
-
-def _origin(records: Sequence[Record]) -> str:
-    if not records:
-        return f"({MISSING})"
-    seeds = sorted({record["seed"] for record in records})
-    machines = sorted({_machine(record) for record in records})
-    commits = sorted({record["commit"] for record in records})
-    shown = "seed" if len(seeds) == 1 else "seeds"
-    listed = ", ".join(str(seed) for seed in seeds)
-    return f"({shown.capitalize()} {listed}; {'; '.join(machines)}; commit {', '.join(commits)}.)"
+    return [
+        "",
+        f"{origin(records) if records else f'({MISSING})'} `python benchmarks/study.py run --data CIFAR10 {selection}`",
+        "",
+    ]
 
 
 def _records(study: Study, places: Iterable[Place], names: Iterable[str]) -> list[Record]:
     wanted = list(names)
     return [record for place in places for name in wanted for record in study.of(place, name).values()]
-
-
-def _machine(record: Record) -> str:
-    of = record["machine"]
-    threads = f"{of['threads']} thread{'s' if of['threads'] > 1 else ''}"
-    return f"{of['processor']}, {threads}, torch {of['torch']}, timm {of['timm']}"
 
 
 def reestimation_table(study: Study, place: Place, names: Sequence[str]) -> list[str]:
@@ -220,14 +206,7 @@ def write_page(records: Iterable[Record], tracks: Mapping[str, Track], *, page: 
     ran = {record["track"] for record in kept}
     study = Study(kept, [track for name, track in tracks.items() if name != "A" or name in ran])
     drawn = draw(study, pictures)
-    text = page.read_text() if page.exists() else "# Results\n"
-    part = f"{BEGIN}\n\n{render(study, drawn, relative=pictures.name)}\n\n{END}"
-    if BEGIN in text:
-        before, _, rest = text.partition(BEGIN)
-        text = before + part + rest.partition(END)[2]
-    else:
-        text = f"{text.rstrip()}\n\n{part}\n"
-    page.write_text(text)
+    write_part(page, "study", "benchmarks/study.py render", render(study, drawn, relative=pictures.name))
 
 
 def draw(study: Study, pictures: Path) -> list[str]:

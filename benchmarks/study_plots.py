@@ -18,7 +18,7 @@ _COLORS = ("#4269d0", "#3ca951", "#efb118", "#ff725c", "#a463f2", "#9c6b4e", "#6
 
 def draw_bitops(panels: Mapping[str, Mapping[str, Points]], path: Path) -> None:
     """Accuracy against BitOPs: uniform, random and searched configurations, the float network as a line."""
-    figure, axes = _panels(len(panels))
+    figure, axes = panels_of(len(panels))
     for axis, (title, kinds) in zip(axes, panels.items(), strict=True):
         for kind, (style, color) in _KINDS.items():
             points = sorted(kinds[kind])
@@ -37,7 +37,7 @@ def draw_bitops(panels: Mapping[str, Mapping[str, Points]], path: Path) -> None:
 
 def draw_interference(panels: Mapping[str, Mapping[str, Points]], path: Path) -> None:
     """Accuracy of each bit-width against the lowest candidate that is trained along."""
-    figure, axes = _panels(len(panels))
+    figure, axes = panels_of(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         places = sorted({x for points in lines.values() for x, _ in points}, reverse=True)
         trained = [name for name in lines if "," not in name]
@@ -55,7 +55,7 @@ def draw_interference(panels: Mapping[str, Mapping[str, Points]], path: Path) ->
 
 def draw_instability(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Instability of every layer (rows) after every epoch (columns), with the frozen layers marked."""
-    figure, axes = _panels(len(panels), height=7.0)
+    figure, axes = panels_of(len(panels), height=7.0)
     for axis, (title, epochs) in zip(axes, panels.items(), strict=True):
         layers = list(epochs[0]["instability"])
         values = [[epoch["instability"][layer] for epoch in epochs] for layer in layers]
@@ -74,7 +74,8 @@ def draw_instability(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
     figure.savefig(path)
 
 
-def _panels(count: int, *, height: float = 4.5) -> tuple[Figure, list[Any]]:
+def panels_of(count: int, *, height: float = 4.5) -> tuple[Figure, list[Any]]:
+    """A figure with panels side by side, and their axes."""
     figure = Figure(figsize=(6.0 * count, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, count, squeeze=False)[0])

@@ -53,7 +53,7 @@ def sketch(walk: Walk, start: Point) -> None:
         walk.loss(target)
 
 
-def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patience: int = 24) -> None:
+def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patience: int = 12) -> None:
     """Improve a point that fits, as far as predictions lead.
 
     Args:
