@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -48,3 +53,35 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if process_count() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def first_reason(reason: str) -> str:
+    """The first process's reason that is not empty. Every process must call it."""
+    return next(filter(None, of_all_processes(reason)), "")
+
+
+@contextmanager
+def holding_back_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C must not stop one of several processes where the others wait for it: it is noted, and the caller asks for it.
+
+    A second one is not held back. In a single process, and outside the main thread, nothing changes.
+
+    Yields:
+        Whether this process was interrupted.
+    """
+    noted: list[int] = []
+    if process_count() == 1 or threading.current_thread() is not threading.main_thread():
+        yield bool
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if noted and callable(before):
+            before(number, frame)
+        noted.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        signal.signal(signal.SIGINT, before)

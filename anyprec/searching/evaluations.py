@@ -26,7 +26,7 @@ class Stopped(Exception):  # noqa: N818 (no error: a search that was told to sto
     """The search may measure no more.
 
     Attributes:
-        reason: `"max_evaluations"` or `"max_seconds"`.
+        reason: `"max_evaluations"`, `"max_seconds"` or `"interrupted"`.
     """
 
     def __init__(self, *, reason: str) -> None:
@@ -43,7 +43,8 @@ class Evaluations:
             that a search that goes on where it was stopped does what it would have done.
         max_evaluations: At most so many.
         max_seconds: Stop after so long.
-        agree: Makes several processes agree that the time is over, or not.
+        interrupted: Tells whether someone asked for the end.
+        agree: Makes several processes agree on the reason to stop, which is empty where there is none.
         on_evaluation: Called with each configuration, its loss, and whether it was measured now.
     """
 
@@ -54,13 +55,15 @@ class Evaluations:
         known: Mapping[BitConfig, float] | None = None,
         max_evaluations: int | None = None,
         max_seconds: float | None = None,
-        agree: Callable[[bool], bool] = bool,
+        interrupted: Callable[[], bool] = bool,
+        agree: Callable[[str], str] = str,
         on_evaluation: Callable[[BitConfig, float, bool], None] | None = None,
     ) -> None:
         self._judge = judge
         self._known = known or {}
         self._limit = math.inf if max_evaluations is None else max_evaluations
         self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        self._interrupted = interrupted
         self._agree = agree
         self._on_evaluation = on_evaluation
         self._losses: dict[BitConfig, float] = {}
@@ -80,19 +83,24 @@ class Evaluations:
         """The loss of a configuration; infinite where it is not a finite number.
 
         Raises:
-            Stopped: It was not measured yet, and the evaluations or the time are used up.
+            Stopped: It was not measured yet, and the evaluations or the time are used up, or it was interrupted.
         """
         if config not in self._losses:
             if len(self._losses) >= self._limit:
                 raise Stopped(reason="max_evaluations")
             measured = config not in self._known
-            if measured and self._end is not None and self._agree(time.monotonic() >= self._end):
-                raise Stopped(reason="max_seconds")
+            if measured and (reason := self._agree(self._reason())):
+                raise Stopped(reason=reason)
             loss = float(self._judge(config) if measured else self._known[config])
             self._losses[config] = loss if math.isfinite(loss) else math.inf
             if self._on_evaluation is not None:
                 self._on_evaluation(config, self._losses[config], measured)
         return self._losses[config]
+
+    def _reason(self) -> str:
+        if self._interrupted():
+            return "interrupted"
+        return "max_seconds" if self._end is not None and time.monotonic() >= self._end else ""
 
     def set_anchor(self, config: BitConfig) -> None:
         """Expect configurations that differ little from this one."""

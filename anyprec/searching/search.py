@@ -11,7 +11,7 @@ from pathlib import Path
 from anyprec.batches import Batch
 from anyprec.bits import BitConfig
 from anyprec.cost import cost_model
-from anyprec.distributed import of_first_process
+from anyprec.distributed import first_reason, holding_back_interrupts
 from anyprec.errors import BudgetError, SearchError
 from anyprec.model import ConvertedModel, require_converted
 from anyprec.modes import evaluating
@@ -130,6 +130,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         evaluating(model),
         model.using_bits(model.bits),
         progress_bar(f"search {problems[0].budget if asked else 'all budgets'}", None, show=show_progress) as bar,
+        holding_back_interrupts() as interrupted,
     ):
         evaluator = Evaluator(
             model, val_loader, objective, norms=norms, max_batches=max_batches, reuse=reuse, memory=memory
@@ -142,7 +143,8 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
                 known=memo.known,
                 max_evaluations=max_evaluations,
                 max_seconds=max_seconds,
-                agree=of_first_process,
+                interrupted=interrupted,
+                agree=first_reason,
                 on_evaluation=watch.note,
             )
             stopped = _search_all(problems, evaluations, algorithm, settings, frontier=bool(asked), costs=priced)

@@ -7,6 +7,7 @@ torchrun --nproc-per-node 2 distributed_search.py FOLDER            every proces
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -41,7 +42,24 @@ def main() -> None:
         )
         result.save(folder / f"{objective}-{dist.get_rank() if several else 0}.json")
     if several:
+        interrupted(model, batches, folder)
         dist.destroy_process_group()
+
+
+def interrupted(model: anyprec.ConvertedModel, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
+    """The second process alone gets a Ctrl-C; the search goes on from its file afterwards."""
+    calls = 0
+
+    def output(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 7 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sum(float(model(images).square().mean()) for images, _ in batches)
+
+    for name in ("stopped", "resumed"):
+        result = anyprec.search(model, batches, "W3A3", objective=output, resume=folder / "interrupted.jsonl")
+        result.save(folder / f"{name}-{dist.get_rank()}.json")
 
 
 if __name__ == "__main__":
