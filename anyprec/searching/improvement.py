@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 
 from anyprec.searching.moves import Move, Walk
 from anyprec.searching.space import Point
@@ -24,7 +25,7 @@ _REACHES = (1, 2, math.inf)
 _CHANGES = 4
 """Most choices that change in one turn of the improvement."""
 
-_POOL = 40
+_POOL = 20
 """Most changes that cost, and as many that save, of which a turn combines some."""
 
 _STEPS = 2
@@ -167,8 +168,7 @@ def _best_around(walk: Walk, here: Point) -> Point:
 
 def _known_around(walk: Walk, here: Point) -> set[Point]:
     """Measured points that the integer program could propose."""
-    points = (walk.problem.space.point(config) for config in walk.evaluations.losses)
-    return {p for p in points if p is not None and sum(a != b for a, b in zip(p, here, strict=True)) <= _CHANGES}
+    return {p for p in walk.measured if sum(map(operator.ne, p, here)) <= _CHANGES}
 
 
 def _change(walk: Walk, choice: int, before: int, after: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anyprec.searching.evaluations import Evaluations
@@ -50,14 +51,28 @@ class Walk:
         self.problem = problem
         self.evaluations = evaluations
         self.predictor = predictor
+        self._measured: dict[Point, float] = {}
+        self._seen = 0
+
+    @property
+    def measured(self) -> Mapping[Point, float]:
+        """The losses of all points of the space that were measured so far."""
+        if self._seen < len(self.evaluations):
+            for config, loss in itertools.islice(self.evaluations.losses.items(), self._seen, None):
+                point = self.problem.space.point(config)
+                if point is not None:
+                    self._measured[point] = loss
+            self._seen = len(self.evaluations)
+        return self._measured
 
     def loss(self, point: Point) -> float:
         """The loss of a point, measured if it is not known."""
-        return self.evaluations(self.problem.space.config(point))
+        known = self.measured.get(point)
+        return self.evaluations(self.problem.space.config(point)) if known is None else known
 
     def knows(self, point: Point) -> bool:
         """Whether a point was measured."""
-        return self.problem.space.config(point) in self.evaluations
+        return point in self.measured
 
     def fits(self, point: Point) -> bool:
         """Whether a point is within the budget."""
