@@ -141,14 +141,17 @@ def searched(
 
 
 def frontier(args: argparse.Namespace) -> None:
-    """The whole range of BitOPs in one search, with accuracy on other images."""
+    """The whole range of BitOPs in one search; accuracy on other images of the best at the cost of each uniform precision."""
     case = CASES[args.case](args.sources, args.seed)
     model = case.model
+    known = len(read(args.resume)[1:]) if args.resume else 0
     start = time.perf_counter()
     result = anyprec.search(model, case.selection, objective="divergence", norms=args.norms, resume=args.resume)
     seconds = time.perf_counter() - start
-    judged = dict.fromkeys([*(found.config for found in result.frontier), *result.uniform])
-    accuracies = {config: top1(model, config, case) for config in judged}
+    uniform = [config for config in result.uniform if config in result.evaluated]
+    costs = [anyprec.cost_of(model, config).bitops for config in uniform]
+    best = [result.at(anyprec.Budget(bitops=cost)) for cost in costs]
+    accuracies = {config: top1(model, config, case) for config in {*uniform, *(found.config for found in best)}}
     entry = {
         "kind": "frontier",
         "case": args.case,
@@ -159,13 +162,14 @@ def frontier(args: argparse.Namespace) -> None:
         "layers": len(model.candidates),
         "seconds": round(seconds, 1),
         "evaluations": result.evaluations,
+        "known": known,
         "layer_runs": result.layer_runs,
         "float": top1(model, None, case),
-        "frontier": [[f.cost.bitops, f.score, accuracies[f.config]] for f in result.frontier],
+        "frontier": [[found.cost.bitops, found.score] for found in result.frontier],
         "uniform": [
-            [anyprec.cost_of(model, config).bitops, result.evaluated[config], accuracies[config]]
-            for config in result.uniform
+            [cost, result.evaluated[config], accuracies[config]] for cost, config in zip(costs, uniform, strict=True)
         ],
+        "searched": [[found.cost.bitops, found.score, accuracies[found.config]] for found in best],
     }
     keep(args.results, entry)
 
