@@ -83,14 +83,14 @@ def frontier_section(records: Iterable[Record], pictures: Path) -> list[str]:
     latest = {record["case"]: record for record in of_kind(records, "frontier")}
     lines = ["### Frontiers", "", _FRONTIER, ""]
     for case, record in latest.items():
-        lines += [
-            f"`{case}`: {record['layers']} layers, {record['images']} images to search on, {record['report_images']} to"
-        ]
-        lines += [f"report on, {record['evaluations']} evaluations in {record['seconds']:.0f} s; the float network has"]
-        lines += [f"{record['float']:.1f} %.", ""]
+        evaluated = f"{record['evaluations']} evaluations"
+        if record["known"]:
+            evaluated += f", of which a search that was stopped had done {record['known']},"
+        shown = f"`{case}`: {record['layers']} layers, {record['images']} images to search on, "
+        shown += f"{record['report_images']} to report on, {evaluated} in {record['seconds']:.0f} s; "
+        lines += [f"{shown}the float network has {record['float']:.1f} %.", ""]
         rows = []
-        for cost, score, accuracy in record["uniform"]:
-            best = max((entry for entry in record["frontier"] if entry[0] <= cost), key=lambda entry: -entry[1])
+        for (cost, score, accuracy), best in zip(record["uniform"], record["searched"], strict=True):
             cells = [f"{cost / 1e6:.4g}", f"{score:.4f}", f"{best[1]:.4f}", f"{best[0] / cost:.3f}"]
             rows.append([*cells, f"{accuracy:.1f}", f"{best[2]:.1f}", f"{best[2] - accuracy:+.1f}"])
         header = ("MBitOPs", "divergence, uniform", "searched", "of the BitOPs", "top-1 %, uniform", "searched", "gain")
@@ -105,10 +105,9 @@ def draw_frontiers(latest: dict[str, Record], path: Path) -> None:
     """Top-1 on held-out images against BitOPs, a panel for each network."""
     figure, axes = panels_of(len(latest))
     for axis, (case, record) in zip(axes, latest.items(), strict=True):
-        for name, style, color in (("uniform", "o-", "#4269d0"), ("frontier", "D-", "#ff725c")):
+        for name, style, color in (("uniform", "o-", "#4269d0"), ("searched", "D-", "#ff725c")):
             points = sorted((cost / 1e6, accuracy) for cost, _, accuracy in record[name])
-            label = "searched" if name == "frontier" else name
-            axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
+            axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=name)
         axis.axhline(record["float"], color="#6b6b6b", linestyle="--", linewidth=1, label="float")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
