@@ -151,7 +151,7 @@ def frontier(args: argparse.Namespace) -> None:
     uniform = [config for config in result.uniform if config in result.evaluated]
     costs = [anyprec.cost_of(model, config).bitops for config in uniform]
     best = [result.at(anyprec.Budget(bitops=cost)) for cost in costs]
-    accuracies = {config: top1(model, config, case) for config in {*uniform, *(found.config for found in best)}}
+    held_out = held_out_figures(case, [*uniform, *(found.config for found in best)], args.norms)
     entry = {
         "kind": "frontier",
         "case": args.case,
@@ -167,11 +167,20 @@ def frontier(args: argparse.Namespace) -> None:
         "float": top1(model, None, case),
         "frontier": [[found.cost.bitops, found.score] for found in result.frontier],
         "uniform": [
-            [cost, result.evaluated[config], accuracies[config]] for cost, config in zip(costs, uniform, strict=True)
+            [cost, result.evaluated[config], *held_out[config]] for cost, config in zip(costs, uniform, strict=True)
         ],
-        "searched": [[found.cost.bitops, found.score, accuracies[found.config]] for found in best],
+        "searched": [[found.cost.bitops, found.score, *held_out[found.config]] for found in best],
     }
     keep(args.results, entry)
+
+
+def held_out_figures(
+    case: Case, configs: Iterable[anyprec.BitConfig], norms: Literal["stored", "batch"]
+) -> dict[anyprec.BitConfig, tuple[float, float]]:
+    """Divergence and top-1 on the images of the report."""
+    with evaluating(case.model), case.model.using_bits(case.model.bits):
+        divergence = Evaluator(case.model, case.report, "divergence", norms=norms, reuse=False)
+        return {config: (divergence(config), top1(case.model, config, case)) for config in dict.fromkeys(configs)}
 
 
 def top1(model: anyprec.ConvertedModel, config: anyprec.BitConfig | None, case: Case) -> float:

@@ -17,8 +17,8 @@ _WORK = """`naive` runs the whole network for each move that the paper's greedy 
 the same search with every configuration measured once and only what depends on the changed layers executed; `lazy` and
 `combined` measure what looks best. Random weights, 64 px, one batch; passes are MACs over those of one forward pass."""
 
-_FRONTIER = """One search of all budgets (objective: divergence from the float network, stored norm statistics), then top-1 on
-images that the search did not see. "searched" is the best that the search knows for at most the BitOPs of the uniform
+_FRONTIER = """One search of all budgets (objective: divergence from the float network, stored norm statistics), then
+divergence and top-1 on images that the search did not see. "searched" is the best that the search knows for at most the BitOPs of the uniform
 precision beside it."""
 
 _COMPARE = """Divergence over that of the best uniform configuration that fits, lower is better: mean over seeds and range;
@@ -90,10 +90,12 @@ def frontier_section(records: Iterable[Record], pictures: Path) -> list[str]:
         shown += f"{record['report_images']} to report on, {evaluated} in {record['seconds']:.0f} s; "
         lines += [f"{shown}the float network has {record['float']:.1f} %.", ""]
         rows = []
-        for (cost, score, accuracy), best in zip(record["uniform"], record["searched"], strict=True):
-            cells = [f"{cost / 1e6:.4g}", f"{score:.4f}", f"{best[1]:.4f}", f"{best[0] / cost:.3f}"]
-            rows.append([*cells, f"{accuracy:.1f}", f"{best[2]:.1f}", f"{best[2] - accuracy:+.1f}"])
-        header = ("MBitOPs", "divergence, uniform", "searched", "of the BitOPs", "top-1 %, uniform", "searched", "gain")
+        for uniform, best in zip(record["uniform"], record["searched"], strict=True):
+            cells = [f"{uniform[0] / 1e6:.4g}", f"{best[0] / uniform[0]:.3f}"]
+            cells += [f"{value:.4f}" for pair in zip(uniform[1:3], best[1:3], strict=True) for value in pair]
+            rows.append([*cells, f"{uniform[3]:.1f}", f"{best[3]:.1f}", f"{best[3] - uniform[3]:+.1f}"])
+        header = ("MBitOPs", "share used", "divergence: uniform", "searched", "on other images: uniform", "searched",
+                  "top-1 %: uniform", "searched", "gain")  # fmt: skip
         lines += [*table(header, rows, texts=0), "", f"{origin([record])}", ""]
     if latest:
         draw_frontiers(latest, pictures / "search-frontiers.png")
@@ -106,7 +108,7 @@ def draw_frontiers(latest: dict[str, Record], path: Path) -> None:
     figure, axes = panels_of(len(latest))
     for axis, (case, record) in zip(axes, latest.items(), strict=True):
         for name, style, color in (("uniform", "o-", "#4269d0"), ("searched", "D-", "#ff725c")):
-            points = sorted((cost / 1e6, accuracy) for cost, _, accuracy in record[name])
+            points = sorted((cost / 1e6, accuracy) for cost, *_, accuracy in record[name])
             axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=name)
         axis.axhline(record["float"], color="#6b6b6b", linestyle="--", linewidth=1, label="float")
         axis.set_xscale("log", base=2)
