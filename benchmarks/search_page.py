@@ -18,8 +18,8 @@ the same search with every configuration measured once and only what depends on 
 `combined` measure what looks best. Random weights, 64 px, one batch; passes are MACs over those of one forward pass."""
 
 _FRONTIER = """One search of all budgets (objective: divergence from the float network, stored norm statistics), then
-divergence and top-1 on images that the search did not see. "searched" is the best that the search knows for at most the BitOPs of the uniform
-precision beside it."""
+divergence and top-1 on images that the search did not see. "searched" is the best that the search knows for at most the
+BitOPs of the uniform precision beside it."""
 
 _COMPARE = """Divergence over that of the best uniform configuration that fits, lower is better: mean over seeds and range;
 in brackets the evaluations. A seed chooses the images to search on, and what evolution and random search draw; these two
