@@ -27,7 +27,7 @@ class Settings:
     alpha: float = 1.5
     seed: int = 0
     evaluations: int = 500
-    patience: int = 12
+    patience: int = 24
 
 
 def run_algorithm(name: str, walk: Walk, settings: Settings) -> None:

@@ -25,7 +25,7 @@ _REACHES = (1, 2, math.inf)
 _CHANGES = 4
 """Most choices that change in one turn of the improvement."""
 
-_POOL = 20
+_POOL = 40
 """Most changes that cost, and as many that save, of which a turn combines some."""
 
 _STEPS = 2
@@ -54,7 +54,7 @@ def sketch(walk: Walk, start: Point) -> None:
         walk.loss(target)
 
 
-def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patience: int = 12) -> None:
+def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patience: int = 24) -> None:
     """Improve a point that fits, as far as predictions lead.
 
     Args:
