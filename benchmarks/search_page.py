@@ -85,7 +85,7 @@ def frontier_section(records: Iterable[Record], pictures: Path) -> list[str]:
     for case, record in latest.items():
         evaluated = f"{record['evaluations']} evaluations"
         if record["known"]:
-            evaluated += f", of which a search that was stopped had done {record['known']},"
+            evaluated += f" (with the {record['known']} scores of earlier searches at hand)"
         shown = f"`{case}`: {record['layers']} layers, {record['images']} images to search on, "
         shown += f"{record['report_images']} to report on, {evaluated} in {record['seconds']:.0f} s; "
         lines += [f"{shown}the float network has {record['float']:.1f} %.", ""]
