@@ -14,13 +14,11 @@ import torch
 from images import batches
 from pretrained import efficientnet_lite0
 from study_grid import TRACKS, Run, methods
-from study_runs import Place, converted, start_network, train
+from study_runs import Batches, Place, converted, start_network, train
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
 import anyprec
-
-Batches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)

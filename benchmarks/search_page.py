@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter
 from pages import origin, table, write_part
 from study_plots import panels_of
+
+from anyprec.report.figures import label_cost_and_score
 
 Record = dict[str, Any]
 
@@ -111,10 +112,8 @@ def draw_frontiers(latest: dict[str, Record], path: Path) -> None:
             points = sorted((cost / 1e6, accuracy) for cost, *_, accuracy in record[name])
             axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=name)
         axis.axhline(record["float"], color="#6b6b6b", linestyle="--", linewidth=1, label="float")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set(title=case, xlabel="BitOPs of one image, in M (log scale)", ylabel="top-1 accuracy, %")
-        axis.grid(visible=True, alpha=0.3)
+        label_cost_and_score(axis, cost="BitOPs of one image, in M", score="top-1 accuracy, %")
+        axis.set_title(case)
         axis.legend(loc="lower right")
     figure.savefig(path)
 

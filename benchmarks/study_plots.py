@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+
+from anyprec.report.figures import label_cost_and_score
 
 Points = Sequence[tuple[float, float]]
 
@@ -27,10 +28,8 @@ def draw_bitops(panels: Mapping[str, Mapping[str, Points]], path: Path) -> None:
             )
         for _, accuracy in kinds["float"]:
             axis.axhline(accuracy, color="#6b6b6b", linestyle="--", linewidth=1, label="float")
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set(title=title, xlabel="BitOPs of one image, in M (log scale)", ylabel="top-1 accuracy, %")
-        axis.grid(visible=True, alpha=0.3)
+        label_cost_and_score(axis, cost="BitOPs of one image, in M", score="top-1 accuracy, %")
+        axis.set_title(title)
         axis.legend(loc="lower right")
     figure.savefig(path)
 

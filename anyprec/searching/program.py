@@ -67,7 +67,7 @@ def allocate(
         integrality=np.ones(len(place)),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(csr_matrix(np.stack(matrix)), lower, upper),
-        # Presolving saves no time on programs of this size, and makes HiGHS write to the standard output now and then.
+        # Presolving saves no time on programs of this size.
         options={"mip_rel_gap": _GAP, "node_limit": _NODES, "presolve": False},
     )
     if found.x is None:
