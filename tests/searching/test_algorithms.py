@@ -451,6 +451,47 @@ def test_what_the_descent_leaves_over_is_spent(algorithm):
     assert result.config == BitConfig({"large": (4, 8), "small": (8, 8), "tiny": (8, 8)})
 
 
+class Sheltered(FakeNetwork):
+    """The loss is a fraction of what it would be as long as all but `reach` layers have the same bits."""
+
+    def __init__(self, seed: int, *, reach: int, discount: float) -> None:
+        super().__init__(seed, layers=10)
+        self.reach, self.discount = reach, discount
+
+    def loss(self, config):
+        free = list(config.values())[1:-1]
+        different = len(free) - max(map(free.count, free))
+        return super().loss(config) * (self.discount if different <= self.reach else 1)
+
+
+@pytest.mark.parametrize("algorithm", ["combined", "lazy"])
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_better_uniform_configuration_does_not_keep_from_improving_what_the_descent_found(seed, algorithm):
+    # No few changes of uniform gain, so that improving the best alone would end there.
+    net = Sheltered(seed, reach=0, discount=0.4)
+    result = searched(net, parse_budget("W3A3", net), algorithm)
+    assert result.loss <= 0.93 * net.loss(uniform(3, net.candidates))
+
+
+@pytest.mark.parametrize("algorithm", OURS)
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_uniform_configuration_that_is_better_than_what_the_descent_found_is_improved(seed, algorithm):
+    net = Sheltered(seed, reach=2, discount=0.2)
+    result = searched(net, parse_budget("W3A3", net), algorithm)
+    assert result.loss <= 0.8 * net.loss(uniform(3, net.candidates))
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_the_default_has_an_answer_as_soon_as_the_single_moves_are_measured(seed):
+    net = FakeNetwork(seed, layers=12, widths=(2, 3, 4, 5), kind="interacting")
+    problem = Problem(make_space(net.candidates), parse_budget("W4A4", net), net)
+    singles = Walk(problem, Evaluations(net), Predictor(problem.space)).downs(problem.start)
+    limit = len(problem.fitting_uniform) + 1 + len(singles) + 3
+    result = searched(net, problem.budget, limit=limit)
+    assert result.stopped
+    assert result.loss <= 0.6 * net.loss(uniform(4, net.candidates))
+
+
 def test_losses_that_were_known_are_not_measured_and_count():
     net = FakeNetwork(0, kind="interacting")
     budget = parse_budget("W3A3", net)
