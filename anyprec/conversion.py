@@ -74,8 +74,9 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         depthwise_min_bits: Depthwise convolutions get no candidate below this one.
         per_channel: One weight step size per output channel (what deployment wants) instead of one per tensor.
         norm: BatchNorm copies: `"per-pair"`, one per (weight, activation) pair of the layer before it (the paper's);
-            `"per-width"`, one per weight bit-width; `"shared"`, a single one, with the quantized weights of the layer
-            before it corrected to the latent weight's mean and spread per channel (EMQNet).
+            `"shared-affine"`, statistics per pair, with one scale and shift for all; `"per-width"`, one copy per weight
+            bit-width; `"shared"`, a single one, with the quantized weights of the layer before it corrected to the
+            latent weight's mean and spread per channel (EMQNet).
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it is made from the
@@ -89,7 +90,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         ConversionError: The model is converted already, has no layer to quantize, does not run on the example input,
             or a pattern matches nothing. The model is left as it was.
         BitsError: A bit-width is not supported.
-        ValueError: `norm` is none of the three.
+        ValueError: `norm` is none of these.
 
     Example:
         >>> import timm, anyprec
@@ -167,7 +168,7 @@ def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, path
             continue  # without running statistics, or with cumulative ones, there is nothing that could be switched
         layer = model.get_submodule(feeding) if feeding else None
         fed = layer if isinstance(layer, QuantizedLayer) else None
-        switch_norm(norm, norm_rows(fed, settings.norm))
+        switch_norm(norm, norm_rows(fed, settings.norm), shared_affine=settings.norm == "shared-affine")
         norms[path] = feeding if fed is not None else None
         if fed is not None and settings.norm == "shared" and not facts.layers[feeding or ""].dynamic:
             fed.correct_moments(channel_axis(fed))

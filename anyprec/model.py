@@ -433,7 +433,7 @@ def norm_rows(layer: QuantizedLayer | None, sharing: NormSharing) -> int:
         return 0
     if layer is None:
         return 1
-    return len(layer.candidates.weight) * (len(layer.candidates.activation) if sharing == "per-pair" else 1)
+    return len(layer.candidates.weight) * (1 if sharing == "per-width" else len(layer.candidates.activation))
 
 
 def norm_row(layer: QuantizedLayer | None, sharing: NormSharing) -> int | None:

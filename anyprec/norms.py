@@ -5,8 +5,9 @@ a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of
 that follows a concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized
 configurations. The float network's own parameters stay as they are and serve bits `None`.
 
-A norm may also be shared by all precisions; then it has no copies, and the layers before it correct their quantized
-weights instead. In either case a configuration can have statistics of its own (`recalibrate`), which override the others
+Copies may share their affine parameters, which then learn from every path of a step instead of from one in so many. A norm
+may also be shared as a whole by all precisions; then it has no copies, and the layers before it correct their quantized
+weights instead. In any case a configuration can have statistics of its own (`recalibrate`), which override the others
 while it is active in eval mode.
 """
 
@@ -27,8 +28,9 @@ NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
 
 
-NormSharing = Literal["per-pair", "per-width", "shared"]
-"""Copies of a norm: one per (weight, activation) pair of the layer before it, one per weight bit-width, or none."""
+NormSharing = Literal["per-pair", "shared-affine", "per-width", "shared"]
+"""Copies of a norm: one per (weight, activation) pair of the layer before it, the same of the statistics only, one per
+weight bit-width, or none."""
 
 Statistics = tuple[Tensor, Tensor]
 """Running mean and variance, shape `(channels,)` each."""
@@ -40,9 +42,10 @@ class NormBank(nn.Module):
     Args:
         norm: The BatchNorm that every row starts from.
         rows: Number of copies.
+        shared_affine: All copies have the same affine parameters.
 
     Attributes:
-        weight, bias: Affine parameters, shape `(rows, channels)`, or None.
+        weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared, `(1, channels)`; or None.
         running_mean, running_var: Statistics, shape `(rows, channels)`.
     """
 
@@ -50,12 +53,13 @@ class NormBank(nn.Module):
     running_var: Tensor
     choice: Tensor
 
-    def __init__(self, norm: _BatchNorm, rows: int) -> None:
+    def __init__(self, norm: _BatchNorm, rows: int, *, shared_affine: bool = False) -> None:
         super().__init__()
         for name in ("weight", "bias"):
             start = getattr(norm, name)
+            copies = None if start is None else _repeat(start, 1 if shared_affine else rows)
             self.register_parameter(
-                name, None if start is None else nn.Parameter(_repeat(start, rows), requires_grad=start.requires_grad)
+                name, None if copies is None else nn.Parameter(copies, requires_grad=start.requires_grad)
             )
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, _repeat(getattr(norm, name), rows))
@@ -71,11 +75,14 @@ class NormBank(nn.Module):
     @torch.no_grad()
     def keep_row(self, row: int) -> None:
         """Drop every copy but one."""
+        rows = self.rows
         for name in ("weight", "bias", "running_mean", "running_var"):
             kept = getattr(self, name)
+            if kept is None or len(kept) < rows:  # all copies have it in common
+                continue
             if isinstance(kept, nn.Parameter):
                 setattr(self, name, nn.Parameter(kept[row : row + 1].clone(), requires_grad=kept.requires_grad))
-            elif kept is not None:
+            else:
                 setattr(self, name, kept[row : row + 1].clone())
         self.choice.zero_()
 
@@ -176,7 +183,10 @@ class _NormInterceptor(TorchFunctionMode):
         if bank is not None:
             for name in replaced:
                 copies = getattr(bank, name)
-                call[name] = copies.index_select(0, bank.choice)[0] if traced else copies[self.norm.row]
+                if len(copies) < bank.rows:
+                    call[name] = copies[0]  # all copies have it in common
+                else:
+                    call[name] = copies.index_select(0, bank.choice)[0] if traced else copies[self.norm.row]
         if self.override is not None:
             call["running_mean"], call["running_var"] = self.override
         result = func(**call)
@@ -201,9 +211,9 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 _BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def switch_norm(norm: _BatchNorm, rows: int) -> None:
+def switch_norm(norm: _BatchNorm, rows: int, *, shared_affine: bool = False) -> None:
     """Turn a BatchNorm into a `SwitchableNorm` with `rows` copies, in place, in floating point until switched."""
-    bank = NormBank(norm, rows).train(norm.training) if rows else None
+    bank = NormBank(norm, rows, shared_affine=shared_affine).train(norm.training) if rows else None
     specialize(norm, SwitchableNorm)
     norm.register_module("bank", bank)
     vars(norm).update(_row=None, _active=False, override=None, observer=None)

@@ -51,6 +51,37 @@ def test_training_at_one_precision_moves_only_its_own_copy(norm: nn.Module) -> N
     assert norm.weight.grad is None
 
 
+def test_copies_can_share_their_affine_parameters(norm: nn.Module) -> None:
+    before = copy.deepcopy(norm)
+    switch_norm(norm, 3, shared_affine=True)
+    norm.train()
+    for row in (0, 2):
+        norm.row = row
+        norm(torch.randn(6, 4, 5, 5) + row).square().sum().backward()
+    assert norm.bank.weight.shape == norm.bank.bias.shape == (1, 4)
+    moved = (norm.bank.running_mean != before.running_mean).all(dim=1)
+    assert moved.tolist() == [True, False, True]
+    assert norm.weight.grad is None
+    # It is what a copy of its own would do with the same values.
+    with torch.no_grad():
+        norm.bank.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    x = torch.randn(6, 4, 5, 5)
+    before.load_state_dict(
+        {
+            "weight": norm.bank.weight[0],
+            "bias": norm.bank.bias[0],
+            "running_mean": norm.bank.running_mean[2],
+            "running_var": norm.bank.running_var[2],
+            "num_batches_tracked": before.num_batches_tracked,
+        }
+    )
+    assert torch.equal(norm.eval()(x), before.eval()(x))
+    norm.bank.keep_row(2)
+    norm.row = 0
+    assert torch.equal(norm(x), before(x))
+    assert norm.bank.rows == len(norm.bank.weight) == 1
+
+
 def test_statistics_of_the_active_copy_are_those_of_torch(norm: nn.Module) -> None:
     reference = copy.deepcopy(norm).train()
     switch_norm(norm, 2)
@@ -97,7 +128,9 @@ def test_statistics_of_a_configuration_are_used_in_eval_mode_only(norm: nn.Modul
     assert not torch.equal(norm.eval()(x), reference(x))
 
 
-@pytest.mark.parametrize(("sharing", "rows"), [("per-pair", 4 * 4), ("per-width", 4), ("shared", 0)])
+@pytest.mark.parametrize(
+    ("sharing", "rows"), [("per-pair", 4 * 4), ("shared-affine", 4 * 4), ("per-width", 4), ("shared", 0)]
+)
 def test_a_norm_has_as_many_copies_as_its_sharing_says(
     sharing: str, rows: int, float_net: nn.Module, images: Tensor
 ) -> None:
@@ -115,8 +148,11 @@ def test_a_norm_has_as_many_copies_as_its_sharing_says(
             width, activation = (bits, bits) if isinstance(bits, int) else bits
             index = (2, 3, 4, 8).index
             expected = {
-                "per-pair": index(width) * 4 + index(activation), "per-width": index(width), "shared": None,
-            }  # fmt: skip
+                "per-pair": index(width) * 4 + index(activation),
+                "shared-affine": index(width) * 4 + index(activation),
+                "per-width": index(width),
+                "shared": None,
+            }
             assert net.pointwise_norm.row == expected[sharing]
     assert torch.equal(outputs[None], float_net(images))
     groups = {group["name"]: {id(p) for p in group["params"]} for group in anyprec.param_groups(net)}
@@ -153,6 +189,7 @@ def test_a_shared_norm_learns_from_every_precision(float_net: nn.Module, images:
 
 def test_an_unknown_sharing_is_refused(float_net: nn.Module) -> None:
     with pytest.raises(
-        ValueError, match=r"norm='per-bit' is not known: use one of \('per-pair', 'per-width', 'shared'\)"
+        ValueError,
+        match=r"norm='per-bit' is not known: use one of \('per-pair', 'shared-affine', 'per-width', 'shared'\)",
     ):
         anyprec.convert(float_net, norm="per-bit")

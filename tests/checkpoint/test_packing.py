@@ -282,7 +282,7 @@ def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, pe
 
 @pytest.mark.parametrize("form", ["training", *FORMS])
 @pytest.mark.parametrize("bits", ["mixed", (8, 4)])
-@pytest.mark.parametrize("norm", ["per-pair", "per-width", "shared"])
+@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "per-width", "shared"])
 def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, bits, norm):
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])

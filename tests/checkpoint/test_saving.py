@@ -260,7 +260,7 @@ def test_a_network_without_values_is_not_saved(tmp_path, model):
         anyprec.save(model.to("meta"), tmp_path / "net")
 
 
-@pytest.mark.parametrize("norm", ["per-pair", "per-width", "shared"])
+@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "per-width", "shared"])
 def test_floors_and_statistics_of_configurations_survive(tmp_path, plain, batch, norm, same_state):
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])
