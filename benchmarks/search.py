@@ -71,9 +71,10 @@ def work(args: argparse.Namespace) -> None:
     for name in args.networks:
         for algorithm in ("greedy", "lazy", "combined"):
             if (name, algorithm) not in done:
-                case = untrained(name)
+                case = untrained(name, size=args.size, images=args.images)
                 record = count_work(case, algorithm, args.budget)
-                keep(args.results, {"kind": "work", "network": name, "budget": args.budget, **record})
+                setting = {"network": name, "budget": args.budget, "size": args.size, "images": args.images, "seed": 0}
+                keep(args.results, {"kind": "work", **setting, **record})
 
 
 def count_work(case: Case, algorithm: str, budget: str) -> dict[str, Any]:
@@ -278,6 +279,8 @@ def main(arguments: list[str] | None = None) -> int:
     add = commands.add_parser("work")
     add.add_argument("--networks", nargs="+", default=WORK_NETWORKS)
     add.add_argument("--budget", default="W4A4")
+    add.add_argument("--size", type=int, default=64, help="of an image; what is counted does not depend on it")
+    add.add_argument("--images", type=int, default=32, help="nor on their number, in one batch")
     add.set_defaults(command=work)
     for name, command in (("frontier", frontier), ("compare", compare)):
         add = commands.add_parser(name)

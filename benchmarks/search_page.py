@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 _WORK = """`naive` runs the whole network for each move that the paper's greedy search asks for, up and down; `greedy` is
 the same search with every configuration measured once and only what depends on the changed layers executed; `lazy` and
-`combined` measure what looks best. Random weights, 64 px, one batch; passes are MACs over those of one forward pass."""
+`combined` measure what looks best. Random weights, one batch; passes are MACs over those of one forward pass."""
 
 _FRONTIER = """One search of all budgets (objective: divergence from the float network, stored norm statistics), then
 divergence and top-1 on images that the search did not see. "searched" is the best that the search knows for at most the
@@ -55,14 +55,15 @@ def work_section(records: Iterable[Record]) -> list[str]:
         greedy = by_name["greedy"]
         asked, per_pass = greedy["asked"], greedy["layers"] * greedy["batches"]
         cells = [str(asked), str(asked * per_pass), "1", str(asked), "1", "", ""]
-        rows.append([f"`{network}`, {greedy['budget']}", "naive", *cells])
+        images = f"{greedy.get('images', 32)} images of {greedy.get('size', 64)} px"  # older records had no choice
+        rows.append([f"`{network}`, {greedy['budget']}, {images}", "naive", *cells])
         for name, record in by_name.items():
             saved, passes = asked * per_pass / record["layer_runs"], record["passes_of_macs"]
             cells = [str(record["evaluations"]), str(record["layer_runs"]), f"{saved:.2f}", f"{passes:.0f}"]
             cells += [f"{asked / passes:.2f}", f"{record['score']:.4g}", f"{record['seconds']:.0f}"]
             rows.append(["", name, *cells])
     header = (
-        "network, budget",
+        "network, budget, images",
         "search",
         "evaluations",
         "layer executions",

@@ -14,7 +14,7 @@ import anyprec
 pytest.importorskip("matplotlib")
 
 
-def small_case(*_: object) -> search_cases.Case:
+def small_case(*_: object, **__: object) -> search_cases.Case:
     torch.manual_seed(0)
     convolutions = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()]
     network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 10))
