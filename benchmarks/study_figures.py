@@ -135,21 +135,21 @@ def worst_reestimation(place: Place, record: Record) -> float:
     return max(value for value in found if value is not None)
 
 
-def passes_ratio(study: Study, place: Place) -> dict[int, float]:
-    """Forward-backward passes of all dedicated networks together, over those of the full method."""
-    return _ratio(study, place, lambda record: float(record["passes"]))
+def passes_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
+    """Forward-backward passes of all dedicated networks together, over those of a method."""
+    return _ratio(study, place, method, lambda record: float(record["passes"]))
 
 
-def time_ratio(study: Study, place: Place) -> dict[int, float]:
+def time_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
     """The same for processor time of training."""
-    return _ratio(study, place, minutes)
+    return _ratio(study, place, method, minutes)
 
 
-def _ratio(study: Study, place: Place, by: By) -> dict[int, float]:
+def _ratio(study: Study, place: Place, method: str, by: By) -> dict[int, float]:
     dedicated = [study.values(place, f"dedicated-{width}", by) for width in place.track.bits]
-    full = study.values(place, "full", by)
-    seeds = [seed for seed in full if all(seed in values for values in dedicated)]
-    return {seed: sum(values[seed] for values in dedicated) / full[seed] for seed in seeds}
+    shared = study.values(place, method, by)
+    seeds = [seed for seed in shared if all(seed in values for values in dedicated)]
+    return {seed: sum(values[seed] for values in dedicated) / shared[seed] for seed in seeds}
 
 
 # --- Cells --------------------------------------------------------------------------------------------------------

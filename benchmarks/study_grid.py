@@ -139,7 +139,7 @@ TRACKS: dict[str, Track] = {
         title="from scratch",
         networks=("resnet", "mobile"),
         seeds=(0, 1, 2),
-        fewer={"interference": 2},
+        fewer={"ablation": 2, "interference": 1, "variant": 2},
         size=32,
         images=12_500,
         search_images=512,
@@ -157,7 +157,7 @@ TRACKS: dict[str, Track] = {
         title="pretrained",
         networks=("lite0",),
         seeds=(0, 1),
-        fewer={"ablation": 1, "variant": 1, "interference": 0},
+        fewer={"ablation": 1, "interference": 0, "variant": 0},
         size=64,
         images=3_500,
         search_images=128,
@@ -254,6 +254,8 @@ SCHEDULER = {"scheduler": anyprec.BitWidthScheduler()}
 FEATURES = {"feature_weight": 0.01}
 ERROR = {"error_weight": 0.1, "spare_decay": True}
 FULL = {**SCHEDULER, **FEATURES, **ERROR}
+SANDWICH = {"sampler": "sandwich"}
+AFFINE = {"norm": "shared-affine"}
 
 
 def methods(widths: Sequence[int]) -> dict[str, Method]:
@@ -267,6 +269,7 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
     found += [
         _one_shot(every, "plain", "one-shot, plain", "core", {}),
         _one_shot(every, "full", "full method", "core", FULL),
+        _one_shot(every, "ours", "plain + sandwich + shared affine", "core", SANDWICH, AFFINE),
         Method(
             name="random",
             title="random paths and labels only",
@@ -277,6 +280,8 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _one_shot(every, "scheduler", "plain + scheduler", "ablation", SCHEDULER),
         _one_shot(every, "distortion", "plain + distortion mitigation", "ablation", FEATURES),
         _one_shot(every, "both", "plain + both", "ablation", {**SCHEDULER, **FEATURES}),
+        _one_shot(every, "sandwich", "plain + sandwich", "ablation", SANDWICH),
+        _one_shot(every, "affine", "plain + shared affine", "ablation", {}, AFFINE),
         Method(
             name="any-precision",
             title="Any-Precision DNN",
@@ -298,26 +303,36 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         for lowest in range(len(every) - 2, 0, -1)
     ]
     found += [
+        _variant(every, "scheduler", "with scheduler", **SCHEDULER),
+        _variant(every, "distortion", "with distortion mitigation", **FEATURES),
+        _variant(every, "error", "with quantization error", **ERROR),
         _variant(every, "norm-per-width", "norms per weight bit-width", convert={"norm": "per-width"}),
         _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
-        _variant(every, "one-path", "1 random path", random_paths=1),
-        _variant(every, "two-paths", "2 random paths", random_paths=2),
+        _variant(every, "one-path", "1 path besides the highest: the lowest", random_paths=1),
+        _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
         _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
-        _variant(every, "sandwich", "sandwich sampler", sampler="sandwich"),
         _variant(every, "instability", "instability sampler", sampler="instability"),
     ]
     return {method.name: method for method in found}
 
 
-def _one_shot(widths: tuple[int, ...], name: str, title: str, group: Group, recipe: Mapping[str, Any]) -> Method:
-    return Method(name=name, title=title, group=group, kind="one-shot", widths=widths, recipe=recipe)
+def _one_shot(
+    widths: tuple[int, ...],
+    name: str,
+    title: str,
+    group: Group,
+    recipe: Mapping[str, Any],
+    convert: Mapping[str, Any] | None = None,
+) -> Method:
+    return Method(
+        name=name, title=title, group=group, kind="one-shot", widths=widths, recipe=recipe, convert=convert or {}
+    )
 
 
 def _variant(
     widths: tuple[int, ...], name: str, title: str, *, convert: Mapping[str, Any] | None = None, **recipe: Any
 ) -> Method:
-    method = _one_shot(widths, f"full-{name}", title, "variant", {**FULL, **recipe})
-    return dataclasses.replace(method, convert=convert or {})
+    return _one_shot(widths, f"ours-{name}", title, "variant", {**SANDWICH, **recipe}, {**AFFINE, **(convert or {})})
 
 
 @dataclass(frozen=True)

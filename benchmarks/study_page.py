@@ -5,8 +5,9 @@ Nothing here is a number of its own but the targets. What was not run yet is sai
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,64 +36,72 @@ from study_grid import Track, methods
 from study_plots import draw_bitops, draw_instability, draw_interference
 from study_runs import BUDGETS
 
+OURS = "ours"
+"""The method that is held against everything else."""
+
 # --- Targets ------------------------------------------------------------------------------------------------------
 
+_HELD = {OURS: "ours", "full": "full method"}
 
-def target_rows(study: Study) -> list[tuple[str, str, str, str, str]]:
-    """Target, where, required, found, verdict."""
-    rows: list[tuple[str, str, str, str, str]] = []
 
-    def add(what: str, where: object, least: float, found: Mapping[int, float]) -> None:
-        rows.append((what, str(where), f"{least:+.1f}", cell(found, 2), verdict(found, least)))
+Row = tuple[str, str, str, str, str]
+"""Target, where, required, found, verdict."""
 
+
+def target_rows(study: Study) -> list[Row]:
+    """All targets."""
+    rows = [*_against_dedicated(study), *_against_plain(study)]
     for place in study.places:
+        for budget, least in (("W4A4", 0.3), ("W3A3", 1.0), ("W2.5A2.5", 3.0)):
+            uniform = study.values(place, OURS, uniform_at(budget))
+            found = difference(study.values(place, OURS, searched(budget)), uniform)
+            rows.append(_row(f"searched over uniform, {budget}", place, least, found))
+    for place in study.places:
+        if place.track.name == "P":
+            found = difference(study.values(place, OURS, searched("W4A4")), study.values(place, "float", float_top1))
+            rows.append(_row("searched W4A4 over float", place, 0.0, found))
+    for place in study.places:
+        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, OURS).items()}
+        rows.append(_row("stored over re-estimated statistics, the worst bit-width", place, -0.5, found))
+    for place in study.places:
+        for what, ratio in (("passes", passes_ratio(study, place, OURS)), ("time", time_ratio(study, place, OURS))):
+            title = f"training cost of the dedicated networks over ours, {what}"
+            rows.append((title, str(place), "1.5 times", cell(ratio, 2), verdict(ratio, 1.5)))
+    return rows
+
+
+def _row(what: str, where: object, least: float, found: Mapping[int, float]) -> Row:
+    return what, str(where), f"{least:+.1f}", cell(found, 2), verdict(found, least)
+
+
+def _against_dedicated(study: Study) -> Iterator[Row]:
+    for place, (method, title) in itertools.product(study.places, _HELD.items()):
         for width in sorted(place.track.bits, reverse=True):
-            least = {2: -1.0, 3: -0.3}.get(width, 0.0)
-            dedicated = study.values(place, f"dedicated-{width}", top1(str(width)))
-            found = difference(study.values(place, "full", top1(str(width))), dedicated)
-            add(f"full method over dedicated, {width} bits", place, least, found)
-    gains: dict[str, dict[int, float]] = {}
-    for place in study.places:
+            by = top1(str(width))
+            found = difference(study.values(place, method, by), study.values(place, f"dedicated-{width}", by))
+            yield _row(f"{title} over dedicated, {width} bits", place, {2: -1.0, 3: -0.3}.get(width, 0.0), found)
+
+
+def _against_plain(study: Study) -> Iterator[Row]:
+    gains: dict[tuple[str, str], dict[int, float]] = {}
+    for place, (method, title) in itertools.product(study.places, _HELD.items()):
         low = [str(width) for width in place.track.bits if width <= 6]
         for what, by, least in (
             (f"mean of {low[0]} to {low[-1]} bits", mean_top1(low), 0.5),
             (f"{low[0]} bits", top1(low[0]), 1.5),
         ):
-            found = difference(study.values(place, "full", by), study.values(place, "plain", by))
-            add(f"full method over plain, {what}", place, least, found)
-            gains.setdefault(str(place), found)
-    if {"S/mobile", "S/resnet"} <= set(gains):
-        found = difference(gains["S/mobile"], gains["S/resnet"])
-        add("that gain, mobile over residual network", "S", 0.0, found)
-    for place in study.places:
-        for budget, least in (("W4A4", 0.3), ("W3A3", 1.0), ("W2.5A2.5", 3.0)):
-            uniform = study.values(place, "full", uniform_at(budget))
-            found = difference(study.values(place, "full", searched(budget)), uniform)
-            add(f"searched over uniform, {budget}", place, least, found)
-    for place in study.places:
-        if place.track.name == "P":
-            found = difference(study.values(place, "full", searched("W4A4")), study.values(place, "float", float_top1))
-            add("searched W4A4 over float", place, 0.0, found)
-    for place in study.places:
-        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, "full").items()}
-        add("stored over re-estimated statistics, the worst bit-width", place, -0.5, found)
-    for place in study.places:
-        for what, ratio in (("passes", passes_ratio(study, place)), ("time", time_ratio(study, place))):
-            rows.append(
-                (
-                    f"training cost of the dedicated networks over the full method's, {what}",
-                    str(place),
-                    "1.5 times",
-                    cell(ratio, 2),
-                    verdict(ratio, 1.5),
-                )
-            )
-    return rows
+            found = difference(study.values(place, method, by), study.values(place, "plain", by))
+            yield _row(f"{title} over plain, {what}", place, least, found)
+            gains.setdefault((str(place), method), found)
+    for method, title in _HELD.items():
+        if {("S/mobile", method), ("S/resnet", method)} <= set(gains):
+            found = difference(gains["S/mobile", method], gains["S/resnet", method])
+            yield _row(f"mean gain of {title}, mobile over residual network", "S", 0.0, found)
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
 
-MAIN = ("random", "plain", "scheduler", "distortion", "both", "full", "any-precision")
+MAIN = ("random", "plain", "scheduler", "distortion", "both", "full", "any-precision", "sandwich", "affine", OURS)
 
 
 def method_table(study: Study, place: Place, names: Sequence[str], *, references: bool) -> list[str]:
@@ -232,10 +241,10 @@ _DRAW: dict[str, Callable[[Any, Path], None]] = {
 
 
 def bitops_panels(study: Study) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """For each network the points (BitOPs, accuracy) of the full method, by kind."""
+    """For each network the points (BitOPs, accuracy) of our method, by kind."""
     panels = {}
     for place in study.places:
-        records = list(study.of(place, "full").values())
+        records = list(study.of(place, OURS).values())
         if not records:
             continue
         uniform = [
@@ -278,9 +287,9 @@ def interference_panels(study: Study) -> dict[str, dict[str, list[tuple[int, flo
                 found = study.values(place, trained_with[lowest], top1(str(width)))
                 if found:
                     lines.setdefault(f"{width} bits", []).append((lowest, statistics.fmean(found.values())))
-            full = study.values(place, "full", top1(str(width)))
-            if full and f"{width} bits" in lines:
-                lines.setdefault(f"{width} bits, full method", []).append((bits[-1], statistics.fmean(full.values())))
+            ours = study.values(place, OURS, top1(str(width)))
+            if ours and f"{width} bits" in lines:
+                lines.setdefault(f"{width} bits, ours", []).append((bits[-1], statistics.fmean(ours.values())))
         if any(len(points) > 1 for points in lines.values()):
             panels[str(place)] = lines
     return panels
@@ -303,9 +312,9 @@ def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
     lines += [*table(("target", "where", "at least", "found", ""), target_rows(study), texts=2), ""]
     for place in study.places:
         lines += _method_section(study, place)
-    lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, ("plain", "full"))]
-    selection = "--only '*/plain/*' --only '*/full/*'"
-    lines += caption(_records(study, study.places, ("plain", "full")), selection)
+    lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, _SEARCHED)]
+    selection = " ".join(f"--only '*/{name}/*'" for name in _SEARCHED)
+    lines += caption(_records(study, study.places, _SEARCHED), selection)
     lines += ["### Frozen candidates", "", *frozen_table(study, ("scheduler", "both", "full"))]
     lines += caption(_records(study, study.places, ("scheduler", "both", "full")), "--group core --group ablation")
     for name in drawn:
@@ -328,16 +337,19 @@ def _method_section(study: Study, place: Place) -> list[str]:
     lines += [*reestimation_table(study, place, MAIN), ""]
     variants = [name for name, method in known.items() if method.group == "variant"]
     if _records(study, [place], variants):
-        names = ["full", *variants]
-        lines += [f"#### Variants of the full method: {place.network}", ""]
+        names = [OURS, *variants]
+        lines += [f"#### Variants of ours: {place.network}", ""]
         lines += method_table(study, place, names, references=False)
-        lines += caption(_records(study, [place], names), f"--only '{place}/full*'")
+        lines += caption(_records(study, [place], names), f"--only '{place}/{OURS}*'")
         lines += ["What re-estimated norm statistics add:", "", *reestimation_table(study, place, names), ""]
     return lines
 
 
-_TARGETS = """Differences are in points of top-1 with re-estimated norm statistics, seed by seed: mean ± standard deviation over
-the seeds that both sides have."""
+_SEARCHED = ("plain", "full", OURS)
+
+_TARGETS = """"Ours" is plain one-shot training with the lowest precision in every step (sandwich) and one scale and shift of a
+norm for all its copies (shared affine); the full method is the paper's. Differences are in points of top-1 with
+re-estimated norm statistics, seed by seed: mean ± standard deviation over the seeds that both sides have."""
 
 _SEARCH = """`anyprec.search` (objective: divergence) on images that training did not see; then the found configuration's norm
 statistics were re-estimated, as the uniform ones' were. "uniform" is the uniform precision of the same BitOPs; at W2.5A2.5,
@@ -346,12 +358,12 @@ where there is none, the mean of W2A2 and W3A3: the budget is the middle of the 
 _PICTURES = {
     "study-bitops.png": (
         "Accuracy against BitOPs of uniform, random and searched configurations",
-        "One set of weights, the full method; each point with norm statistics of its own. Random points are means over seeds.",
+        "One set of weights, our method; each point with norm statistics of its own. Random points are means over seeds.",
     ),
     "study-interference.png": (
         "Accuracy of each bit-width as lower candidates are trained along",
         "Interference: random paths and labels only, trained with fewer and with more candidates. At the left a network that is "
-        "trained for the highest bit-width alone; crosses: the full method.",
+        "trained for the highest bit-width alone; crosses: ours.",
     ),
     "study-instability.png": (
         "Instability of every layer after every epoch, frozen ones marked",

@@ -43,7 +43,7 @@ def draw_interference(panels: Mapping[str, Mapping[str, Points]], path: Path) ->
         for color, name in zip(_COLORS, trained, strict=False):
             points = sorted(lines[name], reverse=True)
             axis.plot([places.index(x) for x, _ in points], [y for _, y in points], "o-", color=color, label=name)
-            crosses = lines.get(f"{name}, full method", [])
+            crosses = lines.get(f"{name}, ours", [])
             axis.plot([places.index(x) + 0.12 for x, _ in crosses], [y for _, y in crosses], "x", color=color)
         axis.set_xticks(range(len(places)), [str(int(place)) for place in places])
         axis.set(title=title, xlabel="lowest candidate bit-width", ylabel="top-1 accuracy, %")
