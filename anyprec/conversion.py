@@ -53,7 +53,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
     first_last_bits: int | None = 8,
     depthwise_min_bits: int = 3,
     per_channel: bool = True,
-    norm: NormSharing = "per-pair",
+    norm: NormSharing = "shared-affine",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     example_input: Tensor | None = None,
@@ -73,8 +73,8 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         first_last_bits: Fixed bit-width of the layers that read the image or make the output; None searches them too.
         depthwise_min_bits: Depthwise convolutions get no candidate below this one.
         per_channel: One weight step size per output channel (what deployment wants) instead of one per tensor.
-        norm: BatchNorm copies: `"per-pair"`, one per (weight, activation) pair of the layer before it (the paper's);
-            `"shared-affine"`, statistics per pair, with one scale and shift for all; `"per-width"`, one copy per weight
+        norm: BatchNorm copies: `"shared-affine"`, statistics per (weight, activation) pair of the layer before it, with
+            one scale and shift for all; `"per-pair"`, a whole copy per pair (the paper's); `"per-width"`, one per weight
             bit-width; `"shared"`, a single one, with the quantized weights of the layer before it corrected to the
             latent weight's mean and spread per channel (EMQNet).
         include: Patterns of the layers to quantize, all others staying float; None is every layer.

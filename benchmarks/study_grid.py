@@ -207,6 +207,11 @@ def tiny(track: Track) -> Track:
 # --- Methods ------------------------------------------------------------------------------------------------------
 
 
+PLAIN = {"sampler": "uniform"}
+PAIRS = {"norm": "per-pair"}
+"""What the paper does, where our defaults are others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to train.
@@ -227,7 +232,7 @@ class Method:
     kind: Kind
     widths: tuple[int, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    convert: Mapping[str, Any] = field(default_factory=dict)
+    convert: Mapping[str, Any] = field(default_factory=PAIRS.copy)
 
     @property
     def passes(self) -> int:
@@ -322,11 +327,10 @@ def _one_shot(
     title: str,
     group: Group,
     recipe: Mapping[str, Any],
-    convert: Mapping[str, Any] | None = None,
+    convert: Mapping[str, Any] = PAIRS,
 ) -> Method:
-    return Method(
-        name=name, title=title, group=group, kind="one-shot", widths=widths, recipe=recipe, convert=convert or {}
-    )
+    recipe = {**PLAIN, **recipe}
+    return Method(name=name, title=title, group=group, kind="one-shot", widths=widths, recipe=recipe, convert=convert)
 
 
 def _variant(

@@ -66,8 +66,8 @@ class OneShot:
             0 at `error_start`. 0 turns the term off.
         error_start: Time from 0 to 1, see `error_weight`.
         scheduler: When to freeze the lowest bit-width of unstable layers; None never does.
-        sampler: The law of the random paths: `"uniform"` (the paper's), `"sandwich"` (the lowest precision, then
-            uniform), `"instability"` (unstable bit-widths less often), or an object with a method `draw`.
+        sampler: The law of the random paths: `"sandwich"` (the lowest precision, then uniform draws), `"uniform"` (the
+            paper's), `"instability"` (unstable bit-widths less often), or an object with a method `draw`.
         terms: Further terms of the loss, each called with the path, the output and the targets.
         compiled: The network is run through `torch.compile`. Then what a step does is the same in every step, so that
             nothing is compiled anew when bit-widths change: features of all layers are taken, and count or not.
@@ -107,7 +107,7 @@ class OneShot:
         error_weight: float = 0.0,
         error_start: float = 0.25,
         scheduler: BitWidthScheduler | None = None,
-        sampler: SamplerLike = "uniform",
+        sampler: SamplerLike = "sandwich",
         terms: Sequence[Term] = (),
         compiled: bool = False,
         seed: int = 0,

@@ -48,7 +48,7 @@ class Recipe:
     error_weight: float = 0.0
     error_start: float = 0.25
     scheduler: BitWidthScheduler | None = None
-    sampler: SamplerLike = "uniform"
+    sampler: SamplerLike = "sandwich"
     spare_decay: bool = False
     lr: float = 0.02
     momentum: float = 0.9
@@ -131,6 +131,7 @@ def paper() -> Recipe:
         feature_weight=0.01,
         error_weight=0.1,
         scheduler=BitWidthScheduler(),
+        sampler="uniform",
         spare_decay=True,
         lr=0.04,
         step_lr=1e-5,

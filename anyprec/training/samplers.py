@@ -54,7 +54,8 @@ class UniformSampler:
 class SandwichSampler:
     """The lowest precision first, then uniform draws: with the max path, both ends are trained in every step.
 
-    The rule of Yu and Huang, "Universally slimmable networks" (ICCV 2019).
+    The rule of Yu and Huang, "Universally slimmable networks" (ICCV 2019). A single path is the lowest precision in half
+    of the steps, and a uniform draw in the others.
     """
 
     def draw(
@@ -67,6 +68,9 @@ class SandwichSampler:
     ) -> list[BitConfig]:
         """See `Sampler`."""
         lowest = lowest_config(candidates)
+        if count == 1:
+            is_lowest = bool(torch.rand((), generator=generator) < 0.5)
+            return [lowest if is_lowest else _draw_uniformly(candidates, generator)]
         return [lowest, *(_draw_uniformly(candidates, generator) for _ in range(count - 1))][:count]
 
 
@@ -104,7 +108,7 @@ class InstabilitySampler:
         return tuple(share / sum(shares) for share in shares)
 
 
-SamplerLike = Sampler | Literal["uniform", "sandwich", "instability"]
+SamplerLike = Sampler | Literal["sandwich", "uniform", "instability"]
 """A sampler, or the name of one with its default settings."""
 
 _BY_NAME: dict[str, Sampler] = {

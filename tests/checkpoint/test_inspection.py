@@ -53,7 +53,7 @@ def test_it_prints_what_people_ask_first(path):
     for expected in (
         "training form, format 2, written by anyprec",
         "a network that must be passed to load",
-        "candidates (2, 4, 8), norm copies 'per-pair'",
+        "candidates (2, 4, 8), norm copies 'shared-affine'",
         "3 x 8 x 8",
         "small; ",
     ):

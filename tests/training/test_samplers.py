@@ -43,6 +43,16 @@ def test_the_sandwich_begins_with_the_lowest_precision() -> None:
     assert SandwichSampler().draw(CANDIDATES, 0, generator=generator(), instability={}) == []
 
 
+def test_a_single_path_of_the_sandwich_is_the_lowest_precision_in_half_of_the_steps() -> None:
+    drawn = generator()
+    draws = [SandwichSampler().draw(CANDIDATES, 1, generator=drawn, instability={}) for _ in range(DRAWS)]
+    assert all(len(paths) == 1 for paths in draws)
+    lowest = anyprec.BitConfig({"a": Bits(2, 4), "b": Bits(3, 8)})
+    assert near(
+        sum(paths[0] == lowest for paths in draws), 1 / 2 + 1 / 2 * 1 / 12
+    )  # one in twelve uniform draws is it too
+
+
 def test_the_instability_sampler_draws_unstable_bit_widths_less_often() -> None:
     instability = {"a": {2: 0.4, 3: 0.3, 4: 0.2, 8: 0.25}, "b": {3: 0.3, 8: 0.1}}
     draws = InstabilitySampler(2.0).draw(CANDIDATES, DRAWS, generator=generator(), instability=instability)
