@@ -313,7 +313,7 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _variant(every, "error", "with quantization error", **ERROR),
         _variant(every, "norm-per-width", "norms per weight bit-width", convert={"norm": "per-width"}),
         _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
-        _variant(every, "one-path", "1 path besides the highest: the lowest", random_paths=1),
+        _variant(every, "one-path", "1 path: the lowest or a random one", random_paths=1),
         _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
         _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
         _variant(every, "instability", "instability sampler", sampler="instability"),

@@ -138,6 +138,7 @@ def test_a_norm_has_as_many_copies_as_its_sharing_says(
     anyprec.calibrate(net, [images])
     bank = net.pointwise_norm.bank
     assert (0 if bank is None else bank.rows) == rows
+    assert bank is None or len(bank.weight) == len(bank.bias) == (1 if sharing == "shared-affine" else rows)
     assert (net.joint_norm.bank is None) == (rows == 0)
     outputs = {}
     for bits in (2, (2, 8), (8, 2), 8, None):

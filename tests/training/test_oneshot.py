@@ -24,7 +24,9 @@ def run_step(net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tens
     return losses
 
 
-def test_the_max_path_comes_first_then_k_random_ones_each_active_in_turn(net: anyprec.ConvertedModel) -> None:
+def test_the_max_path_comes_first_then_the_lowest_then_random_ones_each_active_in_turn(
+    net: anyprec.ConvertedModel,
+) -> None:
     net.set_bits(3)
     before = net.bits
     oneshot = anyprec.OneShot(net, total_steps=5, random_paths=3)
@@ -35,6 +37,7 @@ def test_the_max_path_comes_first_then_k_random_ones_each_active_in_turn(net: an
         assert path.weight == 1 / 4
         configs.append(path.config)
     assert all(bits == net.candidates[path].highest for path, bits in configs[0].items())
+    assert all(bits == net.candidates[path].lowest for path, bits in configs[1].items())
     assert len(set(configs)) == 4
     assert net.bits == before
 
