@@ -5,10 +5,11 @@
     python benchmarks/study.py run --data CIFAR10 --only 'S/mobile/*' --group core --minutes 60
     python benchmarks/study.py render                      # the study's part of docs/results.md, and its pictures
 
-A finished run is one line of JSON in `--results`, and is not run again; a one-shot run that was killed goes on from its
-snapshot. `--only` takes patterns of TRACK/NETWORK/METHOD/SEED, `--group` takes the question that a method answers. What is
-compared stands in `study_grid.py`, how in `study_runs.py`, the page in `study_page.py`. Track A is for an accelerator
-(`--track A --device cuda`) and is only run when it is named.
+A finished run is one line of JSON in `--results`, and is not run again; a one-shot run that was killed goes on from
+its snapshot; networks that are searched are kept beside the results, trained. `--only` takes patterns of
+TRACK/NETWORK/METHOD/SEED, `--group` takes the question that a method answers. What is compared stands in
+`study_grid.py`, how in `study_runs.py`, the page in `study_page.py`. Track A is for an accelerator (`--track A
+--device cuda`) and is only run when it is named.
 """
 
 from __future__ import annotations

@@ -91,18 +91,36 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     if method.kind == "float":
         train_float(start, loader, _recipe(run), epochs=track.epochs)
         return {**record, "training": clock.lap(), "float": accuracy(start, report), "evaluation": clock.lap()}
-    model = converted(start, run, data)
-    snapshot = place.kept / f"study.{run.name.replace('/', '.')}.{_digest(track)}.snapshot"
-    record |= train(model, loader, run, snapshot)
-    record["training"] = clock.lap()
-    record |= evaluate(model, run, data, report)
+    model, training = trained(converted(start, run, data), loader, run, place)
+    clock.lap()
+    record |= {**training, **evaluate(model, run, data, report)}
     record["evaluation"] = clock.lap()
-    for left in (snapshot, _trace_of(snapshot)):
-        left.unlink(missing_ok=True)
     return record
 
 
 # --- Training -----------------------------------------------------------------------------------------------------
+
+
+def trained(
+    model: anyprec.ConvertedModel, loader: Any, run: Run, place: Place
+) -> tuple[anyprec.ConvertedModel, dict[str, Any]]:
+    """The network after training, and what is recorded of that.
+
+    A network that is searched is kept with its record: to search or to report in another way needs no training again.
+    """
+    kept = place.kept / f"study.{run.name.replace('/', '.')}.{_digest(run.track)}.safetensors"
+    notes, snapshot = kept.with_suffix(".json"), kept.with_suffix(".snapshot")
+    if kept.exists() and notes.exists():
+        found: dict[str, Any] = json.loads(notes.read_text())
+        return anyprec.load(kept, model), found
+    clock = _Clock()
+    record = {**train(model, loader, run, snapshot), "training": clock.lap(), "trained_at": commit()}
+    if run.method.searches(run.track):
+        anyprec.save(model, kept, rebuildable=False)
+        notes.write_text(json.dumps(record))
+    for left in (snapshot, _trace_of(snapshot)):
+        left.unlink(missing_ok=True)
+    return model, record
 
 
 def start_network(run: Run, place: Place, data: Data) -> nn.Module:
@@ -241,7 +259,7 @@ def _fit(model: anyprec.ConvertedModel, loader: Any, run: Run, snapshot: Path) -
     )
     return {
         "resumed": resumed,
-        "losses": [epoch.losses for epoch in history],
+        "losses": [list(epoch.losses) for epoch in history],
         "trace": [trace[key] for key in sorted(trace, key=int)],
     }
 
@@ -381,11 +399,16 @@ class _Clock:
         return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
 
 
+_OF_TRAINING = ("bits", "size", "images", "batch_size", "start_epochs", "start_lr", "epochs", "lr", "weight_decay",
+                "norm_batches")  # fmt: skip
+
+
 def _digest(track: Track) -> str:
-    """A few letters that change with the settings."""
+    """A few letters that change with the settings of training."""
     import hashlib  # noqa: PLC0415 (only here)
 
-    return hashlib.sha256(json.dumps(track.settings, sort_keys=True).encode()).hexdigest()[:8]
+    settings = {name: track.settings[name] for name in _OF_TRAINING}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _trace_of(snapshot: Path) -> Path:

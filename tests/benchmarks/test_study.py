@@ -161,6 +161,23 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
     assert [path.suffix for path in place.kept.iterdir()] == [".pt"]
 
 
+def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wanted(options, monkeypatch):
+    run = next(run for run in study_grid.grid([TRACK]) if run.name == "S/small/ours/0")
+    place = study_runs.Place(options.data, options.data / "kept")
+    first = study_runs.perform(run, place)
+    monkeypatch.delattr(study_runs, "train")
+    again = study_runs.perform(run, place)
+    kept = ("configs", "mixed", "losses", "trace", "training", "trained_at")
+    assert {key: first[key] for key in kept} == {key: again[key] for key in kept}
+    found = {name: entry["config"] for name, entry in first["searched"].items()}
+    assert {name: entry["config"] for name, entry in again["searched"].items()} == found
+    other = dataclasses.replace(run, track=dataclasses.replace(TRACK, search_evaluations=6, report_images=8))
+    assert all(entry["evaluations"] <= 6 for entry in study_runs.perform(other, place)["searched"].values())
+    longer = dataclasses.replace(run, track=dataclasses.replace(TRACK, epochs=2))
+    with pytest.raises(NameError, match="train"):
+        study_runs.perform(longer, place)
+
+
 def test_results_of_other_settings_are_not_this_study(options):
     options.only = ["*/float/0"]
     study.run(options)
