@@ -67,9 +67,9 @@ def improve(walk: Walk, start: Point | None = None, *, lazy: bool = True, patien
     arrived = True
     while turns < patience:
         if arrived:
-            here = _best_around(walk, here)
+            here, tried = _best_around(walk, here)
             walk.set_anchor(here)
-            turns, tried = 0, _known_around(walk, here)
+            turns = 0
         before = len(walk.evaluations)
         moves = [*walk.downs(here), *walk.ups(here)]
         if not lazy:
@@ -157,12 +157,16 @@ def _promising(walk: Walk, here: Point) -> list[tuple[int, int, float]]:
     return costly[:_POOL] + saving[:_POOL]
 
 
-def _best_around(walk: Walk, here: Point) -> Point:
-    """The measured point of lowest loss that fits, among those that differ in a few choices; from there again."""
+def _best_around(walk: Walk, here: Point) -> tuple[Point, set[Point]]:
+    """The measured point of lowest loss that fits, among those that differ in a few choices; from there again.
+
+    With the measured points that differ from it in a few choices.
+    """
     while True:
-        better = min(filter(walk.fits, _known_around(walk, here)), key=walk.loss, default=here)
+        around = _known_around(walk, here)
+        better = min(filter(walk.fits, around), key=walk.loss, default=here)
         if walk.loss(better) >= walk.loss(here):
-            return here
+            return here, around
         here = better
 
 
