@@ -91,8 +91,8 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     if method.kind == "float":
         train_float(start, loader, _recipe(run), epochs=track.epochs)
         return {**record, "training": clock.lap(), "float": accuracy(start, report), "evaluation": clock.lap()}
-    model, training = trained(converted(start, run, data), loader, run, place)
-    clock.lap()
+    model, training = trained(start, loader, run, place, data)
+    clock = _Clock()
     record |= {**training, **evaluate(model, run, data, report)}
     record["evaluation"] = clock.lap()
     return record
@@ -102,9 +102,9 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
 
 
 def trained(
-    model: anyprec.ConvertedModel, loader: Any, run: Run, place: Place
+    start: nn.Module, loader: Any, run: Run, place: Place, data: Data
 ) -> tuple[anyprec.ConvertedModel, dict[str, Any]]:
-    """The network after training, and what is recorded of that.
+    """The start network converted, calibrated and trained, and what is recorded of that.
 
     A network that is searched is kept with its record: to search or to report in another way needs no training again.
     """
@@ -112,8 +112,9 @@ def trained(
     notes, snapshot = kept.with_suffix(".json"), kept.with_suffix(".snapshot")
     if kept.exists() and notes.exists():
         found: dict[str, Any] = json.loads(notes.read_text())
-        return anyprec.load(kept, model), found
+        return anyprec.load(kept, start), found
     clock = _Clock()
+    model = converted(start, run, data)
     record = {**train(model, loader, run, snapshot), "training": clock.lap(), "trained_at": commit()}
     if run.method.searches(run.track):
         anyprec.save(model, kept, rebuildable=False)

@@ -48,9 +48,8 @@ def test_a_single_path_of_the_sandwich_is_the_lowest_precision_in_half_of_the_st
     draws = [SandwichSampler().draw(CANDIDATES, 1, generator=drawn, instability={}) for _ in range(DRAWS)]
     assert all(len(paths) == 1 for paths in draws)
     lowest = anyprec.BitConfig({"a": Bits(2, 4), "b": Bits(3, 8)})
-    assert near(
-        sum(paths[0] == lowest for paths in draws), 1 / 2 + 1 / 2 * 1 / 12
-    )  # one in twelve uniform draws is it too
+    of_uniform_draws = 1 / 12
+    assert near(sum(paths[0] == lowest for paths in draws), 1 / 2 + 1 / 2 * of_uniform_draws)
 
 
 def test_the_instability_sampler_draws_unstable_bit_widths_less_often() -> None:
