@@ -270,9 +270,9 @@ def _check_gradients(
     """Backward passes leave a gradient on both active step sizes of every layer: none is bypassed.
 
     With random weights and few bits whole inputs round to zero, or gates saturate, and pass no gradient on. Layers
-    that a pass with all layers at `width` missed so are tried again with the others at `highest`, at last one by one.
-    What is still missed then counts as bypassed, unless the float network itself passes no gradient to the weight: where
-    a class token alone reaches the head, say.
+    that a pass with all layers at `width` missed so are tried again with the others at `highest`, then each operand by
+    itself, at last one by one. What is still missed then counts as bypassed, unless the float network itself passes no
+    gradient to the weight: where a class token alone reaches the head, say.
 
     Returns:
         The layers that were reached only with the others at their highest bits, and those that nothing reaches.
@@ -293,9 +293,9 @@ def _check_gradients(
             missing = _missed(model, images, others.replace({path: lowest[path] for path in missing}), missing)
         unreached = _without_float_gradient(model, images, missing)
         missing = missing - unreached
-        missing -= {
-            path for path in list(missing)[:_MOST_ALONE] if _is_reached_alone(model, images, path, lowest, others)
-        }
+        missing -= _reached_by_operand(model, images, missing, lowest, others)
+        for path in sorted(missing)[:_MOST_ALONE]:
+            missing -= _reached_by_operand(model, images, {path}, lowest, others)
     finally:
         model.set_bits(None)
         model.zero_grad(set_to_none=True)
@@ -308,19 +308,22 @@ def _check_gradients(
 _MOST_ALONE = 40
 
 
-def _is_reached_alone(
-    model: anyprec.ConvertedModel, images: Tensor, path: str, lowest: anyprec.BitConfig, others: anyprec.BitConfig
-) -> bool:
-    """Whether both step sizes get a gradient with everything else, the layer's other operand too, at the highest bits.
+def _reached_by_operand(
+    model: anyprec.ConvertedModel,
+    images: Tensor,
+    paths: set[str],
+    lowest: anyprec.BitConfig,
+    others: anyprec.BitConfig,
+) -> set[str]:
+    """Those whose step sizes get a gradient with everything else, their own other operand too, at the highest bits.
 
     A weight of few values may round to zero where the gradient of the input would pass, and an input where that of the
     weight would.
     """
-    low, high = lowest[path], others[path]
-    weight, input_ = anyprec.Bits(low.weight, high.activation), anyprec.Bits(high.weight, low.activation)
-    return not _missed(model, images, others.replace({path: weight}), {path}, operands=("weight",)) and not _missed(
-        model, images, others.replace({path: input_}), {path}, operands=("input",)
-    )
+    low_weights = {path: anyprec.Bits(lowest[path].weight, others[path].activation) for path in paths}
+    low_inputs = {path: anyprec.Bits(others[path].weight, lowest[path].activation) for path in paths}
+    reached = paths - _missed(model, images, others.replace(low_weights), paths, operands=("weight",))
+    return reached - _missed(model, images, others.replace(low_inputs), reached, operands=("input",))
 
 
 def _missed(
@@ -334,7 +337,7 @@ def _missed(
     model.zero_grad(set_to_none=True)
     missing = looked_for
     with model.using_bits(config):
-        for train in (False, True):
+        for train in (False, True) if looked_for else ():
             _run_backward(model.train(train), images)
             missing = {path for path in looked_for if not _has_gradients(model.get_submodule(path), operands)}
             if not missing:
