@@ -125,7 +125,7 @@ def finished(results: Path) -> dict[str, list[dict[str, Any]]]:
 
 def record_of(one: Run, done: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     """The last record of a run that has its settings."""
-    fitting = [record for record in done.get(one.name, ()) if record["settings"] == one.track.settings]
+    fitting = [record for record in done.get(one.name, ()) if record["settings"] == one.settings]
     return fitting[-1] if fitting else None
 
 

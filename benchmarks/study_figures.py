@@ -37,9 +37,12 @@ class Study:
 
     def __init__(self, records: Iterable[Record], tracks: Iterable[Track]) -> None:
         self.tracks = tuple(tracks)
-        settings = {track.name: track.settings for track in self.tracks}
-        found = {record["run"]: record for record in records if record["settings"] == settings.get(record["track"])}
-        runs = [run.name for run in grid(self.tracks)]
+        runs = {run.name: run for run in grid(self.tracks)}
+        found = {
+            record["run"]: record
+            for record in records
+            if record["run"] in runs and record["settings"] == runs[record["run"]].settings
+        }
         self.records = [found[name] for name in runs if name in found]
         self.planned = len(runs)
 

@@ -26,7 +26,7 @@ from anyprec.training.losses import distillation_loss
 from anyprec.training.scheduler import Instability
 
 Kind = Literal["float", "dedicated", "random paths", "one-shot", "any-precision"]
-Group = Literal["core", "ablation", "interference", "variant"]
+Group = Literal["core", "rate", "ablation", "interference", "variant"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """Which question a method answers."""
 
@@ -91,7 +91,8 @@ class Track:
         norm_batches: Training batches for norm statistics.
         mixed: Random configurations.
         search_evaluations: At most so many for one budget.
-        searches: Whether budgets are searched; variants are not.
+        search_norms: Statistics that the search judges by: those of the batch, as what it finds gets statistics of its own.
+        searches: Whether budgets are searched, for the methods of the core.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Track:
     norm_batches: int = 16
     mixed: int = 20
     search_evaluations: int
+    search_norms: anyprec.searching.evaluator.Norms = "batch"
     searches: bool = True
 
     @property
@@ -125,10 +127,15 @@ class Track:
         """The seeds of the methods of a group."""
         return self.seeds[: self.fewer.get(group, len(self.seeds))]
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What results depend on: results of other settings are another study's."""
+    def settings(self, *, shared: bool) -> dict[str, Any]:
+        """What results depend on: results of other settings are another study's.
+
+        Args:
+            shared: Whether one set of weights serves several configurations; otherwise nothing is mixed or searched.
+        """
         left_out = {"name", "title", "networks", "seeds", "fewer"}
+        if not shared:
+            left_out |= {name for name in vars(self) if name.startswith(("mixed", "search"))}
         values = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**values, "bits": list(self.bits)}
 
@@ -139,10 +146,10 @@ TRACKS: dict[str, Track] = {
         title="from scratch",
         networks=("resnet", "mobile"),
         seeds=(0, 1, 2),
-        fewer={"ablation": 2, "interference": 1, "variant": 2},
+        fewer={"rate": 1, "ablation": 2, "interference": 1, "variant": 2},
         size=32,
         images=12_500,
-        search_images=512,
+        search_images=1_024,
         mixed_images=2_500,
         batch_size=125,
         start_epochs=9,
@@ -150,17 +157,17 @@ TRACKS: dict[str, Track] = {
         epochs=5,
         lr=0.1,
         weight_decay=1e-4,
-        search_evaluations=150,
+        search_evaluations=250,
     ),
     "P": Track(
         name="P",
         title="pretrained",
         networks=("lite0",),
         seeds=(0, 1),
-        fewer={"ablation": 1, "interference": 0, "variant": 0},
+        fewer={"rate": 1, "ablation": 1, "interference": 0, "variant": 0},
         size=64,
         images=3_500,
-        search_images=128,
+        search_images=256,
         report_images=2_500,
         mixed_images=500,
         batch_size=50,
@@ -169,7 +176,7 @@ TRACKS: dict[str, Track] = {
         epochs=3,
         lr=0.02,
         weight_decay=2.5e-5,
-        search_evaluations=160,
+        search_evaluations=240,
     ),
     "A": Track(
         name="A",
@@ -223,6 +230,7 @@ class Method:
         kind: What trains it.
         widths: Uniform bit-widths that it is trained for and reported at.
         recipe: Settings of `anyprec.Recipe`, besides those of the track.
+        rate: Times the track's learning rate.
         convert: Arguments of `anyprec.convert`, besides the candidates.
     """
 
@@ -232,6 +240,7 @@ class Method:
     kind: Kind
     widths: tuple[int, ...]
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
     convert: Mapping[str, Any] = field(default_factory=PAIRS.copy)
 
     @property
@@ -247,7 +256,7 @@ class Method:
 
     def searches(self, track: Track) -> bool:
         """Whether budgets are searched for it."""
-        return track.searches and self.is_whole(track) and self.group != "variant"
+        return track.searches and self.is_whole(track) and self.group == "core"
 
     @property
     def is_shared(self) -> bool:
@@ -261,6 +270,8 @@ ERROR = {"error_weight": 0.1, "spare_decay": True}
 FULL = {**SCHEDULER, **FEATURES, **ERROR}
 SANDWICH = {"sampler": "sandwich"}
 AFFINE = {"norm": "shared-affine"}
+RATES = {"half": 0.5, "double": 2.0}
+"""Other learning rates, to see that the track's favours nobody."""
 
 
 def methods(widths: Sequence[int]) -> dict[str, Method]:
@@ -293,10 +304,18 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
             group="ablation",
             kind="any-precision",
             widths=every,
-            recipe={"distillation": 0.0},
+            recipe={"distillation": 0.0, "random_weight": len(every) - 1.0},
             convert={"norm": "per-width"},
         ),
     ]
+    for held in (f"dedicated-{every[0]}", f"dedicated-{every[-1]}", "ours"):
+        (at_one,) = (method for method in found if method.name == held)
+        found += [
+            dataclasses.replace(
+                at_one, name=f"{held}-{times}-rate", title=f"{at_one.title}, {times} rate", group="rate", rate=rate
+            )
+            for times, rate in RATES.items()
+        ]
     found += [
         Method(
             name=f"random-{every[lowest]}-up",
@@ -313,6 +332,8 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _variant(every, "error", "with quantization error", **ERROR),
         _variant(every, "norm-per-width", "norms per weight bit-width", convert={"norm": "per-width"}),
         _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
+        _variant(every, "summed", "each random path counts as the max path", random_weight=3.0),
+        _variant(every, "averaged", "the same at a quarter of the learning rate", rate=0.25, random_weight=3.0),
         _variant(every, "one-path", "1 path: the lowest or a random one", random_paths=1),
         _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
         _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
@@ -334,9 +355,16 @@ def _one_shot(
 
 
 def _variant(
-    widths: tuple[int, ...], name: str, title: str, *, convert: Mapping[str, Any] | None = None, **recipe: Any
+    widths: tuple[int, ...],
+    name: str,
+    title: str,
+    *,
+    convert: Mapping[str, Any] | None = None,
+    rate: float = 1.0,
+    **recipe: Any,
 ) -> Method:
-    return _one_shot(widths, f"ours-{name}", title, "variant", {**SANDWICH, **recipe}, {**AFFINE, **(convert or {})})
+    found = _one_shot(widths, f"ours-{name}", title, "variant", {**SANDWICH, **recipe}, {**AFFINE, **(convert or {})})
+    return dataclasses.replace(found, rate=rate)
 
 
 @dataclass(frozen=True)
@@ -395,9 +423,24 @@ class Run:
         """As `--only` has it."""
         return f"{self.track.name}/{self.network}/{self.method.name}/{self.seed}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its results depend on."""
+        return self.track.settings(shared=self.method.is_shared)
 
-_ORDER = (("core", "first"), ("core", "others"), ("ablation", "first"), ("ablation", "others"), ("interference", "first"),
-          ("variant", "first"), ("variant", "others"), ("interference", "others"))  # fmt: skip
+
+_ORDER = (
+    ("core", "first"),
+    ("rate", "first"),
+    ("core", "others"),
+    ("ablation", "first"),
+    ("variant", "first"),
+    ("interference", "first"),
+    ("ablation", "others"),
+    ("variant", "others"),
+    ("rate", "others"),
+    ("interference", "others"),
+)
 
 
 def grid(tracks: Sequence[Track], *, seeds: int | None = None) -> list[Run]:

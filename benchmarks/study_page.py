@@ -32,7 +32,7 @@ from study_figures import (
     verdict,
     worst_reestimation,
 )
-from study_grid import Track, methods
+from study_grid import RATES, Track, methods
 from study_plots import draw_bitops, draw_instability, draw_interference
 from study_runs import BUDGETS
 
@@ -192,6 +192,27 @@ def search_table(study: Study, names: Sequence[str]) -> list[str]:
     return table(header, rows, texts=3)
 
 
+def rate_table(study: Study) -> list[str]:
+    """One precision's own network and the shared one at other learning rates."""
+    header = ["network", "bits", "method", *(f"{rate:g} times" for rate in _RATES.values())]
+    rows = []
+    for place in study.places:
+        for width in (min(place.track.bits), max(place.track.bits)):
+            for name in (f"dedicated-{width}", OURS):
+                seeds = set(study.of(place, f"{name}-{next(iter(RATES))}-rate"))
+                cells = []
+                for suffix in _RATES:
+                    found = study.values(place, name + suffix, top1(str(width)))
+                    cells.append(cell({seed: value for seed, value in found.items() if seed in seeds}) or MISSING)
+                rows.append([str(place), str(width), methods(place.track.bits)[name].title, *cells])
+    return table(header, rows, texts=3)
+
+
+_RATES = {f"-{name}-rate": rate for name, rate in RATES.items() if rate < 1}
+_RATES |= {"": 1.0, **{f"-{name}-rate": rate for name, rate in RATES.items() if rate > 1}}
+"""What a method's name ends with, in ascending order of the learning rate."""
+
+
 def frozen_table(study: Study, names: Sequence[str]) -> list[str]:
     """What the scheduler froze at the end, and the lowest precision with and without it."""
     header = ["network", "method", "layers frozen at the end", "lowest uniform", "lowest that is not frozen"]
@@ -312,6 +333,9 @@ def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
     lines += [*table(("target", "where", "at least", "found", ""), target_rows(study), texts=2), ""]
     for place in study.places:
         lines += _method_section(study, place)
+    lines += ["### Other learning rates", "", *rate_table(study)]
+    rates = [name for name, method in methods((2, 8)).items() if method.group == "rate"]
+    lines += caption(_records(study, study.places, rates), "--group rate")
     lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, _SEARCHED)]
     selection = " ".join(f"--only '*/{name}/*'" for name in _SEARCHED)
     lines += caption(_records(study, study.places, _SEARCHED), selection)

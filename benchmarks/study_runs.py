@@ -78,7 +78,7 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
         "network": run.network,
         "method": method.name,
         "seed": run.seed,
-        "settings": track.settings,
+        "settings": run.settings,
         "machine": machine(place.device),
         "commit": commit(),
         "steps": track.steps,
@@ -267,7 +267,8 @@ def _fit(model: anyprec.ConvertedModel, loader: Any, run: Run, snapshot: Path) -
 
 def _recipe(run: Run) -> anyprec.Recipe:
     track = run.track
-    return anyprec.Recipe(lr=track.lr, weight_decay=track.weight_decay).changed(**run.method.recipe)
+    recipe = anyprec.Recipe(lr=run.method.rate * track.lr, weight_decay=track.weight_decay)
+    return recipe.changed(**run.method.recipe)
 
 
 def instability(model: anyprec.ConvertedModel) -> dict[str, float]:
@@ -367,6 +368,7 @@ def search(model: anyprec.ConvertedModel, run: Run, data: Data) -> dict[str, dic
                 held,
                 anyprec.Budget(bitops=limit),
                 objective="divergence",
+                norms=run.track.search_norms,
                 max_evaluations=run.track.search_evaluations,
                 show_progress=False,
             )
@@ -408,7 +410,8 @@ def _digest(track: Track) -> str:
     """A few letters that change with the settings of training."""
     import hashlib  # noqa: PLC0415 (only here)
 
-    settings = {name: track.settings[name] for name in _OF_TRAINING}
+    every = track.settings(shared=True)
+    settings = {name: every[name] for name in _OF_TRAINING}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -49,12 +49,15 @@ class OneShot:
     Loss of the max path: the task loss; with a teacher, `(1 - distillation)` of it and `distillation` of the distance
     from the teacher's logits. Loss of a random path: `(1 - distillation)` of the task loss, `distillation` of the
     distance from the max path's logits, `feature_weight` times the distances of features from the max path's, and
-    `error_weight` times the quantization error. Each is divided by the number of paths.
+    `error_weight` times the quantization error. The max path counts 1, all random ones together `random_weight`.
 
     Args:
         model: A converted and calibrated model.
         total_steps: Optimizer steps of the whole training; schedules are fractions of it.
         random_paths: Number K of random paths in a step, besides the max path.
+        random_weight: Weight of the random paths together, next to the max path's 1: each has `random_weight / K`. So a
+            learning rate does to the max path what it does in ordinary training, whatever K is. The published code of
+            the paper sums all gradients, which is K.
         distillation: Share of the distillation term in the loss; the task loss has the rest.
         temperature: Of the distillation.
         teacher: A network whose logits the max path mimics; its parameters are not trained. `paths` then needs the
@@ -100,6 +103,7 @@ class OneShot:
         *,
         total_steps: int,
         random_paths: int = 3,
+        random_weight: float = 1.0,
         distillation: float = 0.5,
         temperature: float = 1.0,
         teacher: nn.Module | None = None,
@@ -116,6 +120,7 @@ class OneShot:
         require_latents(self.model, purpose="OneShot")
         _require(total_steps >= 1, f"total_steps={total_steps} must be at least 1")
         _require(random_paths >= 0, f"random_paths={random_paths} must not be negative")
+        _require(random_weight > 0, f"random_weight={random_weight} must be positive")
         _require(0 <= distillation <= 1, f"distillation={distillation} must be from 0 to 1")
         _require(temperature > 0, f"temperature={temperature} must be positive")
         _require(feature_weight >= 0, f"feature_weight={feature_weight} must not be negative")
@@ -123,6 +128,7 @@ class OneShot:
         _require(0 <= error_start < 1, f"error_start={error_start} is a time: from 0, below 1")
         self.total_steps = total_steps
         self.random_paths = random_paths
+        self.random_weight = random_weight
         self.distillation = distillation
         self.temperature = temperature
         self.teacher = teacher
@@ -170,7 +176,8 @@ class OneShot:
                             step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
                         if self._needs_operands(index):
                             watching.enter_context(self._watching_derived_operands())
-                        yield Path(self, index, config, weight=1 / len(configs), is_last=index == len(configs) - 1)
+                        weight = self.random_weight / self.random_paths if index else 1.0
+                        yield Path(self, index, config, weight=weight, is_last=index == len(configs) - 1)
         finally:
             self._features.forget()
             self._step = None
@@ -393,7 +400,7 @@ class Path:
     Attributes:
         index: 0 is the max path.
         config: The active configuration.
-        weight: Share of this path in the step, `1 / (1 + K)`.
+        weight: Of this path's loss in the step: 1 for the max path, `random_weight / K` for each of the others.
         is_last: No other path follows: under DDP, gradients are reduced here and nowhere else (`no_sync`).
     """
 

@@ -24,8 +24,8 @@ class Recipe:
     """Settings of `OneShot` and `fit`.
 
     Attributes:
-        random_paths, distillation, temperature, feature_weight, error_weight, error_start, scheduler, sampler: See
-            `OneShot`.
+        random_paths, random_weight, distillation, temperature, feature_weight, error_weight, error_start, scheduler,
+            sampler: See `OneShot`.
         spare_decay: Weights inside their layer's lowest range are not decayed, see `OneShot.exempt_from_decay`.
         lr: Peak learning rate of SGD, per optimizer step.
         momentum: Of SGD, with Nesterov.
@@ -42,6 +42,7 @@ class Recipe:
     """
 
     random_paths: int = 3
+    random_weight: float = 1.0
     distillation: float = 0.5
     temperature: float = 1.0
     feature_weight: float = 0.0
@@ -104,6 +105,7 @@ class Recipe:
 
 _ONESHOT = (
     "random_paths",
+    "random_weight",
     "distillation",
     "temperature",
     "feature_weight",
@@ -128,6 +130,7 @@ def paper() -> Recipe:
         (2, 3, 4, 5, 6)
     """
     return Recipe(
+        random_weight=3.0,
         feature_weight=0.01,
         error_weight=0.1,
         scheduler=BitWidthScheduler(),

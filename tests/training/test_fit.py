@@ -217,8 +217,8 @@ def test_the_papers_recipe_trains_with_every_part_of_the_method(
     net = anyprec.convert(float_net, example_input=loader[0][0], **recipe.conversion)
     assert net.head.weight_quantizer.step.shape == (5, 1)
     assert net.anyprec_record.settings.norm == "per-pair"
-    assert recipe.sampler == "uniform"
-    history = anyprec.fit(net, loader, epochs=8, recipe=recipe, lr=0.1, ema_decay=0.5, step_lr=1e-3)
+    assert (recipe.sampler, recipe.random_weight) == ("uniform", recipe.random_paths)
+    history = anyprec.fit(net, loader, epochs=8, recipe=recipe, lr=0.025, ema_decay=0.5, step_lr=1e-3)
     assert history[-1].frozen == len(net.floors) == 0  # 3 layers have a choice, and 0.2 of them is none
     assert history[0].frozen == 1
     assert sum(history[-1].losses) < 0.7 * sum(history[0].losses)

@@ -34,7 +34,7 @@ def test_the_max_path_comes_first_then_the_lowest_then_random_ones_each_active_i
     for path in oneshot.paths():
         assert net.bits == path.config
         assert path.is_max == (path.index == 0)
-        assert path.weight == 1 / 4
+        assert path.weight == (1 if path.is_max else 1 / 3)
         configs.append(path.config)
     assert all(bits == net.candidates[path].highest for path, bits in configs[0].items())
     assert all(bits == net.candidates[path].lowest for path, bits in configs[1].items())
@@ -78,10 +78,10 @@ def test_the_same_seed_draws_the_same_paths_and_a_state_goes_on_where_it_stood(n
         resumed.load_state_dict({"steps": 1})
 
 
-def test_losses_are_task_then_task_and_distillation_averaged(
+def test_losses_are_task_then_task_and_distillation_each_with_its_weight(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
-    oneshot = anyprec.OneShot(net, total_steps=1, random_paths=2, distillation=0.3, temperature=2.0)
+    oneshot = anyprec.OneShot(net, total_steps=1, random_paths=2, random_weight=1.4, distillation=0.3, temperature=2.0)
     net.eval()
     outputs, losses = [], []
     for path in oneshot.paths():
@@ -91,8 +91,8 @@ def test_losses_are_task_then_task_and_distillation_averaged(
     for index, (output, loss) in enumerate(zip(outputs, losses, strict=True)):
         task = -torch.log_softmax(output, dim=1)[torch.arange(8), labels].mean()
         mimic = 4 * (target * (target.log() - torch.log_softmax(output / 2, dim=1))).sum(dim=1).mean()
-        expected = task if index == 0 else 0.7 * task + 0.3 * mimic
-        torch.testing.assert_close(loss, expected / 3)
+        expected = task if index == 0 else 0.7 * (0.7 * task + 0.3 * mimic)
+        torch.testing.assert_close(loss, expected)
 
 
 def test_no_gradient_flows_into_the_target_of_distillation() -> None:
@@ -102,18 +102,23 @@ def test_no_gradient_flows_into_the_target_of_distillation() -> None:
     assert teacher.grad is None
 
 
-def test_gradients_of_the_paths_are_averaged(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
-    """With identical paths (one candidate each) the step's gradient is that of one path, whatever K is."""
+def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_as_much_as_they_are_told_together(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    """With identical paths the step's gradient is that of one path times 1 + `random_weight`, whatever K is."""
     gradients = []
     highest = anyprec.OneShot(net, total_steps=1).highest_config()
-    for random_paths in (0, 3):
+    for random_paths, random_weight in ((0, 1.0), (1, 1.0), (3, 1.0), (3, 3.0)):
         net.zero_grad()
         net.eval()
-        oneshot = anyprec.OneShot(net, total_steps=1, random_paths=random_paths, distillation=0.0)
+        oneshot = anyprec.OneShot(
+            net, total_steps=1, random_paths=random_paths, random_weight=random_weight, distillation=0.0
+        )
         oneshot.random_configs = lambda count: [highest] * count
         run_step(net, oneshot, images, labels)
         gradients.append(net.head.weight.grad.clone())
-    torch.testing.assert_close(gradients[0], gradients[1])
+    for found, times in zip(gradients, (1, 2, 2, 4), strict=True):
+        torch.testing.assert_close(found, times * gradients[0])
 
 
 def test_a_step_reaches_every_layer_and_only_norm_copies(
@@ -158,6 +163,7 @@ def test_a_network_with_several_outputs_is_told_what_distillation_needs(net: any
     [
         ({"total_steps": 0}, "total_steps=0 must be at least 1"),
         ({"random_paths": -1}, "random_paths=-1 must not be negative"),
+        ({"random_weight": 0}, "random_weight=0 must be positive"),
         ({"distillation": 1.5}, "distillation=1.5 must be from 0 to 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
     ],
