@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from records import ROOT, append, read
-from study_grid import GROUPS, NETWORKS, TRACKS, Run, grid, tiny
+from study_grid import GROUPS, NETWORKS, TRACKS, Run, Track, grid, tiny
 from study_runs import BUDGETS, CLASSES, Place, perform
 from torch import nn
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         for one in waiting:
             print(one.name)
         return 0
-    place = Place(options.data, options.results.parent, options.device)
+    place = Place(options.data, options.results.parent, options.device, starts_of_done(options))
     end = time.monotonic() + 60 * options.minutes
     failed = []
     for one, result in performed(waiting, place, options, until=lambda: time.monotonic() < end):
@@ -97,16 +97,27 @@ def performed(
 
 def selected(options: argparse.Namespace) -> list[Run]:
     """The runs that the options ask for, in order."""
-    names = options.track or ["S", "P"]
-    tracks = [tiny(TRACKS[name]) if options.tiny else TRACKS[name] for name in names]
     groups = set(options.group or GROUPS)
-    runs = [one for one in grid(tracks, seeds=options.seeds) if one.method.group in groups]
+    runs = [one for one in grid(tracks_of(options), seeds=options.seeds) if one.method.group in groups]
     patterns = options.only or ["*"]
     found = [one for one in runs if any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns)]
     if not found:
         msg = f"no run matches {patterns}: they are TRACK/NETWORK/METHOD/SEED, e.g. S/mobile/full/0"
         raise SystemExit(msg)
     return found
+
+
+def tracks_of(options: argparse.Namespace) -> list[Track]:
+    """The tracks that the options ask for."""
+    names = options.track or ["S", "P"]
+    return [tiny(TRACKS[name]) if options.tiny else TRACKS[name] for name in names]
+
+
+def starts_of_done(options: argparse.Namespace) -> dict[str, float]:
+    """Accuracy of the start networks of all runs that are done, by name."""
+    done = finished(options.results)
+    found = [(one.start_name, record_of(one, done)) for one in grid(tracks_of(options))]
+    return {name: record["start"] for name, record in found if record is not None}
 
 
 def unfinished(runs: Iterable[Run], results: Path) -> list[Run]:

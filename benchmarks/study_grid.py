@@ -424,6 +424,11 @@ class Run:
         return f"{self.track.name}/{self.network}/{self.method.name}/{self.seed}"
 
     @property
+    def start_name(self) -> str:
+        """Of the network that it starts from."""
+        return f"{self.track.name}/{self.network}/{self.seed}"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What its results depend on."""
         return self.track.settings(shared=self.method.is_shared)

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,16 @@ def cifar10(folder: Path, size: int, train: int, search: int, report: int) -> Da
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run works: images, device, and the folder for what is kept between runs and for snapshots."""
+    """Where a run works: images, device, and the folder for what is kept between runs and for snapshots.
+
+    Attributes:
+        starts: Accuracy of the start networks of the runs that are done, by `Run.start_name`.
+    """
 
     data: Path
     kept: Path
     device: str = "cpu"
+    starts: Mapping[str, float] = field(default_factory=dict)
 
     def images(self, track: Track) -> Data:
         """The images of a track."""
@@ -68,10 +73,19 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     """Train and evaluate: one line of the results.
 
     A one-shot run that is killed goes on from its snapshot when it is performed again.
+
+    Raises:
+        ValueError: The start network is not that of the runs of this seed that are done: it was trained again, elsewhere.
     """
     track, method, data = run.track, run.method, place.images(run.track)
     start = start_network(run, place, data)
     report = list(batches(data.report, 250, training=False))
+    start_top1 = accuracy(start, report)
+    expected = place.starts.get(run.start_name, start_top1)
+    if start_top1 != expected:
+        msg = f"the start network of {run.start_name} has {start_top1:.2f} %, that of the runs that are done {expected:.2f} %: "
+        msg += "remove those runs from the results, or run another seed"
+        raise ValueError(msg)
     record: dict[str, Any] = {
         "run": run.name,
         "track": track.name,
@@ -83,7 +97,7 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
         "commit": commit(),
         "steps": track.steps,
         "passes": track.steps * method.passes,
-        "start": accuracy(start, report),
+        "start": start_top1,
     }
     torch.manual_seed(run.seed)
     loader = batches(data.train, track.batch_size, training=True, seed=run.seed)

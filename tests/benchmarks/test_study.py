@@ -188,6 +188,22 @@ def test_results_of_other_settings_are_not_this_study(options):
     assert len(study_figures.Study(records.read(options.results), [TRACK]).records) == 1
 
 
+def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(options):
+    options.only = ["*/float/0"]
+    study.run(options)
+    found = records.read(options.results)[0]
+    options.only = ["*/dedicated-2/0"]
+    options.results.write_text("")
+    records.append(options.results, {**found, "start": found["start"] + 1})
+    with pytest.raises(ValueError, match="the start network of S/small/0 has"):
+        study.run(options)
+    assert len(records.read(options.results)) == 1
+    options.results.write_text("")
+    records.append(options.results, found)
+    study.run(options)
+    assert len(records.read(options.results)) == 2
+
+
 def test_no_run_begins_when_time_is_over(options):
     options.minutes = 0
     assert study.run(options) == 0
