@@ -199,7 +199,7 @@ def rate_table(study: Study) -> list[str]:
     for place in study.places:
         for width in (min(place.track.bits), max(place.track.bits)):
             for name in (f"dedicated-{width}", OURS):
-                seeds = set(study.of(place, f"{name}-{next(iter(RATES))}-rate"))
+                seeds = {seed for other in RATES for seed in study.of(place, f"{name}-{other}-rate")}
                 cells = []
                 for suffix in _RATES:
                     found = study.values(place, name + suffix, top1(str(width)))
