@@ -6,6 +6,7 @@ Nothing here is a number of its own but the targets. What was not run yet is sai
 from __future__ import annotations
 
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,8 +209,8 @@ def rate_table(study: Study) -> list[str]:
     return table(header, rows, texts=3)
 
 
-_RATES = {f"-{name}-rate": rate for name, rate in RATES.items() if rate < 1}
-_RATES |= {"": 1.0, **{f"-{name}-rate": rate for name, rate in RATES.items() if rate > 1}}
+_RATES = {f"-{name}-rate": rate for name, rate in RATES.items()} | {"": 1.0}
+_RATES = dict(sorted(_RATES.items(), key=operator.itemgetter(1)))
 """What a method's name ends with, in ascending order of the learning rate."""
 
 
@@ -334,8 +335,10 @@ def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
     for place in study.places:
         lines += _method_section(study, place)
     lines += ["### Other learning rates", "", *rate_table(study)]
-    rates = [name for name, method in methods((2, 8)).items() if method.group == "rate"]
-    lines += caption(_records(study, study.places, rates), "--group rate")
+    rates: list[str] = []
+    for place in study.places:
+        rates += [name for name, method in methods(place.track.bits).items() if method.group == "rate"]
+    lines += caption(_records(study, study.places, dict.fromkeys(rates)), "--group rate")
     lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, _SEARCHED)]
     selection = " ".join(f"--only '*/{name}/*'" for name in _SEARCHED)
     lines += caption(_records(study, study.places, _SEARCHED), selection)

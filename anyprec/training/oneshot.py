@@ -176,7 +176,7 @@ class OneShot:
                             step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
                         if self._needs_operands(index):
                             watching.enter_context(self._watching_derived_operands())
-                        weight = self.random_weight / self.random_paths if index else 1.0
+                        weight = self.random_weight / (len(configs) - 1) if index else 1.0
                         yield Path(self, index, config, weight=weight, is_last=index == len(configs) - 1)
         finally:
             self._features.forget()

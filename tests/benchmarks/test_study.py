@@ -204,6 +204,21 @@ def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(optio
     assert len(records.read(options.results)) == 2
 
 
+def test_a_method_may_train_at_another_learning_rate(options):
+    runs = {run.name: run for run in study_grid.grid([TRACK], seeds=1)}
+    rates = {
+        name: study_runs._recipe(runs[f"S/small/{name}/0"]).lr
+        for name in ("ours", "ours-half-rate", "ours-double-rate")
+    }
+    assert rates == {"ours": 0.05, "ours-half-rate": 0.025, "ours-double-rate": 0.1}
+    options.only = ["*/dedicated-2/0", "*/dedicated-2-*-rate/0"]
+    study.run(options)
+    options.page.write_text("")
+    study.render(options)
+    (row,) = [line for line in options.page.read_text().splitlines() if line.startswith("| S/small | 2 | dedicated")]
+    assert "not run yet" not in row
+
+
 def test_no_run_begins_when_time_is_over(options):
     options.minutes = 0
     assert study.run(options) == 0

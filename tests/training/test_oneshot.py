@@ -121,6 +121,13 @@ def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_as_much
         torch.testing.assert_close(found, times * gradients[0])
 
 
+def test_random_paths_share_their_weight_however_many_a_sampler_draws(net: anyprec.ConvertedModel) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1, random_paths=3, random_weight=1.5)
+    drawn = oneshot.random_configs(2)
+    oneshot.random_configs = lambda count: drawn
+    assert [path.weight for path in oneshot.paths()] == [1, 0.75, 0.75]
+
+
 def test_a_step_reaches_every_layer_and_only_norm_copies(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
