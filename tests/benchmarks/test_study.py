@@ -219,6 +219,30 @@ def test_a_method_may_train_at_another_learning_rate(options):
     assert "not run yet" not in row
 
 
+def test_what_is_not_searched_does_not_depend_on_how_others_are(options):
+    options.only = ["*/float/0", "*/dedicated-2/0"]
+    study.run(options)
+    other = dataclasses.replace(TRACK, search_evaluations=13, search_norms="stored", mixed=3)
+    left = {run.name for run in study.unfinished(study_grid.grid([other], seeds=1), options.results)}
+    assert not left & {"S/small/float/0", "S/small/dedicated-2/0"}
+    runs = {run.name: run for run in study_grid.grid([TRACK])}
+    assert runs["S/small/ours/0"].settings != dataclasses.replace(runs["S/small/ours/0"], track=other).settings
+
+
+def test_the_tracks_norms_judge_in_the_search(options, monkeypatch):
+    asked = []
+
+    def refuses(*_, norms, **__):
+        asked.append(norms)
+        msg = "nothing fits"
+        raise study_runs.anyprec.BudgetError(msg)
+
+    monkeypatch.setattr(study_runs.anyprec, "search", refuses)
+    options.only = ["*/ours/0"]
+    study.run(options)
+    assert asked == ["batch"] * 3
+
+
 def test_no_run_begins_when_time_is_over(options):
     options.minutes = 0
     assert study.run(options) == 0

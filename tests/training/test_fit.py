@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import math
 
 import pytest
@@ -208,6 +210,15 @@ def test_the_norm_of_gradients_is_clipped(net: anyprec.ConvertedModel, loader: l
     )
     # The schedule is read in the middle of the only step, at half of the learning rate.
     assert (net.fc.weight - before).norm().item() == pytest.approx(0.5e-3, rel=1e-2)
+
+
+def test_a_recipe_hands_over_every_setting_that_oneshot_shares_with_it() -> None:
+    taken = inspect.signature(anyprec.OneShot).parameters
+    shared = {
+        field.name: taken[field.name].default for field in dataclasses.fields(anyprec.Recipe) if field.name in taken
+    }
+    assert "random_weight" in shared
+    assert anyprec.Recipe().oneshot == shared  # the same defaults, too
 
 
 def test_the_papers_recipe_trains_with_every_part_of_the_method(
