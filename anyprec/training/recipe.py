@@ -24,8 +24,8 @@ class Recipe:
     """Settings of `OneShot` and `fit`.
 
     Attributes:
-        random_paths, random_weight, distillation, temperature, feature_weight, error_weight, error_start, scheduler,
-            sampler: See `OneShot`.
+        random_paths, random_weight, distillation, temperature: See `OneShot`.
+        feature_weight, error_weight, error_start, scheduler, sampler: See `OneShot`.
         spare_decay: Weights inside their layer's lowest range are not decayed, see `OneShot.exempt_from_decay`.
         lr: Peak learning rate of SGD, per optimizer step.
         momentum: Of SGD, with Nesterov.
