@@ -1,6 +1,6 @@
 """What fake quantization costs: a training step of one path, an eval forward and memory, against the float network's.
 
-    python benchmarks/step_cost.py [--models NAME ...] [--compiled] [--peers]
+    python benchmarks/step_cost.py [--models NAME ...] [--device cuda] [--compiled] [--peers]
 
 Interleaves, in one run: the float network; the converted one at W4A4; the converted one with the naive chain of elementary
 operations in place of anyprec's autograd function and with quantized weights kept; with `--compiled` also both networks
@@ -34,6 +34,7 @@ def main() -> None:
     """Print a Markdown table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenetv2_100", "vit_tiny_patch16_224"])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--img-size", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
@@ -52,9 +53,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, str]:
     """The cells of one network."""
     torch.manual_seed(0)
     options = {"img_size": args.img_size} if "vit" in name else {}
-    network = timm.create_model(name, num_classes=100, **options).to(memory_format=torch.channels_last)
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(100, (args.batch_size,))
+    network = timm.create_model(name, num_classes=100, **options).to(args.device, memory_format=torch.channels_last)
+    shape = args.batch_size, 3, args.img_size, args.img_size
+    images = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(100, (args.batch_size,), device=args.device)
     model = anyprec.convert(copy.deepcopy(network), example_input=images[:1])
     anyprec.calibrate(model, [images], norm_batches=1)
     model.set_bits(4)
@@ -72,12 +74,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, str]:
     for index in range(args.rounds + 1):
         for run, (net, context) in runs.items():
             with context():
-                step = seconds(lambda net=net: train_step(net, images, labels))
-                evaluation = seconds(lambda net=net: evaluate(net, images))
+                step = seconds(lambda net=net: train_step(net, images, labels), args.device)
+                evaluation = seconds(lambda net=net: evaluate(net, images), args.device)
             if index:  # the first round warms up
                 steps[run].append(step)
                 evals[run].append(evaluation)
-    cells = {"float step, ms": f"{1000 * statistics.median(steps['float']):.0f}"}
+    cells = {"float step, ms": f"{1000 * statistics.median(steps['float']):.1f}"}
     for run in list(runs)[1:]:
         cells[f"step, {run}"] = f"{ratio(steps[run], steps['float']):.2f}"
     for run in [run for run in runs if run not in {"float", "naive chain"}]:
@@ -134,10 +136,12 @@ def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
     return sum(found.values())
 
 
-def seconds(run: Callable[[], None]) -> float:
-    """Time of one call."""
+def seconds(run: Callable[[], None], device: str) -> float:
+    """Time of one call, until the device has done all of it."""
     start = time.perf_counter()
     run()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

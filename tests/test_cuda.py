@@ -1,0 +1,184 @@
+"""The whole life of a network on an accelerator: converted, calibrated, trained, searched, saved and loaded there."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anyprec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BITS = (2, 3, 4, 8)
+Loader = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    """Convolutions in float32 proper, so that results can be compared with the processor's."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+@pytest.fixture
+def loader() -> Loader:
+    """On the processor, as loaders are. The class of an image is the channel that is brighter than the others."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for _ in range(6):
+        labels = torch.randint(3, (16,), generator=generator)
+        images = torch.randn(16, 3, 16, 16, generator=generator)
+        images[torch.arange(16), labels] += 1.0
+        batches.append((images, labels))
+    return batches
+
+
+@pytest.fixture
+def on_gpu(float_net: nn.Module, loader: Loader) -> anyprec.ConvertedModel:
+    """Converted and calibrated on the accelerator."""
+    model = anyprec.convert(float_net.cuda(), bits=BITS, example_input=loader[0][0][:1])
+    anyprec.calibrate(model, loader)
+    return model
+
+
+def logits(model: nn.Module, images: Tensor, bits: object) -> Tensor:
+    assert isinstance(model, anyprec.ConvertedModel)
+    device = next(model.parameters()).device
+    with model.using_bits(bits), torch.no_grad():  # type: ignore[arg-type]
+        return model.eval()(images.to(device)).cpu()
+
+
+def everything(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def test_what_is_made_on_the_accelerator_stays_there_and_equals_the_processors(
+    float_net: nn.Module, loader: Loader
+) -> None:
+    images = loader[0][0]
+    made = {}
+    for device in ("cpu", "cuda"):
+        network = copy.deepcopy(float_net).to(device)
+        with torch.no_grad():
+            before = network(images.to(device))
+        made[device] = anyprec.convert(network, bits=BITS, example_input=images[:1])
+        anyprec.calibrate(made[device], loader)
+        assert {tensor.device.type for tensor in everything(made[device])} == {device}
+        assert torch.equal(logits(made[device], images, None), before.cpu())
+    there, here = made["cuda"].state_dict(), made["cpu"].state_dict()
+    for name, value in here.items():
+        # Steps are found by search over a grid: sums in another order can tip one between two neighbours.
+        torch.testing.assert_close(there[name].cpu(), value, rtol=0.05, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8, (2, 8), {"head": (4, 3)}])
+def test_a_model_that_is_moved_says_the_same_on_both_devices(
+    net: anyprec.ConvertedModel, loader: Loader, bits: object
+) -> None:
+    images = loader[0][0]
+    here = logits(net, images, bits)
+    there = logits(copy.deepcopy(net).cuda(), images, bits)
+    # A rounding can flip where a value lies between two codes.
+    assert ((here - there).abs() < 1e-4).float().mean() > 0.8
+    torch.testing.assert_close(there, here, rtol=0.1, atol=0.1)
+
+
+def test_switching_there_and_back_is_exact(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
+    images = loader[0][0]
+    first = {bits: logits(on_gpu, images, bits) for bits in (2, 4, 8)}
+    assert all(torch.equal(logits(on_gpu, images, bits), first[bits]) for bits in (8, 2, 4))
+    assert torch.equal(logits(copy.deepcopy(on_gpu), images, 2), first[2])
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_fit_teaches_every_bit_width(float_net: nn.Module, loader: Loader, autocast: torch.dtype | None) -> None:
+    model = anyprec.convert(float_net.cuda(), bits=BITS, example_input=loader[0][0][:1])
+    history = anyprec.fit(model, loader, epochs=8, lr=0.1, autocast=autocast)
+    assert sum(history[-1].losses) < 0.7 * sum(history[0].losses)
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    for bits in (*BITS, (2, 8), None):
+        assert (logits(model, images, bits).argmax(dim=1) == labels).float().mean() > 0.8, bits
+
+
+def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
+    recipe = anyprec.paper().changed(scheduler=anyprec.BitWidthScheduler(start=0.0, period=0.2))
+    history = anyprec.fit(on_gpu, loader, epochs=2, recipe=recipe)
+    assert len(history) == 2
+    assert all(torch.isfinite(tensor).all() for tensor in on_gpu.parameters())
+
+
+def test_compiled_training_is_eager_training(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
+    eager = copy.deepcopy(on_gpu)
+    found = [
+        anyprec.fit(model, loader, epochs=1, lr=0.01, compiled=flag) for model, flag in ((on_gpu, True), (eager, False))
+    ]
+    torch.testing.assert_close(torch.tensor(found[0][0].losses), torch.tensor(found[1][0].losses), rtol=0.02, atol=0.01)
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_snapshot(
+    on_gpu: anyprec.ConvertedModel, loader: Loader, tmp_path: Path
+) -> None:
+    whole, stopped, resumed = on_gpu, copy.deepcopy(on_gpu), copy.deepcopy(on_gpu)
+    anyprec.fit(whole, loader, epochs=2, lr=0.05)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(record: anyprec.EpochRecord) -> None:
+        if record.epoch == 0:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        anyprec.fit(stopped, loader, epochs=2, lr=0.05, snapshot=tmp_path / "run", snapshot_steps=2, on_epoch_end=stop)
+    anyprec.fit(resumed, loader, epochs=2, lr=0.05, snapshot=tmp_path / "run", snapshot_steps=2)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("objective", ["loss", "divergence"])
+@pytest.mark.parametrize("norms", ["stored", "batch"])
+def test_what_search_finds_fits_and_is_no_worse_than_uniform(
+    on_gpu: anyprec.ConvertedModel, loader: Loader, objective: str, norms: str, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in on_gpu.state_dict().items()}
+    settings = {"objective": objective, "norms": norms, "resume": tmp_path / "search", "max_evaluations": 60}
+    result = anyprec.search(on_gpu, loader, "W3A3", **settings)  # type: ignore[arg-type]
+    assert result.cost.bitops <= anyprec.cost_of(on_gpu, 3).bitops
+    assert all(torch.equal(value, before[name]) for name, value in on_gpu.state_dict().items())
+    again = anyprec.search(on_gpu, loader, "W3A3", **settings)  # type: ignore[arg-type]
+    assert again.config == result.config
+    anyprec.recalibrate(on_gpu, loader, result.config)
+    assert torch.isfinite(logits(on_gpu, loader[0][0], result.config)).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_one_device_is_read_on_the_other(
+    on_gpu: anyprec.ConvertedModel, small_net: type[nn.Module], loader: Loader, tmp_path: Path, packed: bool
+) -> None:
+    images, file = loader[0][0], tmp_path / "net.safetensors"
+    anyprec.save(on_gpu, file, packed=packed, rebuildable=False)
+    there = anyprec.load(file, small_net().cuda().eval())
+    assert {tensor.device.type for tensor in everything(there)} == {"cuda"}
+    here = anyprec.load(file, small_net().eval()).cuda()
+    for bits in BITS:
+        expected = logits(on_gpu, images, bits)
+        assert torch.equal(logits(there, images, bits), expected)
+        assert torch.equal(logits(here, images, bits), expected)
+    alone = anyprec.load(file, small_net().cuda().eval(), bits=3)
+    assert torch.equal(logits(alone, images, 3), logits(on_gpu, images, 3))
+
+
+def test_a_file_that_can_be_rebuilt_goes_to_the_device_that_is_named(tmp_path: Path) -> None:
+    import timm  # noqa: PLC0415 (only here)
+
+    images = torch.randn(2, 3, 64, 64)
+    model = anyprec.convert(timm.create_model("test_resnet", num_classes=4).cuda().eval(), example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    anyprec.save(model, tmp_path / "net.safetensors", packed=True)
+    again = anyprec.load(tmp_path / "net.safetensors", device="cuda")
+    assert {tensor.device.type for tensor in everything(again)} == {"cuda"}
+    assert torch.equal(logits(again, images, 4), logits(model, images, 4))
