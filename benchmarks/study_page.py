@@ -58,7 +58,7 @@ def target_rows(study: Study) -> list[Row]:
             found = difference(study.values(place, OURS, searched(budget)), uniform)
             rows.append(_row(f"searched over uniform, {budget}", place, least, found))
     for place in study.places:
-        if place.track.name == "P":
+        if place.track.pretrained:
             found = difference(study.values(place, OURS, searched("W4A4")), study.values(place, "float", float_top1))
             rows.append(_row("searched W4A4 over float", place, 0.0, found))
     for place in study.places:
