@@ -63,7 +63,7 @@ SHALLOW = (
 # --- One model ----------------------------------------------------------------------------------------------------
 
 
-def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[str, Any]:
+def look_at(name: str, largest: int, *, device: str = "cpu", structure_only: bool = False) -> dict[str, Any]:
     """Everything about one model, as JSON can hold it."""
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -87,8 +87,10 @@ def look_at(name: str, largest: int, *, structure_only: bool = False) -> dict[st
     if structure_only:
         return {**record, "numbers": None, "arguments": {}}
     start = time.perf_counter()
-    report, used = examine_at_smallest(name, arguments)
+    report, used = examine_at_smallest(name, arguments, device)
     record |= {"numbers": as_json(report), "arguments": used}
+    if device != "cpu":
+        record["device"] = torch.cuda.get_device_name(device)
     record["numbers_seconds"] = round(time.perf_counter() - start, 2)
     return record
 
@@ -185,7 +187,7 @@ def smaller_depth(name: str) -> dict[str, Any]:
     return {}
 
 
-def examine_at_smallest(name: str, arguments: dict[str, Any]) -> tuple[Report, dict[str, Any]]:
+def examine_at_smallest(name: str, arguments: dict[str, Any], device: str) -> tuple[Report, dict[str, Any]]:
     """Try all promises at the smallest input at which they hold; else at the last that the model takes.
 
     At the smallest sizes a deep stage may see a single position, in which attention has nothing to choose and no
@@ -194,12 +196,12 @@ def examine_at_smallest(name: str, arguments: dict[str, Any]) -> tuple[Report, d
     report, used = Report(broken={"input": "no size of input fits"}), dict(arguments)
     missed = 0
     for size, created in fitting_sizes(name, arguments):
-        model = timm.create_model(name, **created)
+        model = timm.create_model(name, **created).to(device)
         used = {**created, "size": size}
         channels = in_channels(model)
 
         def make_images(shape: tuple[int, ...] = (2, channels, size, size)) -> Tensor:
-            return torch.randn(shape)
+            return torch.randn(shape).to(device)
 
         report = Report()
         with report.check(FLOAT_RUNS):
@@ -266,7 +268,7 @@ def _work(name: str, options: argparse.Namespace, sender: Any) -> None:
     if name in BEYOND:
         sender.send(look_beyond(name))
     else:
-        sender.send(look_at(name, options.largest, structure_only=options.structure))
+        sender.send(look_at(name, options.largest, device=options.device, structure_only=options.structure))
 
 
 def supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -373,7 +375,8 @@ def render(options: argparse.Namespace) -> None:
     lines += ["## What falls short", "", *_shortfall_table(found, missing), ""]
     lines += ["## Beyond timm", "", *_beyond_table(records), ""]
     lines += ["## Layers that are not quantized", "", *_reason_table(found), ""]
-    lines += ["## Tried with fewer blocks", "", *_reduced(found)]
+    lines += ["## Tried with fewer blocks", "", *_reduced(found), ""]
+    lines += ["## Tried on an accelerator", "", *_on_accelerators(found)]
     options.page.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -511,6 +514,12 @@ def _reduced(found: list[dict[str, Any]]) -> list[str]:
     return [", ".join(entries) + "." if entries else "None."]
 
 
+def _on_accelerators(found: list[dict[str, Any]]) -> list[str]:
+    """Those whose numbers need more memory than a small machine has."""
+    entries = [f"`{record['name']}` ({record['device']})" for record in found if "device" in record]
+    return [", ".join(entries) + "." if entries else "None."]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -518,6 +527,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     limits = argparse.ArgumentParser(add_help=False)
     limits.add_argument("--workers", type=int, default=2)
+    limits.add_argument("--device", default="cpu", help="where numbers are tried")
     limits.add_argument("--seconds", type=float, default=600, help="for one model")
     limits.add_argument("--memory", type=float, default=10, help="GiB for one model; 0 is no limit")
     runner = commands.add_parser("run", help="look at models", parents=[limits])
