@@ -277,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choice.add_argument("--track", action="append", choices=sorted(TRACKS), help="S and P by default")
     choice.add_argument("--group", action="append", choices=GROUPS, help="methods of this group; may be repeated")
     choice.add_argument("--only", action="append", help="a pattern of TRACK/NETWORK/METHOD/SEED; may be repeated")
-    choice.add_argument("--seeds", type=int, help="at most so many of each track")
+    choice.add_argument("--seeds", type=int, help="at most so many of each group")
     choice.add_argument("--workers", type=int, default=2, help="runs side by side; 0 runs in this process")
     choice.add_argument("--threads", type=int, default=1, help="of each worker")
     choice.add_argument("--device", default="cpu")

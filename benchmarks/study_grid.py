@@ -75,8 +75,8 @@ class Track:
         title: For the page.
         networks: Keys of `NETWORKS`.
         pretrained: Whether they have seen other images before.
-        seeds: Of initial values, order of the images, augmentation and draws; the first one has all groups of methods.
-        fewer: Number of seeds for groups of methods that have fewer.
+        seeds: Of initial values, order of the images, augmentation and draws.
+        fewer: The seeds of groups of methods that do not have all.
         bits: Candidate bit-widths.
         size: Of an image.
         images: To train on.
@@ -99,7 +99,7 @@ class Track:
     networks: tuple[str, ...]
     pretrained: bool = False
     seeds: tuple[int, ...]
-    fewer: Mapping[Group, int] = field(default_factory=dict)
+    fewer: Mapping[Group, tuple[int, ...]] = field(default_factory=dict)
     bits: tuple[int, ...] = anyprec.conversion.DEFAULT_BITS
     size: int
     images: int
@@ -125,7 +125,7 @@ class Track:
 
     def seeds_of(self, group: Group) -> tuple[int, ...]:
         """The seeds of the methods of a group."""
-        return self.seeds[: self.fewer.get(group, len(self.seeds))]
+        return self.fewer.get(group, self.seeds)
 
     def settings(self, *, shared: bool) -> dict[str, Any]:
         """What results depend on: results of other settings are another study's.
@@ -145,8 +145,8 @@ TRACKS: dict[str, Track] = {
         name="S",
         title="from scratch",
         networks=("resnet", "mobile"),
-        seeds=(1, 2, 0),
-        fewer={"rate": 1, "ablation": 2, "interference": 1, "variant": 2},
+        seeds=(0, 1, 2),
+        fewer={"rate": (1,), "ablation": (1, 2), "interference": (2,), "variant": (2,)},
         size=32,
         images=12_500,
         search_images=1_024,
@@ -165,7 +165,7 @@ TRACKS: dict[str, Track] = {
         networks=("lite0",),
         pretrained=True,
         seeds=(0, 1),
-        fewer={"rate": 1, "ablation": 1, "interference": 0, "variant": 0},
+        fewer={"rate": (0,), "ablation": (0,), "interference": (), "variant": ()},
         size=64,
         images=3_500,
         search_images=256,
@@ -185,7 +185,7 @@ TRACKS: dict[str, Track] = {
         networks=("lite0",),
         pretrained=True,
         seeds=(0, 1),
-        fewer={"rate": 0, "ablation": 0, "interference": 0, "variant": 0},
+        fewer={"rate": (), "ablation": (), "interference": (), "variant": ()},
         size=64,
         images=49_000,
         search_images=1_000,
@@ -456,11 +456,11 @@ def grid(tracks: Sequence[Track], *, seeds: int | None = None) -> list[Run]:
 
     Args:
         tracks: Which ones.
-        seeds: At most so many of each track.
+        seeds: At most so many of each group of methods.
     """
     runs = [
         Run(track, network, method, seed)
-        for seed in sorted({seed for track in tracks for seed in track.seeds[:seeds]})
+        for seed in sorted({seed for track in tracks for seed in track.seeds})
         for track in tracks
         for network in track.networks
         for method in methods(track.bits).values()
@@ -470,5 +470,5 @@ def grid(tracks: Sequence[Track], *, seeds: int | None = None) -> list[Run]:
 
 
 def _rank(run: Run) -> int:
-    which = "first" if run.seed == run.track.seeds[0] else "others"
+    which = "first" if run.seed == run.track.seeds_of(run.method.group)[0] else "others"
     return _ORDER.index((run.method.group, which))

@@ -22,7 +22,7 @@ TRACK = study_grid.Track(
     title="from noise",
     networks=("small",),
     seeds=(0, 1),
-    fewer={"interference": 1, "ablation": 1, "variant": 0},
+    fewer={"interference": (0,), "ablation": (0,), "variant": ()},
     bits=(2, 3, 4),
     size=32,
     images=16,
@@ -251,11 +251,12 @@ def test_no_run_begins_when_time_is_over(options):
 
 def test_the_most_valuable_runs_come_first():
     track = study_grid.TRACKS["S"]
-    first, *others = track.seeds
     groups = [(run.method.group, run.seed) for run in study_grid.grid([track])]
     assert groups == sorted(groups, key=groups.index)
-    assert groups[0] == ("core", first)
-    assert groups.index(("core", others[0])) < groups.index(("ablation", first)) < groups.index(("variant", first))
+    assert groups[0] == ("core", track.seeds[0])
+    ablation, variant = (groups.index((group, track.seeds_of(group)[0])) for group in ("ablation", "variant"))
+    assert groups.index(("core", track.seeds[-1])) < ablation < variant
+    assert {seed for group, seed in groups if group == "rate"} == set(track.seeds_of("rate")) < set(track.seeds)
     runs = study_grid.grid(list(study_grid.TRACKS.values()))
     assert len({run.name for run in runs}) == len(runs)
 
