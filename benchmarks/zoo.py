@@ -10,7 +10,8 @@ Each model is looked at twice, in a process of its own with a time and memory li
 - *Structure*, on the meta device, at the input size and depth that `timm.create_model(name)` gives: does `convert`
   take it, what is covered, do our MACs equal those of torch's counter; and as a feature extractor, where it is one.
 - *Numbers*, with random weights, at the smallest input that the model takes: the checks of `promises.py`. A model of
-  more than `--largest` parameters has fewer blocks there, through timm's own arguments, and is marked so.
+  more than `--largest` parameters has fewer blocks there, through timm's own arguments, and is marked so, as is one
+  that was tried on another device (`--device cuda`), because it needs more memory than a small machine has.
 
 A result is one line of JSON in `--results`. A model that failed, ran out of time or died is a result too.
 """

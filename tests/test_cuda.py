@@ -111,6 +111,7 @@ def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: 
     assert all(torch.isfinite(tensor).all() for tensor in on_gpu.parameters())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of parts of torch that its compiler imports
 def test_compiled_training_is_eager_training(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
     eager = copy.deepcopy(on_gpu)
     found = [
