@@ -223,6 +223,11 @@ def lowest_config(candidates: Candidates) -> BitConfig:
     return BitConfig({path: layer.lowest for path, layer in candidates.items()})
 
 
+def uniform_widths(layers: Iterable[LayerCandidates]) -> tuple[int, ...]:
+    """The bit-widths that some layer may take for its weight and its input alike, ascending."""
+    return tuple(sorted({width for layer in layers for width in set(layer.weight) & set(layer.activation)}))
+
+
 def uniform(bits: BitsLike, candidates: Candidates) -> BitConfig:
     """The configuration in which every layer has `bits`, as far as its candidates allow.
 

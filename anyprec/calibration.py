@@ -100,7 +100,8 @@ def calibrate_norms(
 
     For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the
     statistics of all batches together. With one copy per weight bit-width, activations have the same bit-width there.
-    Norms that all precisions share are left alone. Affine parameters and step sizes stay as they are.
+    Where one copy serves several uniform bit-widths, those of each are kept besides. Norms that all precisions share are
+    left alone. Affine parameters and step sizes stay as they are.
 
     Args:
         model: A converted and calibrated model.
@@ -127,15 +128,23 @@ def calibrate_norms(
     held = _held(loader, batches, device_of(model))
     with _undo_on_error(model), evaluating(model), torch.no_grad():
         reference = _reference_statistics(model, norms, held) if anchored else None
-        done: set[tuple[int | None, ...]] = set()
+        done: set[tuple[tuple[int | None, int | None], ...]] = set()
         for bits in (*_uniform_pairs(model), *([None] if include_float else [])):
             with model.using_bits(bits):
-                rows = tuple(norm.row for norm in norms)
+                width = bits.weight if bits is not None and bits.weight == bits.activation else None
+                for norm in norms:
+                    norm.switch(norm.row, None, width=width)
+                places = tuple((norm.row, norm.uniform) for norm in norms)
                 # A pair that layers round up to one that was done already (depthwise layers) has nothing new.
-                if rows not in done:
+                if places not in done:
                     _estimate_statistics(model, norms, held, reference)
-                done.add(rows)
+                done.add(places)
+                for norm in norms:
+                    _share_with_row(norm)
         _require_finite_norms(model)
+    for norm in norms:
+        norm.bank.refresh()  # type: ignore[union-attr]  # those without were left out above
+    model.set_bits(model.bits)
 
 
 def recalibrate(
@@ -339,6 +348,14 @@ def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
     if model.anyprec_record.settings.norm == "per-width":
         return [Bits(w, min(activation, key=lambda a: (abs(a - w), -a))) for w in weight]
     return [Bits(w, a) for w in weight for a in activation]
+
+
+def _share_with_row(norm: SwitchableNorm) -> None:
+    """Statistics beside the active copy go into it too, for other configurations: the precision that comes last has it."""
+    if norm.bank is not None and norm.row is not None and norm.uniform is not None:
+        copy, own = norm.bank.statistics(norm.row, None), norm.bank.statistics(norm.row, norm.uniform)
+        for target, value in zip(copy, own, strict=True):
+            target.copy_(value)
 
 
 _Reference = dict[tuple[int, int], tuple[Tensor, Tensor]]

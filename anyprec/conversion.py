@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.batches import device_of
-from anyprec.bits import LayerCandidates, check_bit_width, check_candidates, match_paths
+from anyprec.bits import LayerCandidates, check_bit_width, check_candidates, match_paths, uniform_widths
 from anyprec.errors import BitsError, ConversionError
 from anyprec.graph import LayerFacts, NetworkFacts, analyze
 from anyprec.layers import (
@@ -37,6 +37,7 @@ from anyprec.model import (
     ConvertSettings,
     Coverage,
     norm_rows,
+    norm_widths,
 )
 from anyprec.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
@@ -161,6 +162,8 @@ def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, path
         _quantize(model, facts.layers[path], settings)
     for owner, children in _functional_uses(model, facts, paths).items():
         intercept_in_owner(model.get_submodule(owner), children)
+    candidates = (layer_candidates(facts.layers[path], settings) for path in paths)
+    widths = () if settings.only is not None else uniform_widths(candidates)
     norms: dict[str, str | None] = {}
     for path, feeding in facts.norms.items():
         norm = model.get_submodule(path)
@@ -168,7 +171,13 @@ def _swap(model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, path
             continue  # without running statistics, or with cumulative ones, there is nothing that could be switched
         layer = model.get_submodule(feeding) if feeding else None
         fed = layer if isinstance(layer, QuantizedLayer) else None
-        switch_norm(norm, norm_rows(fed, settings.norm), shared_affine=settings.norm == "shared-affine")
+        switch_norm(
+            norm,
+            norm_rows(fed, settings.norm),
+            shared_affine=settings.norm == "shared-affine",
+            # What the first layer puts out depends on no other layer's precision.
+            widths=() if feeding and facts.layers[feeding].first else norm_widths(fed, settings.norm, widths),
+        )
         norms[path] = feeding if fed is not None else None
         if fed is not None and settings.norm == "shared" and not facts.layers[feeding or ""].dynamic:
             fed.correct_moments(channel_axis(fed))

@@ -328,11 +328,32 @@ class ConvertedModel(Specialized):
         record = self.anyprec_record
         active = {path: value for path, value in bits.items() if value is not None}
         own = record.statistics.get(BitConfig(active), {}) if active and record.statistics else {}
+        width = self._uniform_width(active, layers)
         for path, feeding in record.norms.items():
             norm = _submodule_or_none(self, path)
             if isinstance(norm, SwitchableNorm):
                 row = norm_row(layers.get(feeding or ""), record.settings.norm) if active else None
-                norm.switch(row, _to_device_of(norm, own.get(path)))
+                known = norm.bank is not None and norm.bank.has_uniform
+                norm.switch(row, _to_device_of(norm, own.get(path)), width=width if known else None)
+
+    def _uniform_width(self, active: Mapping[str, Bits], layers: Mapping[str, QuantizedLayer]) -> int | None:
+        """The bit-width at which every layer is, as far as its candidates allow; None if there is no such one."""
+        if not active:
+            return None
+        width = min(bits.weight for bits in active.values())
+        if width != min(bits.activation for bits in active.values()):
+            return None
+        wanted = Bits(width, width)
+        fits = all(bits == layers[path].candidates.at_least(wanted) for path, bits in active.items())
+        return width if fits else None
+
+    def forget_statistics(self) -> None:
+        """Drop norm statistics that belong to single configurations: the weights are others now."""
+        self.anyprec_record.statistics.clear()
+        for path in self.anyprec_record.norms:
+            norm = _submodule_or_none(self, path)
+            if isinstance(norm, SwitchableNorm) and norm.bank is not None:
+                norm.bank.forget_uniform()
 
     def _summary_rows(self) -> tuple[SummaryRow, ...]:
         layers = self.quantized_layers
@@ -434,6 +455,24 @@ def norm_rows(layer: QuantizedLayer | None, sharing: NormSharing) -> int:
     if layer is None:
         return 1
     return len(layer.candidates.weight) * (1 if sharing == "per-width" else len(layer.candidates.activation))
+
+
+def norm_widths(layer: QuantizedLayer | None, sharing: NormSharing, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the network's uniform bit-widths at which the norm's copy is not that of this bit-width alone.
+
+    Args:
+        layer: The layer that feeds the norm, or None if no single one does.
+        sharing: As in `convert(norm=...)`.
+        widths: The network's uniform bit-widths.
+    """
+    if sharing == "shared" or len(widths) < 2:
+        return ()
+    if layer is None:
+        return widths
+    weight, activation = layer.candidates.weight, layer.candidates.activation
+    return tuple(
+        width for width in widths if width not in weight or (sharing != "per-width" and width not in activation)
+    )
 
 
 def norm_row(layer: QuantizedLayer | None, sharing: NormSharing) -> int | None:

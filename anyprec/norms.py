@@ -7,12 +7,17 @@ configurations. The float network's own parameters stay as they are and serve bi
 
 Copies may share their affine parameters, which then learn from every path of a step instead of from one in so many. A norm
 may also be shared as a whole by all precisions; then it has no copies, and the layers before it correct their quantized
-weights instead. In any case a configuration can have statistics of its own (`recalibrate`), which override the others
-while it is active in eval mode.
+weights instead.
+
+A copy can serve several uniform precisions: a depthwise convolution without 2 bits takes 3 in W2A2 as in W3A3, where its
+inputs are others; behind a sum one copy serves all. So a norm keeps statistics of each such uniform precision beside its
+copies. In any case a configuration can have statistics of its own (`recalibrate`). Both override the copies' while their
+configuration is active in eval mode.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -43,18 +48,29 @@ class NormBank(nn.Module):
         norm: The BatchNorm that every row starts from.
         rows: Number of copies.
         shared_affine: All copies have the same affine parameters.
+        widths: Uniform bit-widths with statistics beside the copies.
 
     Attributes:
         weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared, `(1, channels)`; or None.
         running_mean, running_var: Statistics, shape `(rows, channels)`.
+        uniform_mean, uniform_var: Statistics of uniform precisions, shape `(len(widths), channels)`, NaN until they are
+            estimated; absent if there are none.
+        has_uniform: Whether they are estimated.
     """
 
     running_mean: Tensor
     running_var: Tensor
+    uniform_mean: Tensor
+    uniform_var: Tensor
     choice: Tensor
+    place: Tensor
 
-    def __init__(self, norm: _BatchNorm, rows: int, *, shared_affine: bool = False) -> None:
+    def __init__(
+        self, norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
+        self.widths = widths
+        self.has_uniform = False
         for name in ("weight", "bias"):
             start = getattr(norm, name)
             copies = None if start is None else _repeat(start, 1 if shared_affine else rows)
@@ -63,19 +79,54 @@ class NormBank(nn.Module):
             )
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, _repeat(getattr(norm, name), rows))
-        # The active row as data, for compiled networks.
-        choice = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
-        self.register_buffer("choice", choice, persistent=False)
+        for name in ("uniform_mean", "uniform_var") if widths else ():
+            self.register_buffer(name, torch.full_like(self.running_mean[:1], math.nan).repeat(len(widths), 1))
+        # For compiled networks as data: the active row, and that of the statistics with those of uniform precisions behind.
+        for name in ("choice", "place"):
+            chosen = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
+            self.register_buffer(name, chosen, persistent=False)
 
     @property
     def rows(self) -> int:
         """Number of copies."""
         return self.running_mean.shape[0]
 
+    def statistics(self, row: int, uniform: int | None) -> Statistics:
+        """Those of a copy, or of the uniform bit-width of this index; writing to them changes the bank."""
+        if uniform is None:
+            return self.running_mean[row], self.running_var[row]
+        return self.uniform_mean[uniform], self.uniform_var[uniform]
+
+    def select(self, row: int, uniform: int | None) -> None:
+        """Make these the ones that compiled networks take."""
+        self.choice.fill_(row)
+        self.place.fill_(row if uniform is None else self.rows + uniform)
+
+    def selected(self, name: str, *, evaluating: bool) -> Tensor:
+        """What `select` chose of the buffers or parameters of this name, where a change of it changes no program."""
+        copies: Tensor = getattr(self, name)
+        if evaluating and self.widths and name.startswith("running"):
+            every = torch.cat((copies, getattr(self, name.replace("running", "uniform"))))
+            return every.index_select(0, self.place)[0]
+        return copies.index_select(0, self.choice)[0]
+
     @torch.no_grad()
-    def keep_row(self, row: int) -> None:
-        """Drop every copy but one."""
-        rows = self.rows
+    def forget_uniform(self) -> None:
+        """Drop the statistics of uniform precisions, which belonged to other weights."""
+        if self.has_uniform:
+            self.uniform_mean.fill_(math.nan)
+            self.uniform_var.fill_(math.nan)
+            self.has_uniform = False
+
+    def refresh(self) -> None:
+        """Note whether the statistics of uniform precisions are there, after they were written."""
+        if self.widths and not self.uniform_mean.is_meta:
+            self.has_uniform = all(bool(torch.isfinite(part).all()) for part in (self.uniform_mean, self.uniform_var))
+
+    @torch.no_grad()
+    def keep_row(self, row: int, uniform: int | None = None) -> None:
+        """Drop every copy but one, which takes the statistics of the uniform bit-width of this index if there is one."""
+        rows, statistics = self.rows, self.statistics(row, uniform)
         for name in ("weight", "bias", "running_mean", "running_var"):
             kept = getattr(self, name)
             if kept is None or len(kept) < rows:  # all copies have it in common
@@ -84,7 +135,12 @@ class NormBank(nn.Module):
                 setattr(self, name, nn.Parameter(kept[row : row + 1].clone(), requires_grad=kept.requires_grad))
             else:
                 setattr(self, name, kept[row : row + 1].clone())
-        self.choice.zero_()
+        self.running_mean.copy_(statistics[0])
+        self.running_var.copy_(statistics[1])
+        if self.widths:
+            del self.uniform_mean, self.uniform_var
+            self.widths, self.has_uniform = (), False
+        self.select(0, None)
 
     @torch.no_grad()
     def copy_from(self, norm: _BatchNorm | SwitchableNorm) -> None:
@@ -93,6 +149,11 @@ class NormBank(nn.Module):
             mine, source = getattr(self, name), getattr(norm, name)
             if mine is not None:
                 mine.copy_(source.expand_as(mine))
+        self.forget_uniform()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     def extra_repr(self) -> str:
         """Number of copies, for `print(model)`."""
@@ -112,6 +173,7 @@ class SwitchableNorm(Specialized):
 
     bank: NormBank | None
     _row: int | None
+    _uniform: int | None
     _active: bool
     override: Statistics | None
     observer: Callable[[Tensor], None] | None
@@ -128,16 +190,34 @@ class SwitchableNorm(Specialized):
     def row(self, row: int | None) -> None:
         self.switch(row, self.override)
 
-    def switch(self, row: int | None, override: Statistics | None) -> None:
-        """Make a copy and, for eval mode, other statistics the active ones."""
+    @property
+    def uniform(self) -> int | None:
+        """Index of the uniform bit-width whose statistics are used in eval mode; None if those of the copy are."""
+        return self._uniform
+
+    def switch(self, row: int | None, override: Statistics | None, *, width: int | None = None) -> None:
+        """Make a copy the active one, and for eval mode other statistics.
+
+        Args:
+            row: The copy; None is the float network's own.
+            override: Statistics to use instead of any other.
+            width: Use those of this uniform bit-width, if the norm has a place for them.
+        """
+        bank = self.bank
+        uniform = bank.widths.index(width) if bank is not None and width in bank.widths else None
         # Past nn.Module, which takes ten times as long to set an attribute.
-        vars(self).update(_row=row, _active=row is not None, override=override)
-        if row is not None and self.bank is not None:
-            self.bank.choice.fill_(row)
+        vars(self).update(_row=row, _uniform=uniform, _active=row is not None, override=override)
+        if row is not None and bank is not None:
+            bank.select(row, uniform)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the active copy in place of the float parameters and statistics."""
         override = None if self.training else self.override
+        learning = (
+            self.training and not torch.compiler.is_compiling()
+        )  # compiled training is `OneShot`'s, which forgets too
+        if learning and self.bank is not None:
+            self.bank.forget_uniform()  # the copies learn, and these would stay behind
         if not self._active and override is None and self.observer is None:
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self.bank if self._active else None, self, override, self.observer):
@@ -149,7 +229,7 @@ class SwitchableNorm(Specialized):
             return self.override
         if self.row is None or self.bank is None:
             return self.running_mean, self.running_var
-        return self.bank.running_mean[self.row], self.bank.running_var[self.row]
+        return self.bank.statistics(self.row, self.uniform)
 
 
 class _NormInterceptor(TorchFunctionMode):
@@ -178,7 +258,7 @@ class _NormInterceptor(TorchFunctionMode):
 
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)), **kwargs}
-        bank, traced = self.bank, torch.compiler.is_compiling()
+        bank, traced, training = self.bank, torch.compiler.is_compiling(), bool(call.get("training"))
         replaced = [name for name in ("running_mean", "running_var", "weight", "bias") if call.get(name) is not None]
         if bank is not None:
             for name in replaced:
@@ -186,11 +266,13 @@ class _NormInterceptor(TorchFunctionMode):
                 if len(copies) < bank.rows:
                     call[name] = copies[0]  # all copies have it in common
                 else:
-                    call[name] = copies.index_select(0, bank.choice)[0] if traced else copies[self.norm.row]
+                    call[name] = bank.selected(name, evaluating=not training) if traced else copies[self.norm.row]
+            if not traced and not training and self.norm.uniform is not None:
+                call["running_mean"], call["running_var"] = bank.statistics(0, self.norm.uniform)
         if self.override is not None:
             call["running_mean"], call["running_var"] = self.override
         result = func(**call)
-        if bank is not None and traced and call.get("training"):
+        if bank is not None and traced and training:
             for name in replaced[:2]:  # a row that was selected by data is a copy
                 getattr(bank, name).index_copy_(0, bank.choice, call[name][None])
         return result
@@ -211,18 +293,25 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 _BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def switch_norm(norm: _BatchNorm, rows: int, *, shared_affine: bool = False) -> None:
-    """Turn a BatchNorm into a `SwitchableNorm` with `rows` copies, in place, in floating point until switched."""
-    bank = NormBank(norm, rows, shared_affine=shared_affine).train(norm.training) if rows else None
+def switch_norm(norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()) -> None:
+    """Turn a BatchNorm into a `SwitchableNorm` with `rows` copies, in place, in floating point until switched.
+
+    Args:
+        norm: The norm.
+        rows: Number of copies; none if all precisions share it.
+        shared_affine: As for `NormBank`.
+        widths: As for `NormBank`.
+    """
+    bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths).train(norm.training) if rows else None
     specialize(norm, SwitchableNorm)
     norm.register_module("bank", bank)
-    vars(norm).update(_row=None, _active=False, override=None, observer=None)
+    vars(norm).update(_row=None, _uniform=None, _active=False, override=None, observer=None)
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
     del norm.bank
-    for name in ("_row", "_active", "override", "observer"):
+    for name in ("_row", "_uniform", "_active", "override", "observer"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

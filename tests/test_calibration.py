@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +294,86 @@ def test_norms_that_all_precisions_share_are_not_re_estimated(float_net: nn.Modu
     anyprec.calibrate(net, [images])
     anyprec.calibrate_norms(net, [images], include_float=True)
     assert torch.equal(net.stem_norm.running_mean, before)
+
+
+@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "per-width"])
+def test_every_uniform_precision_has_the_statistics_of_its_own_configuration(
+    norm: str, float_net: nn.Module, images: Tensor
+) -> None:
+    """Also where a copy serves several: the depthwise layer takes 3 bits in W2A2 too, one copy follows the concatenation."""
+    net = anyprec.convert(float_net, bits=(2, 3, 4, 8), norm=norm, example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    batches = [torch.randn(32, 3, 16, 16) for _ in range(2)]
+    calibrate_norms(net, batches)
+    assert net.bits is None
+    for width in (2, 3, 4, 8):
+        net.set_bits(width)
+        found = {path: net.get_submodule(path).active_statistics() for path in net.anyprec_record.norms}
+        again = copy.deepcopy(net)
+        config = anyprec.recalibrate(again, batches, width)
+        for path, statistics in again.anyprec_record.statistics[config].items():
+            assert all(torch.equal(*parts) for parts in zip(found[path], statistics, strict=True)), (width, path)
+
+
+def test_statistics_of_uniform_precisions_take_effect_at_once_and_go_where_the_state_goes(
+    float_net: nn.Module, small_net: Callable[..., nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    net = anyprec.convert(float_net, bits=(2, 3, 8), example_input=images[:1])
+    anyprec.calibrate(net, [images])
+    net.set_bits(2)
+    before = net.eval()(images)
+    calibrate_norms(net, [torch.randn(32, 3, 16, 16)])
+    expected = net(images)
+    assert not torch.equal(expected, before)
+    assert net.depthwise_norm.uniform is not None
+    assert net.pointwise_norm.uniform is None  # its copy for W2A2 serves nothing else
+    other = anyprec.convert(small_net(), bits=(2, 3, 8), example_input=images[:1])
+    other.load_state_dict(net.state_dict())
+    models = [other, copy.deepcopy(net)]
+    for packed in (False, True):
+        file = tmp_path / f"{packed}.safetensors"
+        anyprec.save(net, file, packed=packed, rebuildable=False)
+        models += [anyprec.load(file, small_net()), anyprec.load(file, small_net(), bits=2)]
+    anyprec.save(models[-1], tmp_path / "alone.safetensors", packed=True, rebuildable=False)
+    models.append(anyprec.load(tmp_path / "alone.safetensors", small_net()))
+    for model in models:
+        model.eval().set_bits(2)
+        assert torch.equal(model(images), expected)
+    other.load_state_dict(net.float_state_dict())
+    anyprec.calibrate(other, [images])
+    other.set_bits(2)
+    assert torch.equal(other.eval()(images), before)
+
+
+def test_training_drops_statistics_of_uniform_precisions(net: anyprec.ConvertedModel, images: Tensor) -> None:
+    with net.using_bits(2):
+        assert net.joint_norm.uniform is not None
+    with net.using_bits(2):
+        net.train()(images)
+    net.eval().set_bits(2)
+    assert net.joint_norm.uniform is None
+    assert not net.joint_norm.bank.has_uniform
+    assert torch.isnan(net.joint_norm.bank.uniform_mean).all()
+    calibrate_norms(net, [images])
+    assert net.joint_norm.uniform is not None
+    anyprec.OneShot(net, total_steps=1).step()
+    net.set_bits(2)
+    assert net.joint_norm.uniform is None
+
+
+def test_a_mixed_configuration_takes_the_copies(net: anyprec.ConvertedModel) -> None:
+    for request in ({"*": 2, "head": 4}, (2, 3), {"*": 3, "depthwise": 4}):
+        net.set_bits(request)
+        assert net.joint_norm.uniform is None
+    net.set_bits({"*": 3})
+    assert net.joint_norm.uniform is not None
+
+
+def test_statistics_of_uniform_precisions_come_back_when_an_estimate_fails(
+    net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    net.eval().set_bits(2)
+    before = net(images)
+    with pytest.raises(CalibrationError, match="came out not finite"):
+        calibrate_norms(net, [images * math.nan])
+    assert torch.equal(net(images), before)

@@ -28,7 +28,8 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
     for path, row in rows.items():
         norm = model.get_submodule(path)
         if isinstance(norm, SwitchableNorm) and norm.bank is not None and row is not None:
-            norm.bank.keep_row(row)
+            norm.bank.keep_row(row, norm.uniform)
+            norm.switch(0, norm.override)
     for path, layer in layers.items():
         _narrow_layer(layer, config[path])
     record.settings = dataclasses.replace(record.settings, only=config)

@@ -149,7 +149,7 @@ class PartialExecution:
                     continue
                 if part.override is not None and own_statistics is None:
                     own_statistics = self._model.bits  # statistics of exactly this configuration
-                state.append((part.row, None if part.override is None else own_statistics))
+                state.append((part.row, part.uniform, None if part.override is None else own_statistics))
             states[node] = tuple(state)
         return states
 

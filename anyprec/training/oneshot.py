@@ -207,7 +207,7 @@ class OneShot:
                 time = (self.steps_done + 1) / self.total_steps
                 self.model.set_floors(self.scheduler.floors(self._instability, self.model.candidates, time))
         self._operands.clear()
-        self.model.anyprec_record.statistics.clear()  # they belonged to the weights before this step
+        self.model.forget_statistics()  # they belonged to the weights before this step
         self.steps_done += 1
 
     def exempt_from_decay(self, optimizer: torch.optim.Optimizer, *, decoupled: bool | None = None) -> Any:
