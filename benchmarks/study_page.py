@@ -105,6 +105,12 @@ def _against_plain(study: Study) -> Iterator[Row]:
 MAIN = ("random", "plain", "scheduler", "distortion", "both", "full", "any-precision", "sandwich", "affine", OURS)
 
 
+def planned(place: Place, names: Iterable[str]) -> list[str]:
+    """Those methods that the place's track has seeds for."""
+    known = methods(place.track.bits)
+    return [name for name in names if place.track.seeds_of(known[name].group)]
+
+
 def method_table(study: Study, place: Place, names: Sequence[str], *, references: bool) -> list[str]:
     """Accuracy of methods at every uniform bit-width and at the random configurations."""
     widths = [str(width) for width in place.track.bits]
@@ -198,7 +204,8 @@ def rate_table(study: Study) -> list[str]:
     header = ["network", "bits", "method", *(f"{rate:g} times" for rate in _RATES.values())]
     rows = []
     for place in study.places:
-        for width in (min(place.track.bits), max(place.track.bits)):
+        widths = (min(place.track.bits), max(place.track.bits)) if place.track.seeds_of("rate") else ()
+        for width in widths:
             for name in (f"dedicated-{width}", OURS):
                 seeds = {seed for other in RATES for seed in study.of(place, f"{name}-{other}-rate")}
                 cells = []
@@ -220,7 +227,7 @@ def frozen_table(study: Study, names: Sequence[str]) -> list[str]:
     rows = []
     for place in study.places:
         lowest = str(min(place.track.bits))
-        for name in names:
+        for name in planned(place, names):
             frozen = {seed: float(len(record["frozen"])) for seed, record in study.of(place, name).items()}
             every = study.values(place, name, top1(lowest)), study.values(place, name, top1("lowest not frozen"))
             shown = [cell(frozen) or MISSING, *(cell(values) for values in every)]
@@ -300,21 +307,25 @@ def interference_panels(study: Study) -> dict[str, dict[str, list[tuple[int, flo
     """For each network and bit-width: its accuracy as lower and lower candidates are trained along, lowest first."""
     panels = {}
     for place in study.places:
-        bits = sorted(place.track.bits, reverse=True)
+        bits, seeds = sorted(place.track.bits, reverse=True), place.track.seeds_of("interference")
         trained_with = {bits[0]: f"dedicated-{bits[0]}", bits[-1]: "random"}
         trained_with |= {lowest: f"random-{lowest}-up" for lowest in bits[1:-1]}
         lines: dict[str, list[tuple[int, float]]] = {}
         for width in bits:
             for lowest in (low for low in bits if low <= width):
-                found = study.values(place, trained_with[lowest], top1(str(width)))
+                found = _of_seeds(study.values(place, trained_with[lowest], top1(str(width))), seeds)
                 if found:
                     lines.setdefault(f"{width} bits", []).append((lowest, statistics.fmean(found.values())))
-            ours = study.values(place, OURS, top1(str(width)))
+            ours = _of_seeds(study.values(place, OURS, top1(str(width))), seeds)
             if ours and f"{width} bits" in lines:
                 lines.setdefault(f"{width} bits, ours", []).append((bits[-1], statistics.fmean(ours.values())))
         if any(len(points) > 1 for points in lines.values()):
             panels[str(place)] = lines
     return panels
+
+
+def _of_seeds(values: Mapping[int, float], seeds: Sequence[int]) -> dict[int, float]:
+    return {seed: value for seed, value in values.items() if seed in seeds}
 
 
 def instability_panels(study: Study) -> dict[str, list[dict[str, Any]]]:
@@ -358,10 +369,11 @@ def _method_section(study: Study, place: Place) -> list[str]:
     records = _records(study, [place], names)
     if not records:
         return [*lines, f"{MISSING.capitalize()}.", ""]
-    lines += [*_float_line(study, place), "", *method_table(study, place, MAIN, references=True)]
+    shown = planned(place, MAIN)
+    lines += [*_float_line(study, place), "", *method_table(study, place, shown, references=True)]
     lines += caption(records, f"--only '{place}/*' --group core --group ablation")
     lines += ["What re-estimated norm statistics add to stored ones, in points:", ""]
-    lines += [*reestimation_table(study, place, MAIN), ""]
+    lines += [*reestimation_table(study, place, shown), ""]
     variants = [name for name, method in known.items() if method.group == "variant"]
     if _records(study, [place], variants):
         names = [OURS, *variants]
