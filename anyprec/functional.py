@@ -167,16 +167,15 @@ class _PerTensor(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float) -> Tensor:
         scale = effective_step(step.reshape(()))
         result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
-        ctx.save_for_backward(values, step, result)
+        ctx.save_for_backward(values, step, scale, result)
         ctx.constants = qmin, qmax, gradient_scale
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, step, result = ctx.saved_tensors
+        values, step, scale, result = ctx.saved_tensors
         qmin, qmax, gradient_scale = ctx.constants
-        scale = effective_step(step.reshape(()))
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
             # Reading the step size as a number costs nothing on a CPU and saves a pass over the tensor.
             number = float(scale)
@@ -187,8 +186,8 @@ class _PerTensor(torch.autograd.Function):
             return inside, None, None, None, None
         # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax: with y = s * code that is
         # (y - v [inside]) / s everywhere, so two dot products give the whole sum.
-        step_gradient = (_dot(gradient, result) - _dot(inside, values)) / scale
-        step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape) * _sign(step)
+        step_gradient = (_dot(gradient, result) - _dot(inside, values)) / torch.copysign(scale, step.reshape(()))
+        step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape)
         return inside, step_gradient, None, None, None
 
 
@@ -200,16 +199,16 @@ class _PerChannel(torch.autograd.Function):
         ctx: Any, values: Tensor, step: Tensor, axis: int, qmin: int, qmax: int, gradient_scale: float
     ) -> Tensor:
         scale = along(effective_step(step), axis, values.ndim)
-        ctx.save_for_backward(values, step)
+        ctx.save_for_backward(values, step, scale)
         ctx.constants = axis, qmin, qmax, gradient_scale
         return (values / scale).round_().clamp_(qmin, qmax).mul_(scale).to(values.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        values, step = ctx.saved_tensors
+        values, step, scale = ctx.saved_tensors
         axis, qmin, qmax, gradient_scale = ctx.constants
-        ratio = values / along(effective_step(step), axis, values.ndim)
+        ratio = values / scale
         gradient = gradient.to(ratio.dtype)  # float32 step sizes make the ratio of a bfloat16 weight float32
         inside = torch.ops.aten.hardtanh_backward(gradient, ratio, qmin, qmax)
         if not ctx.needs_input_grad[1]:
@@ -218,7 +217,7 @@ class _PerChannel(torch.autograd.Function):
         contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
         others = [dim for dim in range(values.ndim) if dim != axis]
         step_gradient = contributions.sum(dim=others) if others else contributions
-        step_gradient = (step_gradient * gradient_scale).to(step.dtype) * _sign(step)
+        step_gradient = step_gradient.to(step.dtype) * torch.copysign(torch.full_like(step, gradient_scale), step)
         return inside.to(values.dtype), step_gradient, None, None, None, None
 
 

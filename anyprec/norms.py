@@ -264,7 +264,7 @@ class _NormInterceptor(TorchFunctionMode):
             for name in replaced:
                 copies = getattr(bank, name)
                 if len(copies) < bank.rows:
-                    call[name] = copies[0]  # all copies have it in common
+                    call[name] = copies.squeeze(0)  # all copies have it in common
                 else:
                     call[name] = bank.selected(name, evaluating=not training) if traced else copies[self.norm.row]
             if not traced and not training and self.norm.uniform is not None:
