@@ -52,6 +52,19 @@ def labels() -> Tensor:
 
 
 @pytest.fixture
+def loader() -> list[tuple[Tensor, Tensor]]:
+    """Images whose class is the channel that is brighter than the others."""
+    generator = torch.Generator().manual_seed(2)
+    batches = []
+    for _ in range(6):
+        labels = torch.randint(3, (16,), generator=generator)
+        images = torch.randn(16, 3, 16, 16, generator=generator)
+        images[torch.arange(16), labels] += 1.0
+        batches.append((images, labels))
+    return batches
+
+
+@pytest.fixture
 def float_net() -> nn.Module:
     """A float network whose norms have seen data, so that statistics are not the trivial ones."""
     net = SmallNet()

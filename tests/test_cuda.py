@@ -25,19 +25,6 @@ def _exact() -> None:
 
 
 @pytest.fixture
-def loader() -> Loader:
-    """On the processor, as loaders are. The class of an image is the channel that is brighter than the others."""
-    generator = torch.Generator().manual_seed(2)
-    batches = []
-    for _ in range(6):
-        labels = torch.randint(3, (16,), generator=generator)
-        images = torch.randn(16, 3, 16, 16, generator=generator)
-        images[torch.arange(16), labels] += 1.0
-        batches.append((images, labels))
-    return batches
-
-
-@pytest.fixture
 def on_gpu(float_net: nn.Module, loader: Loader) -> anyprec.ConvertedModel:
     """Converted and calibrated on the accelerator."""
     model = anyprec.convert(float_net.cuda(), bits=BITS, example_input=loader[0][0][:1])

@@ -18,19 +18,6 @@ from anyprec.errors import TrainingError
 from anyprec.training.fit import _cosine
 
 
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    """Images whose class is the channel that is brighter than the others."""
-    generator = torch.Generator().manual_seed(2)
-    batches = []
-    for _ in range(6):
-        labels = torch.randint(3, (16,), generator=generator)
-        images = torch.randn(16, 3, 16, 16, generator=generator)
-        images[torch.arange(16), labels] += 1.0
-        batches.append((images, labels))
-    return batches
-
-
 def accuracy(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]], bits: object) -> float:
     with net.using_bits(bits), torch.no_grad():
         return sum(float((net(x).argmax(dim=1) == y).float().mean()) for x, y in loader) / len(loader)
