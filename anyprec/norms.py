@@ -107,7 +107,7 @@ class NormBank(nn.Module):
         copies: Tensor = getattr(self, name)
         if evaluating and self.widths and name.startswith("running"):
             every = torch.cat((copies, getattr(self, name.replace("running", "uniform"))))
-            return every.index_select(0, self.place)[0]
+            return _where_known(every.index_select(0, self.place)[0], copies.index_select(0, self.choice)[0])
         return copies.index_select(0, self.choice)[0]
 
     @torch.no_grad()
@@ -268,7 +268,10 @@ class _NormInterceptor(TorchFunctionMode):
                 else:
                     call[name] = bank.selected(name, evaluating=not training) if traced else copies[self.norm.row]
             if not traced and not training and self.norm.uniform is not None:
-                call["running_mean"], call["running_var"] = bank.statistics(0, self.norm.uniform)
+                # Averaging weights from outside (an EMA) takes no notice of flags: what is NaN is not known.
+                own = bank.statistics(0, self.norm.uniform)
+                for name, known in zip(("running_mean", "running_var"), own, strict=True):
+                    call[name] = _where_known(known, call[name])
         if self.override is not None:
             call["running_mean"], call["running_var"] = self.override
         result = func(**call)
@@ -314,6 +317,10 @@ def restore_norm(norm: SwitchableNorm) -> None:
     for name in ("_row", "_uniform", "_active", "override", "observer"):
         vars(norm).pop(name, None)
     despecialize(norm)
+
+
+def _where_known(values: Tensor, others: Tensor) -> Tensor:
+    return torch.where(torch.isfinite(values), values, others)
 
 
 def _repeat(row: Tensor, rows: int) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.layers import ScaledStdConv2d
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import anyprec
@@ -377,3 +378,16 @@ def test_statistics_of_uniform_precisions_come_back_when_an_estimate_fails(
     with pytest.raises(CalibrationError, match="came out not finite"):
         calibrate_norms(net, [images * math.nan])
     assert torch.equal(net(images), before)
+
+
+def test_an_average_of_weights_from_outside_falls_back_to_the_copies(
+    net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    average = ModelEmaV3(net, decay=0.5)
+    for _ in range(2):
+        with net.using_bits(2):
+            net.train()(images)
+        average.update(net)
+    module = average.module.eval()
+    with module.using_bits(2):
+        assert torch.isfinite(module(images)).all()
