@@ -213,11 +213,9 @@ class SwitchableNorm(Specialized):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the active copy in place of the float parameters and statistics."""
         override = None if self.training else self.override
-        learning = (
-            self.training and not torch.compiler.is_compiling()
-        )  # compiled training is `OneShot`'s, which forgets too
-        if learning and self.bank is not None:
-            self.bank.forget_uniform()  # the copies learn, and these would stay behind
+        # The copies learn, and statistics beside them would stay behind. In compiled training `OneShot` drops them.
+        if self.training and self.bank is not None and not torch.compiler.is_compiling():
+            self.bank.forget_uniform()
         if not self._active and override is None and self.observer is None:
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self.bank if self._active else None, self, override, self.observer):
