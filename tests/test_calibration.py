@@ -391,3 +391,11 @@ def test_an_average_of_weights_from_outside_falls_back_to_the_copies(
     module = average.module.eval()
     with module.using_bits(2):
         assert torch.isfinite(module(images)).all()
+
+
+def test_a_copy_of_several_uniform_precisions_has_the_statistics_of_the_highest(net: anyprec.ConvertedModel) -> None:
+    calibrate_norms(net, [torch.randn(32, 3, 16, 16)])
+    bank = net.joint_norm.bank
+    assert torch.equal(bank.running_mean[0], bank.uniform_mean[-1])
+    assert torch.equal(bank.running_var[0], bank.uniform_var[-1])
+    assert not torch.equal(bank.running_var[0], bank.uniform_var[0])

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.norms import SwitchableNorm, restore_norm, switch_norm
+from anyprec.norms import NormBank, SwitchableNorm, restore_norm, switch_norm
 
 
 @pytest.fixture(params=[nn.BatchNorm2d, BatchNormAct2d])
@@ -194,3 +194,29 @@ def test_an_unknown_sharing_is_refused(float_net: nn.Module) -> None:
         match=r"norm='per-bit' is not known: use one of \('per-pair', 'shared-affine', 'per-width', 'shared'\)",
     ):
         anyprec.convert(float_net, norm="per-bit")
+
+
+@pytest.fixture
+def bank() -> NormBank:
+    """Two copies, and statistics of two uniform bit-widths that are numbers of their own."""
+    bank = NormBank(nn.BatchNorm2d(3), 2, shared_affine=True, widths=(2, 4))
+    bank.uniform_mean.copy_(torch.arange(6.0).reshape(2, 3))
+    bank.uniform_var.copy_(10 + torch.arange(6.0).reshape(2, 3))
+    bank.refresh()
+    return bank
+
+
+def test_the_one_copy_that_is_kept_takes_the_statistics_of_its_uniform_precision(bank: NormBank) -> None:
+    bank.keep_row(0, 1)
+    assert bank.rows == 1
+    assert bank.running_mean.tolist() == [[3.0, 4.0, 5.0]]
+    assert bank.running_var.tolist() == [[13.0, 14.0, 15.0]]
+    assert not any("uniform" in name for name in bank.state_dict())
+
+
+def test_copies_that_start_anew_leave_no_statistics_of_uniform_precisions(bank: NormBank) -> None:
+    assert bank.has_uniform
+    bank.copy_from(nn.BatchNorm2d(3))
+    assert not bank.has_uniform
+    assert torch.isnan(bank.uniform_mean).all()
+    assert torch.isnan(bank.uniform_var).all()
