@@ -7,7 +7,7 @@ distillation) and, where a layer is at its lowest bit-width, from its features (
 in training, weights are drawn to codes that all bit-widths share (quantization-error term), and all along the bit-width
 scheduler freezes the lowest bit-width of unstable layers.
 
-Gradients are averaged over the paths, not summed, so a learning rate means what it means elsewhere (see
+The random paths share one weight, whatever their number, so a learning rate means the same for any K (see
 docs/differences.md).
 """
 
@@ -55,9 +55,9 @@ class OneShot:
         model: A converted and calibrated model.
         total_steps: Optimizer steps of the whole training; schedules are fractions of it.
         random_paths: Number K of random paths in a step, besides the max path.
-        random_weight: Weight of the random paths together, next to the max path's 1: each has `random_weight / K`. So a
-            learning rate does to the max path what it does in ordinary training, whatever K is. The published code of
-            the paper sums all gradients, which is K.
+        random_weight: Weight of the random paths together, next to the max path's 1: each has `random_weight / K`, so a
+            learning rate means the same whatever K is. More serves the lowest bit-widths, less the highest. The published
+            code of the paper sums all gradients, which is K.
         distillation: Share of the distillation term in the loss; the task loss has the rest.
         temperature: Of the distillation.
         teacher: A network whose logits the max path mimics; its parameters are not trained. `paths` then needs the
@@ -103,7 +103,7 @@ class OneShot:
         *,
         total_steps: int,
         random_paths: int = 3,
-        random_weight: float = 1.0,
+        random_weight: float = 2.0,
         distillation: float = 0.5,
         temperature: float = 1.0,
         teacher: nn.Module | None = None,

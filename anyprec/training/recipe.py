@@ -42,7 +42,7 @@ class Recipe:
     """
 
     random_paths: int = 3
-    random_weight: float = 1.0
+    random_weight: float = 2.0
     distillation: float = 0.5
     temperature: float = 1.0
     feature_weight: float = 0.0

@@ -2,17 +2,20 @@
 
 import argparse
 import dataclasses
+import inspect
 
 import pytest
 import records
 import study
 import study_figures
 import study_grid
+import study_page
 import study_runs
 import torch
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 
+import anyprec
 from anyprec.bits import LayerCandidates
 
 pytest.importorskip("matplotlib")
@@ -208,15 +211,35 @@ def test_a_method_may_train_at_another_learning_rate(options):
     runs = {run.name: run for run in study_grid.grid([TRACK], seeds=1)}
     rates = {
         name: study_runs._recipe(runs[f"S/small/{name}/0"]).lr
-        for name in ("ours", "ours-half-rate", "ours-double-rate")
+        for name in ("sandwich-affine", "sandwich-affine-half-rate", "sandwich-affine-double-rate")
     }
-    assert rates == {"ours": 0.05, "ours-half-rate": 0.025, "ours-double-rate": 0.1}
+    assert list(rates.values()) == [0.05, 0.025, 0.1]
     options.only = ["*/dedicated-2/0", "*/dedicated-2-*-rate/0"]
     study.run(options)
     options.page.write_text("")
     study.render(options)
     (row,) = [line for line in options.page.read_text().splitlines() if line.startswith("| S/small | 2 | dedicated")]
     assert "not run yet" not in row
+
+
+def test_ours_are_the_defaults_of_anyprec():
+    ours = study_grid.methods((2, 4, 8))["ours"]
+    assert anyprec.Recipe().changed(**ours.recipe) == anyprec.Recipe()
+    defaults = inspect.signature(anyprec.convert).parameters
+    assert ours.convert == {name: defaults[name].default for name in ours.convert}
+
+
+def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
+    def record(name, **top1):
+        (run,) = [run for run in study_grid.grid([TRACK]) if run.name == f"S/small/{name}/0"]
+        configs = {width[1:]: {"own": value, "stored": value} for width, value in top1.items()}
+        return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": 0, "settings": run.settings,
+                "configs": configs}  # fmt: skip
+
+    found = [record("ours", w2=49.1, w4=59.9), record("dedicated-2", w2=50.0), record("dedicated-4", w4=60.0)]
+    header, rows = study_page.dedicated_rows(study_figures.Study(found, [TRACK]))
+    assert header[2:] == ("4 bits (at least 0)", "3 bits (at least -0.3)", "2 bits (at least -1)")
+    assert rows == [("S/small", "ours", "**-0.10**", "", "-0.90")]
 
 
 def test_what_is_not_searched_does_not_depend_on_how_others_are(options):

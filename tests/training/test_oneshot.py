@@ -34,7 +34,7 @@ def test_the_max_path_comes_first_then_the_lowest_then_random_ones_each_active_i
     for path in oneshot.paths():
         assert net.bits == path.config
         assert path.is_max == (path.index == 0)
-        assert path.weight == (1 if path.is_max else 1 / 3)
+        assert path.weight == (1 if path.is_max else 2 / 3)
         configs.append(path.config)
     assert all(bits == net.candidates[path].highest for path, bits in configs[0].items())
     assert all(bits == net.candidates[path].lowest for path, bits in configs[1].items())
