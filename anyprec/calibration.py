@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.batches import Batch, device_of, images_of, take
-from anyprec.bits import BitConfig, Bits, shorten
+from anyprec.bits import BitConfig, Bits, highest_config, shorten
 from anyprec.distributed import of_all_processes, process_count, sum_over_processes
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.functional import STEP_FLOOR
@@ -50,7 +50,8 @@ def calibrate(
 
     Weight and input step sizes (and zero points) become those of least squared error, anew from the latent weights
     and the float network's activations: call it before training, not after. Then every copy of every BatchNorm gets
-    the statistics of its own precision; `calibrate_norms` does only that, and may follow training.
+    the float network's scale and shift and the statistics of its own precision; `calibrate_norms` does only the last, and may
+    follow training.
 
     The model's precision, mode and float parameters are left as they were; if anything fails, its step sizes and
     norm copies are too.
@@ -84,6 +85,9 @@ def calibrate(
             layer.input_quantizer.set_grid(*grids[path])
             with torch.no_grad():
                 layer.weight_quantizer.step.copy_(weights[path])
+        for _, norm in _norms(model):
+            if norm.bank is not None:
+                norm.bank.copy_from(norm)
         calibrate_norms(model, batches[:norm_batches], anchored=True)
     model.anyprec_record.statistics.clear()
 
@@ -101,7 +105,7 @@ def calibrate_norms(
     For each pair of candidates the network runs uniformly at that pair, and every norm's active copy takes the
     statistics of all batches together. With one copy per weight bit-width, activations have the same bit-width there.
     Where one copy serves several uniform bit-widths, those of each are kept besides. Norms that all precisions share are
-    left alone. Affine parameters and step sizes stay as they are.
+    left alone. Affine parameters of copies and step sizes stay as they are.
 
     Args:
         model: A converted and calibrated model.
@@ -110,7 +114,8 @@ def calibrate_norms(
         anchored: Trust the statistics that the float network brought, and only correct them by what quantization
             changes on these images: means by the difference, variances by the ratio. Far more accurate on few
             images, as long as the weights are those that the float statistics belong to.
-        include_float: Re-estimate the float network's own statistics too (wanted once training moved the weights).
+        include_float: Serve the float network too, once training moved the weights: its norms take scale and shift of the
+            highest precision's copies, which learned, and statistics of their own are estimated anew.
 
     Raises:
         ConversionError: `model` is not converted.
@@ -127,6 +132,10 @@ def calibrate_norms(
         return
     held = _held(loader, batches, device_of(model))
     with _undo_on_error(model), evaluating(model), torch.no_grad():
+        if include_float:
+            with model.using_bits(highest_config(model.candidates)):
+                for norm in norms:
+                    norm.take_over_affine()
         reference = _reference_statistics(model, norms, held) if anchored else None
         done: set[tuple[tuple[int | None, int | None], ...]] = set()
         for bits in (*_uniform_pairs(model), *([None] if include_float else [])):

@@ -3,7 +3,8 @@
 Statistics differ between bit-widths (method of the paper, section 3.3; Yu and Huang, "Slimmable networks", 2019), so
 a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer, or per weight bit-width; one
 that follows a concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized
-configurations. The float network's own parameters stay as they are and serve bits `None`.
+configurations. The float network's own parameters serve bits `None`; they learn nothing, and take over those of the highest
+precision's copies after training (`calibrate_norms(include_float=True)`).
 
 Copies may share their affine parameters, which then learn from every path of a step instead of from one in so many. A norm
 may also be shared as a whole by all precisions; then it has no copies, and the layers before it correct their quantized
@@ -220,6 +221,16 @@ class SwitchableNorm(Specialized):
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self.bank if self._active else None, self, override, self.observer):
             return super().forward(*args, **kwargs)
+
+    @torch.no_grad()
+    def take_over_affine(self) -> None:
+        """Give the float network's norm the affine parameters of the active copy."""
+        if self.row is None or self.bank is None:
+            return
+        for name in ("weight", "bias"):
+            copies, own = getattr(self.bank, name), getattr(self, name)
+            if copies is not None and own is not None:
+                own.copy_(copies[self.row if len(copies) > 1 else 0])
 
     def active_statistics(self) -> Statistics:
         """Running mean and variance in use in eval mode; writing to them changes the norm."""

@@ -42,10 +42,7 @@ OURS = "ours"
 
 # --- Targets ------------------------------------------------------------------------------------------------------
 
-BEFORE = "sandwich-affine"
-"""Ours with all random paths together counted as the max path."""
-
-_HELD = {OURS: "ours", BEFORE: "ours, equal weights", "full": "full method"}
+_HELD = {OURS: "ours", "full": "full method"}
 
 
 Row = tuple[str, ...]
@@ -60,8 +57,7 @@ def dedicated_rows(study: Study) -> tuple[Row, list[Row]]:
     for place, (method, title) in itertools.product(study.places, _HELD.items()):
         found = {width: _gain_over_dedicated(study, place, method, width) for width in bits}
         cells = [_verdict_cell(found[width], _over_dedicated(width)) for width in bits]
-        if any(cells) or method == OURS:
-            rows.append((str(place), title, *(cells if any(cells) else [MISSING, *[""] * (len(bits) - 1)])))
+        rows.append((str(place), title, *(cells if any(cells) else [MISSING, *[""] * (len(bits) - 1)])))
     return header, rows
 
 
@@ -83,23 +79,22 @@ def _verdict_cell(found: Mapping[int, float], least: float) -> str:
 def target_rows(study: Study) -> list[Row]:
     """All other targets."""
     rows = [*_against_plain(study)]
-    held = [(place, method) for place in study.places for method in _ours(study, place)]
-    for place, method in held:
+    for place in study.places:
         for budget, least in (("W4A4", 0.3), ("W3A3", 1.0), ("W2.5A2.5", 3.0)):
-            uniform = study.values(place, method, uniform_at(budget))
-            found = difference(study.values(place, method, searched(budget)), uniform)
-            rows.append(_row(f"{_HELD[method]}: searched over uniform, {budget}", place, least, found))
-    for place, method in held:
+            uniform = study.values(place, OURS, uniform_at(budget))
+            found = difference(study.values(place, OURS, searched(budget)), uniform)
+            rows.append(_row(f"ours: searched over uniform, {budget}", place, least, found))
+    for place in study.places:
         if place.track.pretrained:
-            found = difference(study.values(place, method, searched("W4A4")), study.values(place, "float", float_top1))
-            rows.append(_row(f"{_HELD[method]}: searched W4A4 over float", place, 0.0, found))
-    for place, method in held:
-        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, method).items()}
-        title = f"{_HELD[method]}: stored over re-estimated statistics, the worst bit-width"
+            found = difference(study.values(place, OURS, searched("W4A4")), study.values(place, "float", float_top1))
+            rows.append(_row("ours: searched W4A4 over float", place, 0.0, found))
+    for place in study.places:
+        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, OURS).items()}
+        title = "ours: stored over re-estimated statistics, the worst bit-width"
         rows.append(_row(title, place, -0.5, found))
-    for place, method in held:
-        for what, ratio in (("passes", passes_ratio(study, place, method)), ("time", time_ratio(study, place, method))):
-            title = f"{_HELD[method]}: training cost of the dedicated networks over it, {what}"
+    for place in study.places:
+        for what, ratio in (("passes", passes_ratio(study, place, OURS)), ("time", time_ratio(study, place, OURS))):
+            title = f"ours: training cost of the dedicated networks over it, {what}"
             rows.append((title, str(place), "1.5 times", cell(ratio, 2), verdict(ratio, 1.5)))
     return rows
 
@@ -108,27 +103,22 @@ def _row(what: str, where: object, least: float, found: Mapping[int, float]) -> 
     return what, str(where), f"{least:+.1f}", cell(found, 2), verdict(found, least)
 
 
-def _ours(study: Study, place: Place) -> list[str]:
-    """Ours; beside it what it was before, where only that was run."""
-    return [OURS, BEFORE] if study.of(place, BEFORE) and not study.of(place, OURS) else [OURS]
-
-
 def _against_plain(study: Study) -> Iterator[Row]:
     gains: dict[tuple[str, str], dict[int, float]] = {}
     for place in study.places:
         low = [str(width) for width in place.track.bits if width <= 6]
-        for method in (*_ours(study, place), "full"):
+        for method, title in _HELD.items():
             for what, by, least in (
                 (f"mean of {low[0]} to {low[-1]} bits", mean_top1(low), 0.5),
                 (f"{low[0]} bits", top1(low[0]), 1.5),
             ):
                 found = difference(study.values(place, method, by), study.values(place, "plain", by))
-                yield _row(f"{_HELD[method]}: over plain, {what}", place, least, found)
+                yield _row(f"{title}: over plain, {what}", place, least, found)
                 gains.setdefault((str(place), method), found)
-    for method in (OURS, "full"):
+    for method, title in _HELD.items():
         if {("S/mobile", method), ("S/resnet", method)} <= set(gains):
             found = difference(gains["S/mobile", method], gains["S/resnet", method])
-            yield _row(f"{_HELD[method]}: mean gain over plain, mobile over residual network", "S", 0.0, found)
+            yield _row(f"{title}: mean gain over plain, mobile over residual network", "S", 0.0, found)
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
@@ -143,7 +133,7 @@ MAIN = (
     "any-precision",
     "sandwich",
     "affine",
-    BEFORE,
+    "sandwich-affine",
     OURS,
 )
 
@@ -252,7 +242,7 @@ def rate_table(study: Study) -> list[str]:
     for place in study.places:
         widths = (min(place.track.bits), max(place.track.bits)) if place.track.seeds_of("rate") else ()
         for width in widths:
-            for name in (f"dedicated-{width}", BEFORE):
+            for name in (f"dedicated-{width}", OURS):
                 seeds = {seed for other in RATES for seed in study.of(place, f"{name}-{other}-rate")}
                 cells = []
                 for suffix in _RATES:
@@ -433,13 +423,12 @@ def _method_section(study: Study, place: Place) -> list[str]:
     return lines
 
 
-_SEARCHED = ("plain", "full", BEFORE, OURS)
+_SEARCHED = ("plain", "full", OURS)
 
 _DEDICATED = """"Ours" are the defaults: plain one-shot training with the lowest precision in every step (sandwich), one scale and
-shift of a norm for all its copies (shared affine), and random paths that together weigh twice the max path; "equal weights" is
-the same with random paths that together weigh as much as the max path. The full method is the paper's. Differences are in points
-of top-1 with re-estimated norm statistics, seed by seed: mean ± standard deviation over the seeds that both sides have. Bold:
-less than was aimed at."""
+shift of a norm for all its copies (shared affine), and random paths that together weigh twice the max path. The full method is
+the paper's. Differences are in points of top-1 with re-estimated norm statistics, seed by seed: mean ± standard deviation
+over the seeds that both sides have. Bold: less than was aimed at."""
 
 _TARGETS = """What else was aimed at, measured in the same way."""
 

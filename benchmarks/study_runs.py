@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from images import Images, accuracy, batches, load
 from records import commit, machine
-from study_grid import NETWORKS, DescendingWidths, RecursiveDistillation, Run, Track
+from study_grid import NETWORKS, REVISION, DescendingWidths, RecursiveDistillation, Run, Track
 from torch import Tensor, nn
 
 import anyprec
@@ -122,7 +122,8 @@ def trained(
 
     A network that is searched is kept with its record: to search or to report in another way needs no training again.
     """
-    kept = place.kept / f"study.{run.name.replace('/', '.')}.{_digest(run.track)}.safetensors"
+    name = f"study.{run.name.replace('/', '.')}.{_digest(run.track)}.revision-{REVISION}.safetensors"
+    kept = place.kept / name
     notes, snapshot = kept.with_suffix(".json"), kept.with_suffix(".snapshot")
     if kept.exists() and notes.exists():
         found: dict[str, Any] = json.loads(notes.read_text())

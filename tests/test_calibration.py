@@ -155,6 +155,44 @@ def test_float_statistics_are_re_estimated_only_on_request(net: anyprec.Converte
         calibrate_norms(net, batches, include_float=True, anchored=True)
 
 
+@pytest.mark.parametrize("norm", ["shared-affine", "per-pair", "per-width"])
+def test_after_training_the_float_network_takes_over_the_scale_and_shift_of_the_highest_precision(
+    float_net: nn.Module, images: Tensor, norm: str
+) -> None:
+    net = anyprec.convert(float_net, (2, 4, 8), norm=norm, example_input=images)
+    anyprec.calibrate(net, [images])
+    before = net.depthwise_norm.weight.clone()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for bank in (net.stem_norm.bank, net.depthwise_norm.bank):
+            bank.weight.mul_(1 + torch.rand(bank.weight.shape, generator=generator))  # what training would do
+            bank.bias.add_(torch.rand(bank.bias.shape, generator=generator))
+    calibrate_norms(net, [images])
+    assert torch.equal(net.depthwise_norm.weight, before)
+    calibrate_norms(net, [images], include_float=True)
+    for own in (net.stem_norm, net.depthwise_norm):
+        assert torch.equal(own.weight, own.bank.weight[-1])
+        assert torch.equal(own.bias, own.bank.bias[-1])
+    with net.using_bits(8), torch.no_grad():
+        expected = net(images)
+    with net.using_bits(None), torch.no_grad():
+        found = net(images)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_what_the_float_network_learned_after_conversion_reaches_every_precision(
+    float_net: nn.Module, images: Tensor
+) -> None:
+    net = anyprec.convert(float_net, (2, 4, 8), example_input=images)
+    with torch.no_grad():
+        net.depthwise_norm.weight.mul_(3)
+        net.stem_norm.bias.add_(1)
+    anyprec.calibrate(net, [images])
+    for own in (net.stem_norm, net.depthwise_norm):
+        assert torch.equal(own.weight.expand_as(own.bank.weight), own.bank.weight)
+        assert torch.equal(own.bias.expand_as(own.bank.bias), own.bank.bias)
+
+
 @pytest.mark.parametrize(
     ("batches", "text"),
     [

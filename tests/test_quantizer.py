@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from anyprec.functional import fake_quantize
 from anyprec.quantizer import InputQuantizer, WeightQuantizer
 
 
@@ -63,3 +64,45 @@ def test_real_zero_is_always_a_code() -> None:
     quantizer.set_grid(torch.tensor([0.37, 0.11]), torch.tensor([1, 3]))
     for index in range(2):
         assert quantizer(torch.zeros(2, 3), index).count_nonzero() == 0
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_ranges_learn_at_about_the_same_relative_speed_at_every_bit_width(zero: int) -> None:
+    """Of values beyond the range, whose gradient LSQ multiplies by the largest code."""
+    weights, inputs = WeightQuantizer((2, 4, 6, 8), channels=None), InputQuantizer((2, 4, 6, 8), nonnegative=not zero)
+    inputs.set_grid(torch.tensor([1.0, 0.2, 0.05, 0.012]), torch.tensor([zero, 2 * zero, 8 * zero, 32 * zero]))
+    values = torch.full((4, 100), 1e3)
+    for quantizer in (weights, inputs):
+        speeds = []
+        for index in range(4):
+            top = quantizer.limits(index)[1]
+            with torch.no_grad():
+                quantizer.step[index] = 3 / top
+            (gradient,) = torch.autograd.grad(quantizer(values, index).sum(), quantizer.step)
+            speeds.append(float(gradient[index] / quantizer.step.detach()[index]))
+        assert max(speeds) < 2 * min(speeds)
+
+
+def test_at_two_bits_the_gradient_of_a_step_size_is_that_of_lsq() -> None:
+    quantizer = WeightQuantizer((2,), channels=3)
+    weight = torch.randn(3, 40)
+    quantizer.initialize(weight)
+    quantizer(weight, 0).square().sum().backward()
+    found = quantizer.step.grad.clone()
+    plain = quantizer.step.detach().clone().requires_grad_()
+    fake_quantize(weight, plain[0], qmin=-2, qmax=1, axis=0, gradient_scale=40**-0.5).square().sum().backward()
+    torch.testing.assert_close(found, plain.grad)
+
+
+def test_selected_candidates_learn_as_fast_as_numbered_ones() -> None:
+    weights, inputs = WeightQuantizer((2, 4, 8), channels=3), InputQuantizer((2, 4, 8), nonnegative=False)
+    values = torch.randn(3, 40)
+    weights.initialize(values)
+    inputs.set_grid(torch.tensor([0.9, 0.3, 0.02]), torch.tensor([1, 5, 80]))
+    for quantizer in (weights, inputs):
+        for index in range(3):
+            quantizer.select(index)
+            gradients = []
+            for result in (quantizer(values, index), quantizer.forward_selected(values)):
+                gradients += torch.autograd.grad(result.square().sum(), quantizer.step)
+            torch.testing.assert_close(gradients[0], gradients[1])
