@@ -172,7 +172,7 @@ TRACKS: dict[str, Track] = {
         fewer={"rate": (), "ablation": (), "interference": (), "variant": ()},
         size=64,
         images=3_500,
-        search_images=256,
+        search_images=768,
         report_images=2_500,
         mixed_images=500,
         batch_size=50,
@@ -181,7 +181,7 @@ TRACKS: dict[str, Track] = {
         epochs=3,
         lr=0.02,
         weight_decay=2.5e-5,
-        search_evaluations=240,
+        search_evaluations=160,
     ),
     "A": Track(
         name="A",
