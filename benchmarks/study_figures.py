@@ -175,5 +175,5 @@ def verdict(found: Mapping[int, float], least: float) -> str:
     """Whether a mean is at least as high as it should be."""
     if not found:
         return MISSING
-    over = statistics.fmean(found.values()) - least
-    return f"met by {over:.2f}" if over >= 0 else f"**missed by {-over:.2f}**"
+    over = round(statistics.fmean(found.values()) - least, 2)  # as it is shown
+    return f"met by {abs(over):.2f}" if over >= 0 else f"**missed by {-over:.2f}**"

@@ -293,7 +293,7 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         for width in every
     ]  # fmt: skip
     found += [
-        _one_shot(every, "ours", "ours: the same, random paths weigh 2", "core", OURS, AFFINE),
+        _one_shot(every, "ours", "ours: sandwich + shared affine + weight 2", "core", OURS, AFFINE),
         _one_shot(every, "plain", "one-shot, plain", "core", {}),
         _one_shot(every, "full", "full method", "core", FULL),
         Method(

@@ -25,7 +25,7 @@ def param_groups(
         model: A converted model.
         lr: Learning rate of all groups; None leaves it to the optimizer.
         weight_decay: For the weights.
-        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled as LSQ recommends.
+        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled (`anyprec.quantizer.gradient_scale`).
 
     Returns:
         Groups with a `name` each, for any `torch.optim` optimizer.

@@ -296,6 +296,7 @@ def test_a_line_that_was_cut_off_is_no_record_and_spoils_no_other(tmp_path):
 def test_verdicts_are_computed():
     assert study_figures.verdict({0: 1.0, 1: 2.0}, 0.5) == "met by 1.00"
     assert study_figures.verdict({0: -1.0}, -0.3) == "**missed by 0.70**"
+    assert study_figures.verdict({0: 0.1 + 0.2 - 0.0001}, 0.3) == "met by 0.00"
     assert study_figures.verdict({}, 0.0) == "not run yet"
     assert study_figures.difference({0: 3.0, 1: 5.0}, {1: 4.0, 2: 9.0}) == {1: 1.0}
 
