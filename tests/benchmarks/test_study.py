@@ -179,6 +179,9 @@ def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wa
     longer = dataclasses.replace(run, track=dataclasses.replace(TRACK, epochs=2))
     with pytest.raises(NameError, match="train"):
         study_runs.perform(longer, place)
+    monkeypatch.setattr(study_runs, "REVISION", study_grid.REVISION + 1)
+    with pytest.raises(NameError, match="train"):
+        study_runs.perform(run, place)
 
 
 def test_results_of_other_settings_are_not_this_study(options):
@@ -189,6 +192,15 @@ def test_results_of_other_settings_are_not_this_study(options):
     assert len(study.unfinished(runs, options.results)) == len(runs)
     assert study_figures.Study(records.read(options.results), [longer]).records == []
     assert len(study_figures.Study(records.read(options.results), [TRACK]).records) == 1
+
+
+def test_results_of_another_revision_are_not_this_study_but_for_the_float_networks(options, monkeypatch):
+    options.only = ["*/float/0", "*/dedicated-2/0"]
+    study.run(options)
+    monkeypatch.setattr(study_grid, "REVISION", study_grid.REVISION + 1)
+    left = {run.name for run in study.unfinished(study_grid.grid([TRACK], seeds=1), options.results)}
+    assert "S/small/dedicated-2/0" in left
+    assert "S/small/float/0" not in left
 
 
 def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(options):
