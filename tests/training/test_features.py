@@ -86,7 +86,9 @@ def test_features_are_norm_activation_or_own_output_before_anything_changes_them
 
 def test_only_layers_at_their_lowest_bit_width_are_pulled(network: anyprec.ConvertedModel) -> None:
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    oneshot = anyprec.OneShot(network, total_steps=1, random_paths=1, feature_weight=0.5, distillation=0.0)
+    oneshot = anyprec.OneShot(
+        network, total_steps=1, random_paths=1, random_weight=1.0, feature_weight=0.5, distillation=0.0
+    )
     config = network.resolve_bits({"*": 8, "conv": (2, 8), "second": (4, 8), "third": (8, 2)})
     oneshot.random_configs = lambda count: [config] * count
     distances = FeatureDistances(network)
