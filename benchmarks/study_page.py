@@ -46,7 +46,7 @@ _HELD = {OURS: "ours", "full": "full method"}
 
 
 Row = tuple[str, ...]
-"""Target, where, required, found, verdict."""
+"""Cells of a line of a table."""
 
 
 def dedicated_rows(study: Study) -> tuple[Row, list[Row]]:

@@ -225,7 +225,7 @@ def test_a_method_may_train_at_another_learning_rate(options):
         name: study_runs._recipe(runs[f"S/small/{name}/0"]).lr
         for name in ("ours", "ours-half-rate", "ours-double-rate")
     }
-    assert list(rates.values()) == [0.05, 0.025, 0.1]
+    assert rates == {"ours": 0.05, "ours-half-rate": 0.025, "ours-double-rate": 0.1}
     options.only = ["*/dedicated-2/0", "*/dedicated-2-*-rate/0"]
     study.run(options)
     options.page.write_text("")
