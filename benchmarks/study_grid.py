@@ -150,7 +150,7 @@ TRACKS: dict[str, Track] = {
         title="from scratch",
         networks=("resnet", "mobile"),
         seeds=(0, 1, 2),
-        fewer={"rate": (0,), "ablation": (0,), "interference": (0,), "variant": (0,)},
+        fewer={"rate": (0,), "interference": (0,), "variant": (0,)},
         size=32,
         images=12_500,
         search_images=1_024,
@@ -309,6 +309,7 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _one_shot(every, "sandwich", "plain + sandwich", "ablation", SANDWICH),
         _one_shot(every, "affine", "plain + shared affine", "ablation", {}, AFFINE),
         _one_shot(every, "sandwich-affine", "plain + sandwich + shared affine", "ablation", SANDWICH, AFFINE),
+        _one_shot(every, "weight-1.5", "the same, weight 1.5", "ablation", {**SANDWICH, "random_weight": 1.5}, AFFINE),
         Method(
             name="any-precision",
             title="Any-Precision DNN",

@@ -134,6 +134,7 @@ MAIN = (
     "sandwich",
     "affine",
     "sandwich-affine",
+    "weight-1.5",
     OURS,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -64,6 +65,11 @@ class Place:
     device: str = "cpu"
     starts: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def report_batch(self) -> int:
+        """Images in a batch of the report: an accelerator needs many to be busy."""
+        return 250 if self.device == "cpu" else 2_500
+
     def images(self, track: Track) -> Data:
         """The images of a track."""
         return cifar10(self.data, track.size, track.images, track.search_images, track.report_images)
@@ -79,7 +85,7 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
     """
     track, method, data = run.track, run.method, place.images(run.track)
     start = start_network(run, place, data)
-    report = list(batches(data.report, 250, training=False))
+    report = list(batches(data.report, place.report_batch, training=False))
     start_top1 = accuracy(start, report)
     expected = place.starts.get(run.start_name, start_top1)
     if start_top1 != expected:
@@ -140,13 +146,16 @@ def trained(
 
 
 def start_network(run: Run, place: Place, data: Data) -> nn.Module:
-    """The float network that all methods start from at this seed: trained once, and kept."""
+    """The float network that all methods start from at this seed: trained once, and kept.
+
+    Of runs that train it side by side the first to end keeps its own, which the others take too.
+    """
     track = run.track
     kept = place.kept / f"study.{track.name}.{run.network}.{run.seed}.{_digest(track)}.pt"
     torch.manual_seed(run.seed)
     network = NETWORKS[run.network](CLASSES).to(place.device).to(memory_format=torch.channels_last)
     if kept.exists():
-        network.load_state_dict(torch.load(kept, weights_only=True))
+        network.load_state_dict(torch.load(kept, weights_only=True, map_location=place.device))
         return network
     recipe = _recipe(run).changed(lr=track.start_lr)
     loader = batches(data.train, track.batch_size, training=True, seed=run.seed)
@@ -154,7 +163,10 @@ def start_network(run: Run, place: Place, data: Data) -> nn.Module:
     kept.parent.mkdir(parents=True, exist_ok=True)
     unfinished = kept.with_suffix(f".{os.getpid()}")
     torch.save(network.state_dict(), unfinished)
-    unfinished.replace(kept)
+    with contextlib.suppress(FileExistsError):
+        kept.hardlink_to(unfinished)
+    unfinished.unlink()
+    network.load_state_dict(torch.load(kept, weights_only=True, map_location=place.device))
     return network
 
 
@@ -345,7 +357,7 @@ class _Judge:
     def __init__(self, model: anyprec.ConvertedModel, run: Run, data: Data, report: Batches) -> None:
         self._model = model
         self._report = report
-        self._few = report[: max(1, run.track.mixed_images // 250)]
+        self._few = report[: max(1, run.track.mixed_images // len(report[0][0]))]
         torch.manual_seed(run.seed)
         loader = iter(batches(data.train, run.track.batch_size, training=True, seed=run.seed + 1))
         count = min(run.track.norm_batches, len(data.train[0]) // run.track.batch_size)
