@@ -59,6 +59,11 @@ class Study:
             if (record["track"], record["network"], record["method"]) == (place.track.name, place.network, method)
         }
 
+    def processor(self, place: Place, method: str) -> str:
+        """What most of the method's records were measured on."""
+        names = [record["machine"]["processor"] for record in self.of(place, method).values()]
+        return statistics.mode(names) if names else ""
+
     def values(self, place: Place, method: str, by: By) -> dict[int, float]:
         """A figure of each seed's record, where it has one."""
         found = {seed: by(record) for seed, record in self.of(place, method).items()}
@@ -122,9 +127,15 @@ def reestimation(width: int) -> By:
     return by
 
 
-def minutes(record: Record) -> float | None:
-    """Of training; None if the run was killed in between."""
-    return None if record.get("resumed") else float(record["training"]["cpu_seconds"]) / 60
+def minutes(processor: str) -> By:
+    """Of training on a machine; None on another one, or if the run was killed in between."""
+
+    def by(record: Record) -> float | None:
+        if record.get("resumed") or record["machine"]["processor"] != processor:
+            return None
+        return float(record["training"]["cpu_seconds"]) / 60
+
+    return by
 
 
 def float_top1(record: Record) -> float | None:
@@ -144,8 +155,8 @@ def passes_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
 
 
 def time_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
-    """The same for processor time of training."""
-    return _ratio(study, place, method, minutes)
+    """The same for processor time of training, on one machine."""
+    return _ratio(study, place, method, minutes(study.processor(place, method)))
 
 
 def _ratio(study: Study, place: Place, method: str, by: By) -> dict[int, float]:

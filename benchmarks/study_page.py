@@ -145,30 +145,45 @@ def planned(place: Place, names: Iterable[str]) -> list[str]:
     return [name for name in names if place.track.seeds_of(known[name].group)]
 
 
-def method_table(study: Study, place: Place, names: Sequence[str], *, references: bool) -> list[str]:
-    """Accuracy of methods at every uniform bit-width and at the random configurations."""
+def method_table(study: Study, place: Place, names: Sequence[str], *, against: str, references: bool) -> list[str]:
+    """Accuracy of methods at every uniform bit-width and at the random configurations.
+
+    Args:
+        study: All results.
+        place: Whose table it is.
+        names: Of the methods, one in a row.
+        against: The method that all are held against, seed by seed.
+        references: Whether the dedicated networks have a row.
+    """
     widths = [str(width) for width in place.track.bits]
     low = [width for width in widths if int(width) <= 6]
     known = methods(place.track.bits)
-    header = ["method", "passes", *widths, f"mean {low[0]} to {low[-1]}", "mixed", "mixed, stored", "minutes"]
-    rows = [reference_row(study, place, low)] if references else []
+    held, by_mean = study.values(place, against, mean_top1(low)), mean_top1(low)
+    time = minutes(study.processor(place, OURS))
+    header = ["method", "passes", *widths, f"mean {low[0]} to {low[-1]}", f"over {against}", "mixed", "mixed, stored",
+              "minutes"]  # fmt: skip
+    rows = [reference_row(study, place, low, held)] if references else []
     for name in names:
         cells = [study.values(place, name, top1(width)) for width in widths]
-        cells += [study.values(place, name, by) for by in (mean_top1(low), mixed("own"), mixed("stored"), minutes)]
+        mean = study.values(place, name, by_mean)
+        cells += [mean, {} if name == against else difference(mean, held)]
+        cells += [study.values(place, name, by) for by in (mixed("own"), mixed("stored"), time)]
         shown = [cell(values) for values in cells]
         rows.append([known[name].title, str(known[name].passes), *(shown if any(shown) else [MISSING])])
     return table(header, [[*row, *[""] * (len(header) - len(row))] for row in rows])
 
 
-def reference_row(study: Study, place: Place, low: Sequence[str]) -> list[str]:
-    """The dedicated networks, one for each column, and what they cost together."""
+def reference_row(study: Study, place: Place, low: Sequence[str], held: Mapping[int, float]) -> list[str]:
+    """The dedicated networks, one for each column, their mean against another method's, and what they cost together."""
     found = {str(width): study.values(place, f"dedicated-{width}", top1(str(width))) for width in place.track.bits}
     cells = [cell(values) or MISSING for values in found.values()]
     seeds = [seed for seed in found[low[0]] if all(seed in found[width] for width in low)]
     mean = {seed: statistics.fmean(found[width][seed] for width in low) for seed in seeds}
-    times = [study.values(place, f"dedicated-{width}", minutes) for width in place.track.bits]
+    time = minutes(study.processor(place, OURS))
+    times = [study.values(place, f"dedicated-{width}", time) for width in place.track.bits]
     together = {seed: sum(part[seed] for part in times) for seed in times[0] if all(seed in part for part in times)}
-    return ["dedicated, one network each", f"{len(times)} x 1", *cells, cell(mean), "", "", cell(together)]
+    return ["dedicated, one network each", f"{len(times)} x 1", *cells, cell(mean),
+            cell(difference(mean, held)), "", "", cell(together)]  # fmt: skip
 
 
 def caption(records: Sequence[Record], selection: str) -> list[str]:
@@ -410,7 +425,7 @@ def _method_section(study: Study, place: Place) -> list[str]:
     if not records:
         return [*lines, f"{MISSING.capitalize()}.", ""]
     shown = planned(place, MAIN)
-    lines += [*_float_line(study, place), "", *method_table(study, place, shown, references=True)]
+    lines += [*_float_line(study, place), "", *method_table(study, place, shown, against="plain", references=True)]
     lines += caption(records, f"--only '{place}/*' --group core --group ablation")
     lines += ["What re-estimated norm statistics add to stored ones, in points:", ""]
     lines += [*reestimation_table(study, place, shown), ""]
@@ -418,7 +433,7 @@ def _method_section(study: Study, place: Place) -> list[str]:
     if _records(study, [place], variants):
         names = [OURS, *variants]
         lines += [f"#### Variants of ours: {place.network}", ""]
-        lines += method_table(study, place, names, references=False)
+        lines += method_table(study, place, names, against=OURS, references=False)
         lines += caption(_records(study, [place], names), f"--only '{place}/{OURS}*'")
         lines += ["What re-estimated norm statistics add:", "", *reestimation_table(study, place, names), ""]
     return lines
@@ -473,8 +488,9 @@ def _introduction(study: Study) -> list[str]:
 _METHOD = """Within a seed all methods start from the same float network and take the same number of optimizer steps on the same
 images; the forward-backward passes of a step stand beside. Accuracy is on images that neither training nor search saw, with
 norm statistics re-estimated for each configuration (on training images) unless it says stored. First and last layers have 8
-bits, depthwise convolutions at least 3. "mixed" is the mean of random mixed configurations, the same for all; minutes are
-processor time of training."""
+bits, depthwise convolutions at least 3. "mixed" is the mean of random mixed configurations, the same for all; "over" is the
+difference of the means seed by seed, where rows have different seeds; minutes are processor time of training, on the machine
+that trained ours."""
 
 
 def _described(track: Track) -> str:
