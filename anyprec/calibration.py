@@ -133,9 +133,7 @@ def calibrate_norms(
     held = _held(loader, batches, device_of(model))
     with _undo_on_error(model), evaluating(model), torch.no_grad():
         if include_float:
-            with model.using_bits(highest_config(model.candidates)):
-                for norm in norms:
-                    norm.take_over_affine()
+            hand_over_affine(model)
         reference = _reference_statistics(model, norms, held) if anchored else None
         done: set[tuple[tuple[int | None, int | None], ...]] = set()
         for bits in (*_uniform_pairs(model), *([None] if include_float else [])):
@@ -154,6 +152,13 @@ def calibrate_norms(
     for norm in norms:
         norm.bank.refresh()  # type: ignore[union-attr]  # those without were left out above
     model.set_bits(model.bits)
+
+
+def hand_over_affine(model: ConvertedModel) -> None:
+    """Give the float network's norms scale and shift of the highest precision's copies, which training taught."""
+    with model.using_bits(highest_config(model.candidates)):
+        for _, norm in _norms(model):
+            norm.take_over_affine()
 
 
 def recalibrate(

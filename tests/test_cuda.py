@@ -99,6 +99,7 @@ def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: 
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of parts of torch that its compiler imports
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # its compiler's advice
 def test_compiled_training_is_eager_training(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
     eager = copy.deepcopy(on_gpu)
     found = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.batches import Batch, device_of
-from anyprec.calibration import calibrate, calibrate_norms
+from anyprec.calibration import calibrate, calibrate_norms, hand_over_affine
 from anyprec.distributed import process_count
 from anyprec.errors import TrainingError
 from anyprec.model import ConvertedModel, require_converted, require_latents
@@ -72,7 +72,8 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         autocast: `torch.bfloat16` runs forward passes in mixed precision.
         compiled: Run the network through `torch.compile`, or through it with these arguments. It is compiled once for
             the max path and once for all others, never for other bit-widths.
-        norm_batches: Training batches for the norm statistics at the end; 0 leaves the running ones.
+        norm_batches: Training batches for the norm statistics at the end; 0 leaves the running ones, and the float
+            network's as they were.
         seed: Of the generator that draws the bit-widths.
         snapshot: File for the state of the run. If it exists, the run goes on from there, exactly as it would have:
             weights, optimizer, schedules and random generators, on the same batches.
@@ -158,6 +159,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
                 run.write()  # after the callback, which may draw random numbers
     if run.average is not None:
         model.load_state_dict(run.average.module.state_dict())
+    hand_over_affine(model)  # the last snapshot is from before
     if norm_batches:
         calibrate_norms(model, train_loader, batches=norm_batches, include_float=True)
     model.eval()
