@@ -89,9 +89,10 @@ def target_rows(study: Study) -> list[Row]:
             found = difference(study.values(place, OURS, searched("W4A4")), study.values(place, "float", float_top1))
             rows.append(_row("ours: searched W4A4 over float", place, 0.0, found))
     for place in study.places:
-        found = {seed: -worst_reestimation(place, record) for seed, record in study.of(place, OURS).items()}
+        worst, added = worst_reestimation(study, place, OURS)
         title = "ours: stored over re-estimated statistics, the worst bit-width"
-        rows.append(_row(title, place, -0.5, found))
+        title += f" ({worst})" if added else ""
+        rows.append(_row(title, place, -0.5, {seed: -value for seed, value in added.items()}))
     for place in study.places:
         for what, ratio in (("passes", passes_ratio(study, place, OURS)), ("time", time_ratio(study, place, OURS))):
             title = f"ours: training cost of the dedicated networks over it, {what}"
