@@ -264,13 +264,39 @@ def test_ours_are_the_defaults_of_anyprec():
     assert ours.convert == {name: defaults[name].default for name in ours.convert}
 
 
-def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
-    def record(name, **top1):
-        (run,) = [run for run in study_grid.grid([TRACK]) if run.name == f"S/small/{name}/0"]
-        configs = {width[1:]: {"own": value, "stored": value} for width, value in top1.items()}
-        return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": 0, "settings": run.settings,
-                "configs": configs}  # fmt: skip
+def record(name, seed=0, *, processor="here", cpu_seconds=60.0, **top1):
+    """Of a run, with the same top-1 for both kinds of statistics, or with (stored, re-estimated)."""
+    (run,) = [run for run in study_grid.grid([TRACK]) if run.name == f"S/small/{name}/{seed}"]
+    pairs = {width[1:]: value if isinstance(value, tuple) else (value, value) for width, value in top1.items()}
+    configs = {width: {"stored": stored, "own": own} for width, (stored, own) in pairs.items()}
+    return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": seed, "settings": run.settings,
+            "machine": {"processor": processor}, "training": {"cpu_seconds": cpu_seconds}, "configs": configs,
+            "mixed": []}  # fmt: skip
 
+
+def test_the_worst_bit_width_of_stored_statistics_is_that_of_the_mean_over_seeds():
+    found = [record("ours", 0, w2=(50.0, 51.5), w3=(58.0, 58.6), w4=(60.0, 60.0)),
+             record("ours", 1, w2=(51.0, 49.5), w3=(58.0, 58.4), w4=(60.0, 60.1))]  # fmt: skip
+    study_of_them = study_figures.Study(found, [TRACK])
+    worst, added = study_figures.worst_reestimation(study_of_them, study_of_them.places[0], "ours")
+    assert worst == 3
+    assert added == pytest.approx({0: 0.6, 1: 0.4})
+
+
+def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_held_against_another_by_seed():
+    found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
+             record("plain", 1, w2=49.0, w3=60.0, w4=62.0, processor="elsewhere", cpu_seconds=6e6)]  # fmt: skip
+    study_of_them = study_figures.Study(found, [TRACK])
+    lines = study_page.method_table(
+        study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain", references=False
+    )
+    header, _, plain, ours = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    at, last = header.index("over plain"), header.index("minutes")
+    assert (plain[at], plain[last]) == ("", "")
+    assert (ours[at], ours[last]) == ("1.0", "1.0 ± 0.0")
+
+
+def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
     found = [record("ours", w2=49.1, w4=59.9), record("dedicated-2", w2=50.0), record("dedicated-4", w4=60.0)]
     header, rows = study_page.dedicated_rows(study_figures.Study(found, [TRACK]))
     assert header[2:] == ("4 bits (at least 0)", "3 bits (at least -0.3)", "2 bits (at least -1)")
