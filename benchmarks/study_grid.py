@@ -181,7 +181,7 @@ TRACKS: dict[str, Track] = {
         epochs=3,
         lr=0.02,
         weight_decay=2.5e-5,
-        search_evaluations=160,
+        search_evaluations=400,
     ),
     "A": Track(
         name="A",
