@@ -91,7 +91,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
             `"residual"` those whose outputs are added.
         alpha: Weight of the loss against the cost in the choice of a greedy move.
         seed: Of evolution and random search.
-        max_evaluations: Stop after so many evaluations.
+        max_evaluations: Stop after so many evaluations; fewer than about seven for each layer often find a uniform one.
         max_seconds: Stop after so long.
         resume: File that keeps every score; a search of the same model and images goes on from it.
         report_loader: Other batches of (images, labels): the frontier's accuracy on them becomes part of the result.
