@@ -19,7 +19,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import multiprocessing
+import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +84,7 @@ def performed(
     pool = ProcessPoolExecutor(
         options.workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
+        initializer=_begin_worker,
         initargs=(options.threads,),
     )
     with pool:
@@ -95,6 +97,19 @@ def performed(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.exception() or future.result()
+
+
+def _begin_worker(threads: int) -> None:
+    """Set a worker's threads, and end it with its parent: one that trains on would slow whatever runs next."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def selected(options: argparse.Namespace) -> list[Run]:

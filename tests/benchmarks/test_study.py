@@ -3,6 +3,10 @@
 import argparse
 import dataclasses
 import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import records
@@ -396,3 +400,32 @@ def test_the_commands_say_what_they_would_do(tmp_path, capsys):
     with pytest.raises(SystemExit):
         study.main([*command[:3], "--tiny"])
     assert "--tiny needs --results" in capsys.readouterr().err
+
+
+_POOL = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, sys.argv[1])
+import study
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=study._begin_worker, initargs=(1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="asks /proc whether a process lives")
+def test_workers_end_with_the_process_that_began_them(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(_POOL)
+    begun = subprocess.Popen([sys.executable, script, Path(study.__file__).parent], stdout=subprocess.PIPE, text=True)
+    worker = Path("/proc") / begun.stdout.readline().strip()
+    assert worker.exists()
+    begun.kill()
+    begun.wait()
+    begun.stdout.close()
+    end = time.monotonic() + 30
+    while worker.exists() and "Z" not in (worker / "stat").read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not worker.exists() or "Z" in (worker / "stat").read_text()
