@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,12 @@ def draw_instability(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
 
 
 def panels_of(count: int, *, height: float = 4.5) -> tuple[Figure, list[Any]]:
-    """A figure with panels side by side, and their axes."""
-    figure = Figure(figsize=(6.0 * count, height), dpi=110, layout="constrained")
+    """A figure with panels, two or three in a row, and their axes."""
+    columns = count if count <= 3 else 2
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(6.0 * columns, height * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
