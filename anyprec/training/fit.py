@@ -159,9 +159,10 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
                 run.write()  # after the callback, which may draw random numbers
     if run.average is not None:
         model.load_state_dict(run.average.module.state_dict())
-    hand_over_affine(model)  # the last snapshot is from before
     if norm_batches:
         calibrate_norms(model, train_loader, batches=norm_batches, include_float=True)
+    else:
+        hand_over_affine(model)
     model.eval()
     return run.position.history
 
