@@ -30,7 +30,7 @@ REVISION = 2
 sizes learn at the speed of their range."""
 
 Kind = Literal["float", "dedicated", "random paths", "one-shot", "any-precision"]
-Group = Literal["core", "rate", "ablation", "interference", "variant"]
+Group = Literal["core", "weight", "ablation", "rate", "variant", "interference"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 """Which question a method answers."""
 
@@ -95,7 +95,7 @@ class Track:
         mixed: Random configurations.
         search_evaluations: At most so many for one budget.
         search_norms: Statistics that the search judges by: those of the batch, as what it finds gets statistics of its own.
-        searches: Whether budgets are searched, for the methods of the core.
+        searches: The methods for which budgets are searched.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Track:
     mixed: int = 20
     search_evaluations: int
     search_norms: anyprec.searching.evaluator.Norms = "batch"
-    searches: bool = True
+    searches: tuple[str, ...] = ("plain", "full", "ours")
 
     @property
     def steps(self) -> int:
@@ -137,12 +137,14 @@ class Track:
         Args:
             shared: Whether one set of weights serves several configurations; otherwise nothing is mixed or searched.
         """
-        left_out = {"name", "title", "networks", "pretrained", "seeds", "fewer"}
+        left_out = {"name", "title", "networks", "pretrained", "seeds", "fewer", "searches"}
         if not shared:
             left_out |= {name for name in vars(self) if name.startswith(("mixed", "search"))}
         values = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**values, "bits": list(self.bits)}
 
+
+_CORE_ONLY: dict[Group, tuple[int, ...]] = {group: () for group in GROUPS if group != "core"}
 
 TRACKS: dict[str, Track] = {
     "S": Track(
@@ -150,7 +152,7 @@ TRACKS: dict[str, Track] = {
         title="from scratch",
         networks=("resnet", "mobile"),
         seeds=(0, 1, 2),
-        fewer={"rate": (0,), "interference": (0,), "variant": (0,)},
+        fewer={"ablation": (0,), "rate": (0,), "interference": (0,), "variant": (0,)},
         size=32,
         images=12_500,
         search_images=1_024,
@@ -168,8 +170,8 @@ TRACKS: dict[str, Track] = {
         title="pretrained",
         networks=("lite0",),
         pretrained=True,
-        seeds=(0, 1),
-        fewer={"rate": (), "ablation": (), "interference": (), "variant": ()},
+        seeds=(0,),
+        fewer=_CORE_ONLY,
         size=64,
         images=3_500,
         search_images=768,
@@ -182,6 +184,7 @@ TRACKS: dict[str, Track] = {
         lr=0.02,
         weight_decay=2.5e-5,
         search_evaluations=400,
+        searches=("ours",),
     ),
     "A": Track(
         name="A",
@@ -189,7 +192,7 @@ TRACKS: dict[str, Track] = {
         networks=("lite0",),
         pretrained=True,
         seeds=(0, 1),
-        fewer={"rate": (), "ablation": (), "interference": (), "variant": ()},
+        fewer=_CORE_ONLY,
         size=64,
         images=49_000,
         search_images=1_000,
@@ -201,6 +204,7 @@ TRACKS: dict[str, Track] = {
         lr=0.04,
         weight_decay=2.5e-5,
         search_evaluations=250,
+        searches=("ours",),
     ),
 }
 """S and P fit two cores; A is for an accelerator, and only runs when it is asked for."""
@@ -264,7 +268,7 @@ class Method:
 
     def searches(self, track: Track) -> bool:
         """Whether budgets are searched for it."""
-        return track.searches and self.is_whole(track) and self.group == "core"
+        return self.name in track.searches and self.is_whole(track)
 
     @property
     def is_shared(self) -> bool:
@@ -308,8 +312,8 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _one_shot(every, "both", "plain + both", "ablation", {**SCHEDULER, **FEATURES}),
         _one_shot(every, "sandwich", "plain + sandwich", "ablation", SANDWICH),
         _one_shot(every, "affine", "plain + shared affine", "ablation", {}, AFFINE),
-        _one_shot(every, "sandwich-affine", "plain + sandwich + shared affine", "ablation", SANDWICH, AFFINE),
-        _one_shot(every, "weight-1.5", "the same, weight 1.5", "ablation", {**SANDWICH, "random_weight": 1.5}, AFFINE),
+        _one_shot(every, "sandwich-affine", "plain + sandwich + shared affine", "weight", SANDWICH, AFFINE),
+        _one_shot(every, "weight-1.5", "the same, weight 1.5", "weight", {**SANDWICH, "random_weight": 1.5}, AFFINE),
         Method(
             name="any-precision",
             title="Any-Precision DNN",
@@ -444,12 +448,16 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What its results depend on."""
         settings = self.track.settings(shared=self.method.is_shared)
+        if self.method.is_shared:
+            settings["searches"] = self.method.searches(self.track)
         return settings if self.method.kind == "float" else {**settings, "revision": REVISION}
 
 
 _ORDER = (
     ("core", "first"),
     ("core", "others"),
+    ("weight", "first"),
+    ("weight", "others"),
     ("ablation", "first"),
     ("rate", "first"),
     ("variant", "first"),

@@ -214,14 +214,14 @@ def reestimation_table(study: Study, place: Place, names: Sequence[str]) -> list
     return table(header, rows)
 
 
-def search_table(study: Study, names: Sequence[str]) -> list[str]:
+def search_table(study: Study) -> list[str]:
     """Searched configurations beside the uniform ones of the same BitOPs."""
     header = ["network", "method", "budget", "MBitOPs", "used", "uniform", "searched", "gain", "searched, stored",
               "evaluations"]  # fmt: skip
     rows = []
     for place in study.places:
         known = methods(place.track.bits)
-        for name in names:
+        for name in place.track.searches:
             if not study.of(place, name):
                 rows.append([str(place), known[name].title, MISSING, *[""] * 7])
                 continue
@@ -406,9 +406,10 @@ def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
     for place in study.places:
         rates += [name for name, method in methods(place.track.bits).items() if method.group == "rate"]
     lines += caption(_records(study, study.places, dict.fromkeys(rates)), "--group rate")
-    lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study, _SEARCHED)]
-    selection = " ".join(f"--only '*/{name}/*'" for name in _SEARCHED)
-    lines += caption(_records(study, study.places, _SEARCHED), selection)
+    lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study)]
+    names = list(dict.fromkeys(name for place in study.places for name in place.track.searches))
+    selection = " ".join(f"--only '*/{name}/*'" for name in names)
+    lines += caption([record for record in study.records if record.get("searched")], selection)
     lines += ["### Frozen candidates", "", *frozen_table(study, ("scheduler", "both", "full"))]
     lines += caption(_records(study, study.places, ("scheduler", "both", "full")), "--group core --group ablation")
     for name in drawn:
@@ -421,13 +422,13 @@ def _method_section(study: Study, place: Place) -> list[str]:
     """All tables of one network."""
     known = methods(place.track.bits)
     lines = [f"### Every method: {place.network}, {place.track.title}", ""]
-    names = [name for name, method in known.items() if method.group in {"core", "ablation"}]
+    names = [name for name, method in known.items() if method.group in {"core", "weight", "ablation"}]
     records = _records(study, [place], names)
     if not records:
         return [*lines, f"{MISSING.capitalize()}.", ""]
     shown = planned(place, MAIN)
     lines += [*_float_line(study, place), "", *method_table(study, place, shown, against="plain", references=True)]
-    lines += caption(records, f"--only '{place}/*' --group core --group ablation")
+    lines += caption(records, f"--only '{place}/*' --group core --group weight --group ablation")
     lines += ["What re-estimated norm statistics add to stored ones, in points:", ""]
     lines += [*reestimation_table(study, place, shown), ""]
     variants = [name for name, method in known.items() if method.group == "variant"]
@@ -439,8 +440,6 @@ def _method_section(study: Study, place: Place) -> list[str]:
         lines += ["What re-estimated norm statistics add:", "", *reestimation_table(study, place, names), ""]
     return lines
 
-
-_SEARCHED = ("plain", "full", OURS)
 
 _DEDICATED = """"Ours" are the defaults: plain one-shot training with the lowest precision in every step (sandwich), one scale and
 shift of a norm for all its copies (shared affine), and random paths that together weigh twice the max path. The full method is
@@ -500,7 +499,7 @@ def _described(track: Track) -> str:
         f"{track.report_images:,} to report on (the {track.mixed} random configurations on {track.mixed_images:,})"
     )
     length = f"{track.start_epochs} float epochs, then {track.epochs} epochs of each method ({track.steps:,} steps of "
-    length += f"{track.batch_size} images); {len(track.seeds)} seeds"
+    length += f"{track.batch_size} images); {len(track.seeds)} seed{'s' if len(track.seeds) > 1 else ''}"
     return f"- **{track.name}**, {track.title}: {', '.join(track.networks)}; {images}; {length}."
 
 

@@ -29,7 +29,7 @@ TRACK = study_grid.Track(
     title="from noise",
     networks=("small",),
     seeds=(0, 1),
-    fewer={"interference": (0,), "ablation": (0,), "variant": ()},
+    fewer={"interference": (0,), "ablation": (0,), "weight": (), "variant": ()},
     bits=(2, 3, 4),
     size=32,
     images=16,
@@ -141,7 +141,7 @@ def test_a_run_is_the_same_when_it_is_done_again(options):
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
-    longer = dataclasses.replace(TRACK, epochs=2, searches=False)
+    longer = dataclasses.replace(TRACK, epochs=2, searches=())
     run = next(run for run in study_grid.grid([longer]) if run.name == "S/small/full/0")
     place = study_runs.Place(options.data, options.data / "unbroken")
     unbroken = study_runs.perform(run, place)
@@ -315,6 +315,16 @@ def test_what_is_not_searched_does_not_depend_on_how_others_are(options):
     assert not left & {"S/small/float/0", "S/small/dedicated-2/0"}
     runs = {run.name: run for run in study_grid.grid([TRACK])}
     assert runs["S/small/ours/0"].settings != dataclasses.replace(runs["S/small/ours/0"], track=other).settings
+
+
+def test_a_track_says_whose_budgets_are_searched(options):
+    fewer = dataclasses.replace(TRACK, searches=("ours",))
+    both, ours = ({run.name: run for run in study_grid.grid([track])} for track in (TRACK, fewer))
+    assert ours["S/small/ours/0"].settings == both["S/small/ours/0"].settings
+    assert ours["S/small/plain/0"].settings != both["S/small/plain/0"].settings
+    assert study_runs.perform(ours["S/small/plain/0"], study_runs.Place(options.data, options.data))["searched"] == {}
+    asked = study_page.search_table(study_figures.Study([], [fewer]))
+    assert [line.split("|")[2].strip() for line in asked[2:]] == [ours["S/small/ours/0"].method.title]
 
 
 def test_the_tracks_norms_judge_in_the_search(options, monkeypatch):
