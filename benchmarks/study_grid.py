@@ -343,17 +343,15 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         for lowest in range(len(every) - 2, 0, -1)
     ]
     found += [
-        _variant(every, "scheduler", "with scheduler", **SCHEDULER),
-        _variant(every, "distortion", "with distortion mitigation", **FEATURES),
-        _variant(every, "error", "with quantization error", **ERROR),
         _variant(every, "norm-per-width", "norms per weight bit-width", convert={"norm": "per-width"}),
         _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
-        _variant(every, "summed", "random paths weigh 3, one max path each", random_weight=3.0),
-        _variant(every, "averaged", "the same at a quarter of the learning rate", rate=0.25, random_weight=3.0),
         _variant(every, "one-path", "1 path: the lowest or a random one", random_paths=1),
         _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
         _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
         _variant(every, "instability", "instability sampler", sampler="instability"),
+        _variant(every, "scheduler", "with scheduler", **SCHEDULER),
+        _variant(every, "distortion", "with distortion mitigation", **FEATURES),
+        _variant(every, "error", "with quantization error", **ERROR),
     ]
     return {method.name: method for method in found}
 
@@ -376,11 +374,9 @@ def _variant(
     title: str,
     *,
     convert: Mapping[str, Any] | None = None,
-    rate: float = 1.0,
     **recipe: Any,
 ) -> Method:
-    found = _one_shot(widths, f"ours-{name}", title, "variant", {**OURS, **recipe}, {**AFFINE, **(convert or {})})
-    return dataclasses.replace(found, rate=rate)
+    return _one_shot(widths, f"ours-{name}", title, "variant", {**OURS, **recipe}, {**AFFINE, **(convert or {})})
 
 
 @dataclass(frozen=True)
