@@ -278,8 +278,7 @@ class Method:
 
 SCHEDULER = {"scheduler": anyprec.BitWidthScheduler()}
 FEATURES = {"feature_weight": 0.01}
-ERROR = {"error_weight": 0.1, "spare_decay": True}
-FULL = {**SCHEDULER, **FEATURES, **ERROR}
+FULL = {**SCHEDULER, **FEATURES, "error_weight": 0.1, "spare_decay": True}
 SANDWICH = {"sampler": "sandwich"}
 AFFINE = {"norm": "shared-affine"}
 OURS = {**SANDWICH, "random_weight": 2.0}
@@ -349,9 +348,6 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
         _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
         _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
         _variant(every, "instability", "instability sampler", sampler="instability"),
-        _variant(every, "scheduler", "with scheduler", **SCHEDULER),
-        _variant(every, "distortion", "with distortion mitigation", **FEATURES),
-        _variant(every, "error", "with quantization error", **ERROR),
     ]
     return {method.name: method for method in found}
 
