@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,6 +60,12 @@ class Study:
             for record in self.records
             if (record["track"], record["network"], record["method"]) == (place.track.name, place.network, method)
         }
+
+    def of_seeds(self, seeds: Iterable[int]) -> Study:
+        """The records of these seeds only: to hold methods that have one seed against others that have more."""
+        found, wanted = copy.copy(self), set(seeds)
+        found.records = [record for record in self.records if record["seed"] in wanted]
+        return found
 
     def processor(self, place: Place, method: str) -> str:
         """What most of the method's records were measured on."""

@@ -146,7 +146,9 @@ def planned(place: Place, names: Iterable[str]) -> list[str]:
     return [name for name in names if place.track.seeds_of(known[name].group)]
 
 
-def method_table(study: Study, place: Place, names: Sequence[str], *, against: str, references: bool) -> list[str]:
+def method_table(
+    study: Study, place: Place, names: Sequence[str], *, against: str, references: bool = False
+) -> list[str]:
     """Accuracy of methods at every uniform bit-width and at the random configurations.
 
     Args:
@@ -360,25 +362,21 @@ def interference_panels(study: Study) -> dict[str, dict[str, list[tuple[int, flo
     """For each network and bit-width: its accuracy as lower and lower candidates are trained along, lowest first."""
     panels = {}
     for place in study.places:
-        bits, seeds = sorted(place.track.bits, reverse=True), place.track.seeds_of("interference")
+        bits, same = sorted(place.track.bits, reverse=True), study.of_seeds(place.track.seeds_of("interference"))
         trained_with = {bits[0]: f"dedicated-{bits[0]}", bits[-1]: "random"}
         trained_with |= {lowest: f"random-{lowest}-up" for lowest in bits[1:-1]}
         lines: dict[str, list[tuple[int, float]]] = {}
         for width in bits:
             for lowest in (low for low in bits if low <= width):
-                found = _of_seeds(study.values(place, trained_with[lowest], top1(str(width))), seeds)
+                found = same.values(place, trained_with[lowest], top1(str(width)))
                 if found:
                     lines.setdefault(f"{width} bits", []).append((lowest, statistics.fmean(found.values())))
-            ours = _of_seeds(study.values(place, OURS, top1(str(width))), seeds)
+            ours = same.values(place, OURS, top1(str(width)))
             if ours and f"{width} bits" in lines:
                 lines.setdefault(f"{width} bits, ours", []).append((bits[-1], statistics.fmean(ours.values())))
         if any(len(points) > 1 for points in lines.values()):
             panels[str(place)] = lines
     return panels
-
-
-def _of_seeds(values: Mapping[int, float], seeds: Sequence[int]) -> dict[int, float]:
-    return {seed: value for seed, value in values.items() if seed in seeds}
 
 
 def instability_panels(study: Study) -> dict[str, list[dict[str, Any]]]:
@@ -435,9 +433,10 @@ def _method_section(study: Study, place: Place) -> list[str]:
     if _records(study, [place], variants):
         names = [OURS, *variants]
         lines += [f"#### Variants of ours: {place.network}", ""]
-        lines += method_table(study, place, names, against=OURS, references=False)
-        lines += caption(_records(study, [place], names), f"--only '{place}/{OURS}*'")
-        lines += ["What re-estimated norm statistics add:", "", *reestimation_table(study, place, names), ""]
+        same = study.of_seeds(place.track.seeds_of("variant"))
+        lines += method_table(same, place, names, against=OURS)
+        lines += caption(_records(same, [place], names), f"--only '{place}/{OURS}*'")
+        lines += ["What re-estimated norm statistics add:", "", *reestimation_table(same, place, names), ""]
     return lines
 
 

@@ -268,13 +268,14 @@ def test_ours_are_the_defaults_of_anyprec():
     assert ours.convert == {name: defaults[name].default for name in ours.convert}
 
 
-def record(name, seed=0, *, processor="here", cpu_seconds=60.0, **top1):
+def record(name, seed=0, *, track=TRACK, processor="here", cpu_seconds=60.0, **top1):
     """Of a run, with the same top-1 for both kinds of statistics, or with (stored, re-estimated)."""
-    (run,) = [run for run in study_grid.grid([TRACK]) if run.name == f"S/small/{name}/{seed}"]
+    (run,) = [run for run in study_grid.grid([track]) if run.name == f"S/small/{name}/{seed}"]
     pairs = {width[1:]: value if isinstance(value, tuple) else (value, value) for width, value in top1.items()}
     configs = {width: {"stored": stored, "own": own} for width, (stored, own) in pairs.items()}
     return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": seed, "settings": run.settings,
-            "machine": {"processor": processor}, "training": {"cpu_seconds": cpu_seconds}, "configs": configs,
+            "machine": {**records.machine(), "processor": processor}, "commit": "abc", "frozen": [],
+            "training": {"cpu_seconds": cpu_seconds}, "configs": configs,
             "mixed": []}  # fmt: skip
 
 
@@ -291,13 +292,23 @@ def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_held_again
     found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
              record("plain", 1, w2=49.0, w3=60.0, w4=62.0, processor="elsewhere", cpu_seconds=6e6)]  # fmt: skip
     study_of_them = study_figures.Study(found, [TRACK])
-    lines = study_page.method_table(
-        study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain", references=False
-    )
+    lines = study_page.method_table(study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain")
     header, _, plain, ours = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     at, last = header.index("over plain"), header.index("minutes")
     assert (plain[at], plain[last]) == ("", "")
     assert (ours[at], ours[last]) == ("1.0", "1.0 ± 0.0")
+
+
+def test_variants_stand_beside_ours_of_the_same_seeds():
+    one = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "variant": (0,)})
+    found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
+             record("ours-per-tensor", 0, track=one, w2=49.0, w3=57.0, w4=59.0)]  # fmt: skip
+    study_of_them = study_figures.Study(found, [one])
+    lines = study_page._method_section(study_of_them, study_of_them.places[0])
+    shown = [[cell.strip() for cell in line.split("|")][1:6] for line in lines if line.startswith("| ours")]
+    title = study_grid.methods(TRACK.bits)["ours"].title
+    assert [title, "4", "51.0 ± 1.4", "59.0 ± 1.4", "61.0 ± 1.4"] in shown  # among all methods
+    assert [title, "4", "50.0", "58.0", "60.0"] in shown  # above its variants
 
 
 def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
