@@ -311,6 +311,13 @@ def test_variants_stand_beside_ours_of_the_same_seeds():
     assert [title, "4", "50.0", "58.0", "60.0"] in shown  # above its variants
 
 
+def test_interference_is_drawn_on_the_seeds_that_it_has():
+    found = [record("dedicated-4", 0, w4=60.0), record("dedicated-4", 1, w4=64.0), record("ours", 0, w4=61.0),
+             record("ours", 1, w4=66.0), record("random-3-up", 0, w3=57.0, w4=58.0)]  # fmt: skip
+    panels = study_page.interference_panels(study_figures.Study(found, [TRACK]))
+    assert panels["S/small"] == {"4 bits": [(4, 60.0), (3, 58.0)], "4 bits, ours": [(2, 61.0)], "3 bits": [(3, 57.0)]}
+
+
 def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
     found = [record("ours", w2=49.1, w4=59.9), record("dedicated-2", w2=50.0), record("dedicated-4", w4=60.0)]
     header, rows = study_page.dedicated_rows(study_figures.Study(found, [TRACK]))
