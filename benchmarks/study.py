@@ -8,10 +8,10 @@
 A finished run is one line of JSON in `--results`, and is not run again; a one-shot run that was killed goes on from
 its snapshot; networks that are searched are kept beside the results, trained. `--only` takes patterns of
 TRACK/NETWORK/METHOD/SEED, `--group` takes the question that a method answers. What is compared stands in
-`study_grid.py`, how in `study_runs.py`, the page in `study_page.py`. `--seeds 1` is about half of the grid.
+`study_grid.py`, how in `study_runs.py`, the page in `study_page.py`. `--seeds 1` takes about two thirds of the time.
 
 Where page faults are dear (many virtual machines), glibc should keep freed memory: with MALLOC_MMAP_MAX_=0 and
-MALLOC_TRIM_THRESHOLD_=100000000000 in the environment, two runs side by side took half to a third of the time here.
+MALLOC_TRIM_THRESHOLD_=100000000000 in the environment, two runs side by side took one to two thirds of the time here.
 
 An accelerator waits for Python in these small networks: `--device cuda --workers 16` shares it (with NVIDIA's MPS daemon
 running); 87 runs took an H200 12 minutes. Track A is for an accelerator and is only run when it is named (`--track A`).
