@@ -262,11 +262,8 @@ def rate_table(study: Study) -> list[str]:
         widths = (min(place.track.bits), max(place.track.bits)) if place.track.seeds_of("rate") else ()
         for width in widths:
             for name in (f"dedicated-{width}", OURS):
-                seeds = {seed for other in RATES for seed in study.of(place, f"{name}-{other}-rate")}
-                cells = []
-                for suffix in _RATES:
-                    found = study.values(place, name + suffix, top1(str(width)))
-                    cells.append(cell({seed: value for seed, value in found.items() if seed in seeds}) or MISSING)
+                same = study.of_seeds(place.track.seeds_of("rate"))
+                cells = [cell(same.values(place, name + suffix, top1(str(width)))) or MISSING for suffix in _RATES]
                 rows.append([str(place), str(width), methods(place.track.bits)[name].title, *cells])
     return table(header, rows, texts=3)
 
@@ -274,6 +271,17 @@ def rate_table(study: Study) -> list[str]:
 _RATES = {f"-{name}-rate": rate for name, rate in RATES.items()} | {"": 1.0}
 _RATES = dict(sorted(_RATES.items(), key=operator.itemgetter(1)))
 """What a method's name ends with, in ascending order of the learning rate."""
+
+
+def _of_rates(study: Study) -> list[Record]:
+    """The records that the table of learning rates shows."""
+    found = []
+    for place in study.places:
+        rates = [name for name, method in methods(place.track.bits).items() if method.group == "rate"]
+        ends = tuple(suffix for suffix in _RATES if suffix)
+        held = {name.removesuffix(end) for name in rates for end in ends if name.endswith(end)}
+        found += _records(study.of_seeds(place.track.seeds_of("rate")), [place], [*rates, *held])
+    return found
 
 
 def frozen_table(study: Study, names: Sequence[str]) -> list[str]:
@@ -400,10 +408,7 @@ def render(study: Study, drawn: Sequence[str], *, relative: str) -> str:
     for place in study.places:
         lines += _method_section(study, place)
     lines += ["### Other learning rates", "", *rate_table(study)]
-    rates: list[str] = []
-    for place in study.places:
-        rates += [name for name, method in methods(place.track.bits).items() if method.group == "rate"]
-    lines += caption(_records(study, study.places, dict.fromkeys(rates)), "--group rate")
+    lines += caption(_of_rates(study), "--group rate")
     lines += ["### Searched configurations", "", _SEARCH, "", *search_table(study)]
     names = list(dict.fromkeys(name for place in study.places for name in place.track.searches))
     selection = " ".join(f"--only '*/{name}/*'" for name in names)
