@@ -259,12 +259,10 @@ def rate_table(study: Study) -> list[str]:
     header = ["network", "bits", "method", *(f"{rate:g} times" for rate in _RATES.values())]
     rows = []
     for place in study.places:
-        widths = (min(place.track.bits), max(place.track.bits)) if place.track.seeds_of("rate") else ()
-        for width in widths:
-            for name in (f"dedicated-{width}", OURS):
-                same = study.of_seeds(place.track.seeds_of("rate"))
-                cells = [cell(same.values(place, name + suffix, top1(str(width)))) or MISSING for suffix in _RATES]
-                rows.append([str(place), str(width), methods(place.track.bits)[name].title, *cells])
+        same, known = study.of_seeds(place.track.seeds_of("rate")), methods(place.track.bits)
+        for width, name in _rated(place):
+            cells = [cell(same.values(place, name + suffix, top1(str(width)))) or MISSING for suffix in _RATES]
+            rows.append([str(place), str(width), known[name].title, *cells])
     return table(header, rows, texts=3)
 
 
@@ -277,11 +275,15 @@ def _of_rates(study: Study) -> list[Record]:
     """The records that the table of learning rates shows."""
     found = []
     for place in study.places:
-        rates = [name for name, method in methods(place.track.bits).items() if method.group == "rate"]
-        ends = tuple(suffix for suffix in _RATES if suffix)
-        held = {name.removesuffix(end) for name in rates for end in ends if name.endswith(end)}
-        found += _records(study.of_seeds(place.track.seeds_of("rate")), [place], [*rates, *held])
+        names = dict.fromkeys(name + suffix for _, name in _rated(place) for suffix in _RATES)
+        found += _records(study.of_seeds(place.track.seeds_of("rate")), [place], names)
     return found
+
+
+def _rated(place: Place) -> list[tuple[int, str]]:
+    """Bit-widths and methods that are looked at with other learning rates."""
+    widths = (min(place.track.bits), max(place.track.bits)) if place.track.seeds_of("rate") else ()
+    return [(width, name) for width in widths for name in (f"dedicated-{width}", OURS)]
 
 
 def frozen_table(study: Study, names: Sequence[str]) -> list[str]:
