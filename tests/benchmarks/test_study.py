@@ -311,6 +311,19 @@ def test_variants_stand_beside_ours_of_the_same_seeds():
     assert [title, "4", "50.0", "58.0", "60.0"] in shown  # above its variants
 
 
+def test_learning_rates_are_compared_on_the_seeds_that_they_have():
+    one = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "rate": (0,)})
+    found = [record("ours", 0, w2=50.0, w4=60.0), record("ours", 1, w2=52.0, w4=62.0),
+             record("ours-half-rate", 0, w2=49.0, w4=59.0)]  # fmt: skip
+    study_of_them = study_figures.Study(found, [one])
+    shown = [[cell.strip() for cell in line.split("|")][4:7] for line in study_page.rate_table(study_of_them)]
+    assert ["49.0", "50.0", "not run yet"] in shown
+    assert [record["run"] for record in study_page._of_rates(study_of_them)] == [
+        "S/small/ours-half-rate/0",
+        "S/small/ours/0",
+    ]
+
+
 def test_interference_is_drawn_on_the_seeds_that_it_has():
     found = [record("dedicated-4", 0, w4=60.0), record("dedicated-4", 1, w4=64.0), record("ours", 0, w4=61.0),
              record("ours", 1, w4=66.0), record("random-3-up", 0, w3=57.0, w4=58.0)]  # fmt: skip
