@@ -1,12 +1,10 @@
 """One set of weights for every bit-width: retraining-free mixed-precision quantization for vision networks."""
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.calibration import calibrate, calibrate_norms, recalibrate
+from anyprec.calibration.step_sizes import calibrate, calibrate_norms, recalibrate
 from anyprec.checkpoint.inspection import CheckpointInfo, inspect
 from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
-from anyprec.conversion import convert
-from anyprec.cost import Cost, CostModel, cost_model, cost_of
 from anyprec.errors import (
     AnyprecError,
     BitsError,
@@ -19,15 +17,17 @@ from anyprec.errors import (
     SearchError,
     TrainingError,
 )
-from anyprec.model import ConvertedModel
-from anyprec.searching.budget import Budget
+from anyprec.model.conversion import convert
+from anyprec.model.converted import ConvertedModel
+from anyprec.model.cost import Cost, CostModel, cost_model, cost_of
+from anyprec.searching.budget.budgets import Budget
 from anyprec.searching.result import SearchResult
 from anyprec.searching.search import search
 from anyprec.training.fit import fit
 from anyprec.training.loop import EpochRecord
 from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import param_groups
-from anyprec.training.recipe import Recipe, paper
+from anyprec.training.recipe import Recipe
 from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler
 from anyprec.training.scheduler import BitWidthScheduler
 
@@ -65,7 +65,6 @@ __all__ = [
     "fit",
     "inspect",
     "load",
-    "paper",
     "param_groups",
     "recalibrate",
     "save",

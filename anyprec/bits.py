@@ -112,7 +112,9 @@ class LayerCandidates:
         """`bits`, each rounded up to the nearest candidate (to the highest where none is above)."""
         if bits in self:
             return bits
-        return Bits(_round_up(bits.weight, self.weight), _round_up(bits.activation, self.activation))
+        return Bits(
+            _round_up(bits.weight, self.weight), _round_up(bits.activation, self.activation)
+        )
 
     def above(self, floor: Bits) -> LayerCandidates:
         """Those that are not below `floor`, which must be among them."""
@@ -225,7 +227,9 @@ def lowest_config(candidates: Candidates) -> BitConfig:
 
 def uniform_widths(layers: Iterable[LayerCandidates]) -> tuple[int, ...]:
     """The bit-widths that some layer may take for its weight and its input alike, ascending."""
-    return tuple(sorted({width for layer in layers for width in set(layer.weight) & set(layer.activation)}))
+    return tuple(
+        sorted({width for layer in layers for width in set(layer.weight) & set(layer.activation)})
+    )
 
 
 def uniform(bits: BitsLike, candidates: Candidates) -> BitConfig:
@@ -241,7 +245,11 @@ def uniform(bits: BitsLike, candidates: Candidates) -> BitConfig:
 
 
 def resolve(
-    request: Mapping[str, BitsLike], candidates: Candidates, *, base: BitConfig | None = None, partial: bool = True
+    request: Mapping[str, BitsLike],
+    candidates: Candidates,
+    *,
+    base: BitConfig | None = None,
+    partial: bool = True,
 ) -> BitConfig:
     """Read a mapping of paths or patterns to bits against the candidates of a network.
 

@@ -39,15 +39,19 @@ def inspect(
 def _plain(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
-        "architecture": None if info.architecture is None else dataclasses.asdict(info.architecture),
+        "architecture": None
+        if info.architecture is None
+        else dataclasses.asdict(info.architecture),
         "settings": {
             **{name: value for name, value in vars(info.settings).items() if name != "only"},
             "only": None if info.settings.only is None else info.settings.only.to_json(),
         },
         "layers": {path: dataclasses.asdict(layer) for path, layer in info.layers.items()},
         "configs": {name: config.to_json() for name, config in info.configs.items()},
-        "notes": {name: {**vars(note), "found": dict(note.found)} for name, note in info.notes.items()},
-        "floors": info.floors.to_json(),
+        "notes": {
+            name: {**vars(note), "found": dict(note.found)} for name, note in info.notes.items()
+        },
+        "frozen": info.frozen.to_json(),
         "statistics": [config.to_json() for config in info.statistics],
     }
 

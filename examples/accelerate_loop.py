@@ -24,21 +24,31 @@ import anyprec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=1500, help="training images")
     args = parser.parse_args()
     accelerator = Accelerator()
     torch.manual_seed(0)
     images, labels = digits()
-    loader = DataLoader(TensorDataset(images[: args.images], labels[: args.images]), batch_size=50, shuffle=True)
+    loader = DataLoader(
+        TensorDataset(images[: args.images], labels[: args.images]), batch_size=50, shuffle=True
+    )
 
-    model = anyprec.convert(timm.create_model("test_resnet", num_classes=10, in_chans=1), example_input=images[:1])
+    model = anyprec.convert(
+        timm.create_model("test_resnet", num_classes=10, in_chans=1), example_input=images[:1]
+    )
     anyprec.calibrate(model, loader)
     recipe = anyprec.Recipe(feature_weight=0.01, scheduler=anyprec.BitWidthScheduler())
-    optimizer = torch.optim.SGD(anyprec.param_groups(model, lr=0.1), lr=0.1, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(
+        anyprec.param_groups(model, lr=0.1), lr=0.1, momentum=0.9, nesterov=True
+    )
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=args.epochs * len(loader))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=args.epochs * len(loader)
+    )
     oneshot = anyprec.OneShot(model, total_steps=args.epochs * len(loader), **recipe.oneshot)
 
     network.train()
@@ -46,7 +56,9 @@ def main() -> None:
         for batch, targets in loader:
             for path in oneshot.paths():
                 with synchronising(accelerator, network, last=path.is_last):
-                    accelerator.backward(path.loss(network(batch), targets, nn.functional.cross_entropy))
+                    accelerator.backward(
+                        path.loss(network(batch), targets, nn.functional.cross_entropy)
+                    )
             accelerator.clip_grad_value_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -71,7 +83,9 @@ def digits() -> tuple[Tensor, Tensor]:
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     images = torch.from_numpy(data.images).float()[order, None] / 8 - 1
-    return nn.functional.interpolate(images, size=(32, 32), mode="bilinear"), torch.from_numpy(data.target)[order]
+    return nn.functional.interpolate(images, size=(32, 32), mode="bilinear"), torch.from_numpy(
+        data.target
+    )[order]
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import anyprec
-from anyprec.progress import progress_bar
 from anyprec.report.plots import plot_accuracy
 from anyprec.report.results import Result
 from anyprec.report.tables import results_markdown, results_table
+from anyprec.runtime.progress import progress_bar
 
 CHECKED_BITS = (8, 4, (4, 8))
 """Configurations that are compared between this process and a new one."""
@@ -49,7 +49,10 @@ class Digits(Dataset[tuple[Any, int]]):
         from sklearn.datasets import load_digits  # noqa: PLC0415 (only this data needs it)
 
         data = load_digits()
-        self.images = [Image.fromarray((image * 15.9375).astype("uint8")).convert("RGB") for image in data.images]
+        self.images = [
+            Image.fromarray((image * 15.9375).astype("uint8")).convert("RGB")
+            for image in data.images
+        ]
         self.labels = data.target.tolist()
         self.transform: Any = None
 
@@ -76,27 +79,40 @@ def main() -> None:
     print(f"wrote {args.output}/accuracy.png and {args.output}/results.md")
 
 
-def run(args: argparse.Namespace, train: DataLoader, search_images: DataLoader, held_out: DataLoader) -> list[Result]:
+def run(
+    args: argparse.Namespace, train: DataLoader, search_images: DataLoader, held_out: DataLoader
+) -> list[Result]:
     """Train, convert, search, save and load; returns what was measured on the held-out images."""
     network = create_network(args)
     start = time.perf_counter()
     train_float(network, train, epochs=args.float_epochs, lr=args.float_lr, args=args)
     float_accuracy = accuracy(network, held_out)
-    print(f"float network: {float_accuracy:.1f} % after {time.perf_counter() - start:.0f} s of training")
+    print(
+        f"float network: {float_accuracy:.1f} % after {time.perf_counter() - start:.0f} s of training"
+    )
 
     control = copy.deepcopy(network) if args.control else None
 
     example = torch.zeros(1, 3, args.img_size, args.img_size)
-    model = anyprec.convert(network, bits=args.bits, example_input=example.contiguous(memory_format=layout(args)))
-    print(f"converted: {sum(row.status == 'quantized' for row in model.coverage)} of {len(model.coverage)} layers")
+    model = anyprec.convert(
+        network, bits=args.bits, example_input=example.contiguous(memory_format=layout(args))
+    )
+    print(
+        f"converted: {sum(row.status == 'quantized' for row in model.coverage)} of {len(model.coverage)} layers"
+    )
     start = time.perf_counter()
     anyprec.calibrate(model, train)
     print(f"calibrated in {time.perf_counter() - start:.0f} s")
     calibrated = {bits: accuracy(model, held_out, bits=bits) for bits in args.bits}
-    print("calibrated only: " + ", ".join(f"W{bits}A{bits} {value:.1f} %" for bits, value in calibrated.items()))
+    print(
+        "calibrated only: "
+        + ", ".join(f"W{bits}A{bits} {value:.1f} %" for bits, value in calibrated.items())
+    )
 
     start = time.perf_counter()
-    history = anyprec.fit(model, train, epochs=args.epochs, lr=args.lr, seed=args.seed, on_epoch_end=report_epoch)
+    history = anyprec.fit(
+        model, train, epochs=args.epochs, lr=args.lr, seed=args.seed, on_epoch_end=report_epoch
+    )
     passes = history[0].losses
     seconds = time.perf_counter() - start
     print(f"trained once for all bit-widths in {seconds:.0f} s ({len(passes)} paths a step)")
@@ -105,7 +121,12 @@ def run(args: argparse.Namespace, train: DataLoader, search_images: DataLoader, 
     if control is not None:
         train_float(control, train, epochs=args.epochs, lr=args.float_lr / 2, args=args)
         results.append(
-            Result("float, trained as long", "float", accuracy(control, held_out), anyprec.cost_of(model, None))
+            Result(
+                "float, trained as long",
+                "float",
+                accuracy(control, held_out),
+                anyprec.cost_of(model, None),
+            )
         )
     for bits in args.bits:
         value = accuracy(model, held_out, bits=bits)
@@ -113,14 +134,21 @@ def run(args: argparse.Namespace, train: DataLoader, search_images: DataLoader, 
     for budget in args.budgets:
         start = time.perf_counter()
         found = anyprec.search(
-            model, search_images, budget, objective=args.objective, max_evaluations=args.max_evaluations
+            model,
+            search_images,
+            budget,
+            objective=args.objective,
+            max_evaluations=args.max_evaluations,
         )
         print(f"search {budget}: {found} in {time.perf_counter() - start:.0f} s")
         model.configs[budget] = found.config
         value = accuracy(model, held_out, bits=found.config)
         results.append(Result(f"searched {budget}", "searched", value, found.cost))
     rich.print(
-        results_table(results, title=f"{args.model}, one set of weights, {len(held_out.dataset)} held-out images")
+        results_table(
+            results,
+            title=f"{args.model}, one set of weights, {len(held_out.dataset)} held-out images",
+        )
     )
 
     save_and_check(model, args)
@@ -137,7 +165,9 @@ def save_and_check(model: anyprec.ConvertedModel, args: argparse.Namespace) -> N
     other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 (our own file)
     if other != answers(model, args.img_size):
         sys.exit(f"a new process answers differently from {path}: {other}")
-    print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB); a new process gives bit-identical logits from it")
+    print(
+        f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB); a new process gives bit-identical logits from it"
+    )
 
 
 def answers(model: anyprec.ConvertedModel, img_size: int) -> str:
@@ -169,7 +199,9 @@ def count_correct(model: nn.Module, loader: DataLoader) -> float:
     return 100 * correct / total
 
 
-def train_float(network: nn.Module, loader: DataLoader, *, epochs: int, lr: float, args: argparse.Namespace) -> None:
+def train_float(
+    network: nn.Module, loader: DataLoader, *, epochs: int, lr: float, args: argparse.Namespace
+) -> None:
     """Plain training of the float network, with the same optimizer and schedule as `anyprec.fit`."""
     if epochs == 0:
         return
@@ -196,7 +228,9 @@ def train_float(network: nn.Module, loader: DataLoader, *, epochs: int, lr: floa
 def report_epoch(record: anyprec.EpochRecord) -> None:
     """One line per epoch: the loss of each path."""
     losses = ", ".join(f"{loss:.3f}" for loss in record.losses)
-    print(f"  epoch {record.epoch + 1}: losses {losses} (max path first), {record.images_per_second:.0f} images/s")
+    print(
+        f"  epoch {record.epoch + 1}: losses {losses} (max path first), {record.images_per_second:.0f} images/s"
+    )
 
 
 def create_network(args: argparse.Namespace) -> nn.Module:
@@ -204,7 +238,9 @@ def create_network(args: argparse.Namespace) -> nn.Module:
     overlay = {"file": str(args.weights)} if args.weights else None
     pretrained = args.pretrained or args.weights is not None
     options: dict[str, Any] = {"num_classes": args.num_classes, **args.model_args}
-    network = timm.create_model(args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options)
+    network = timm.create_model(
+        args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
+    )
     if pretrained and isinstance(network.get_classifier(), nn.Linear):
         # A new classifier on trained features starts at zero: random logits would first be unlearned.
         nn.init.zeros_(network.get_classifier().weight)
@@ -223,7 +259,9 @@ def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoa
         eval_set: Any = Digits()
         held_out_set = None
     else:
-        name, root = ("", args.data) if Path(args.data).exists() else (args.data, args.output / "data")
+        name, root = (
+            ("", args.data) if Path(args.data).exists() else (args.data, args.output / "data")
+        )
         split = {"download": True} if name else {}
         train_set = create_dataset(name, root=root, split="train", is_training=True, **split)
         eval_set = create_dataset(name, root=root, split="train", **split)
@@ -238,7 +276,9 @@ def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoa
     return (
         make_loader(train_set, train_part, args, training=True),
         make_loader(eval_set, search_part, args, training=False),
-        make_loader(held_out_set, shuffled(len(held_out_set))[: args.held_out_images], args, training=False),
+        make_loader(
+            held_out_set, shuffled(len(held_out_set))[: args.held_out_images], args, training=False
+        ),
     )
 
 
@@ -256,13 +296,19 @@ def open_held_out(args: argparse.Namespace, name: str, root: Any, split: dict[st
     return None
 
 
-def make_loader(dataset: Any, part: list[int] | None, args: argparse.Namespace, *, training: bool) -> DataLoader:
+def make_loader(
+    dataset: Any, part: list[int] | None, args: argparse.Namespace, *, training: bool
+) -> DataLoader:
     """Batches of `dataset`, or of a part of it, through timm's transforms."""
     base = dataset
     while isinstance(base, Subset):
         base = base.dataset
     # Mild cropping, since digits and CIFAR are no photographs, and no flip where it would change the label.
-    augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": 0.0 if args.data == "digits" else 0.5}
+    augmentation = {
+        "scale": (0.7, 1.0),
+        "ratio": (0.9, 1.1),
+        "hflip": 0.0 if args.data == "digits" else 0.5,
+    }
     base.transform = create_transform(
         (3, args.img_size, args.img_size),
         is_training=training,
@@ -284,25 +330,41 @@ def make_loader(dataset: Any, part: list[int] | None, args: argparse.Namespace, 
     )
 
 
-def collate(pairs: list[tuple[Tensor, int]], memory_format: torch.memory_format) -> tuple[Tensor, Tensor]:
+def collate(
+    pairs: list[tuple[Tensor, int]], memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor]:
     images = torch.stack([image for image, _ in pairs]).contiguous(memory_format=memory_format)
     return images, torch.tensor([label for _, label in pairs])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, a timm dataset name, a folder or a tar of images")
-    parser.add_argument("--val-data", help="held-out images, if --data has no validation split of its own")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="digits", help="digits, a timm dataset name, a folder or a tar of images"
+    )
+    parser.add_argument(
+        "--val-data", help="held-out images, if --data has no validation split of its own"
+    )
     parser.add_argument("--model", default="resnet10t", help="any timm model")
-    parser.add_argument("--model-args", type=json.loads, default={}, help="JSON arguments of timm.create_model")
+    parser.add_argument(
+        "--model-args", type=json.loads, default={}, help="JSON arguments of timm.create_model"
+    )
     parser.add_argument("--weights", type=Path, help="file of float weights for the model")
-    parser.add_argument("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    parser.add_argument(
+        "--pretrained", action="store_true", help="start from timm's pretrained weights"
+    )
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=6, help="epochs of one-shot training")
-    parser.add_argument("--float-epochs", type=int, default=6, help="epochs of float training before")
-    parser.add_argument("--control", action="store_true", help="also train the float network for as long")
+    parser.add_argument(
+        "--float-epochs", type=int, default=6, help="epochs of float training before"
+    )
+    parser.add_argument(
+        "--control", action="store_true", help="also train the float network for as long"
+    )
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of one-shot training")
     parser.add_argument("--float-lr", type=float, default=0.05)
     parser.add_argument("--weight-decay", type=float, default=2.5e-5)
@@ -312,7 +374,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-evaluations", type=int, default=None, help="of each search")
     parser.add_argument("--search-images", type=int, default=256)
     parser.add_argument("--train-images", type=int, help="at most so many training images")
-    parser.add_argument("--held-out-images", type=int, help="report on at most so many held-out images")
+    parser.add_argument(
+        "--held-out-images", type=int, help="report on at most so many held-out images"
+    )
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)

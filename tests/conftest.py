@@ -99,7 +99,9 @@ def converted() -> Callable[..., anyprec.ConvertedModel]:
         name: str, *, size: int = 64, bits: tuple[int, ...] = (2, 4, 8), **arguments: object
     ) -> anyprec.ConvertedModel:
         batch = torch.randn(4, 3, size, size)
-        model = anyprec.convert(timm.create_model(name, **arguments).eval(), bits=bits, example_input=batch[:1])
+        model = anyprec.convert(
+            timm.create_model(name, **arguments).eval(), bits=bits, example_input=batch[:1]
+        )
         anyprec.calibrate(model, [batch])
         return model
 

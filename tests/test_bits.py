@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyprec.bits import BitConfig, Bits, LayerCandidates, check_candidates, match_paths, resolve, uniform
+from anyprec.bits import (
+    BitConfig,
+    Bits,
+    LayerCandidates,
+    check_candidates,
+    match_paths,
+    resolve,
+    uniform,
+)
 from anyprec.errors import BitsError
 
 CANDIDATES = {
@@ -27,7 +35,9 @@ def test_notation_is_read_back(weight: int, activation: int) -> None:
 
 @pytest.mark.parametrize("value", [1, 9, 0, -4, 4.0, True, "4"])
 def test_a_bit_width_out_of_range_is_refused(value: object) -> None:
-    with pytest.raises(BitsError, match=r"weight bit-width .* is not supported: use an int from 2 to 8"):
+    with pytest.raises(
+        BitsError, match=r"weight bit-width .* is not supported: use an int from 2 to 8"
+    ):
         Bits(value, 4)
 
 
@@ -38,7 +48,8 @@ def test_what_is_no_precision_is_refused(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "text"), [((), "is empty"), ((4, 4), "twice"), ((4, 16), "bit-width 16"), ((1, 2), "bit-width 1")]
+    ("values", "text"),
+    [((), "is empty"), ((4, 4), "twice"), ((4, 16), "bit-width 16"), ((1, 2), "bit-width 1")],
 )
 def test_bad_candidates_are_refused(values: tuple[int, ...], text: str) -> None:
     with pytest.raises(BitsError, match=text):
@@ -57,7 +68,8 @@ def test_uniform_rounds_up_to_each_layers_candidates() -> None:
 
 def test_a_uniform_bit_width_that_no_layer_has_is_refused() -> None:
     with pytest.raises(
-        BitsError, match=r"weight bit-width 5 is not a candidate of the network: choose from \(2, 3, 4, 8\)"
+        BitsError,
+        match=r"weight bit-width 5 is not a candidate of the network: choose from \(2, 3, 4, 8\)",
     ):
         uniform(5, CANDIDATES)
     with pytest.raises(BitsError, match="activation bit-width 6"):
@@ -78,7 +90,10 @@ def test_layers_that_are_not_named_take_their_highest_or_the_base() -> None:
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        ({"nothing": 4}, "path 'nothing' matches no layer; layers are 'stem', 'a.depthwise', 'a.pointwise'"),
+        (
+            {"nothing": 4},
+            "path 'nothing' matches no layer; layers are 'stem', 'a.depthwise', 'a.pointwise'",
+        ),
         ({"b.*": 4}, "pattern 'b.\\*' matches no layer"),
         ({"a.depthwise": 2}, "W2A2 is not a candidate of layer 'a.depthwise'"),
         ({"a.*": 6}, "weight bit-width 6 is not a candidate of the layers that match 'a.\\*'"),

@@ -82,7 +82,9 @@ def test_switching_there_and_back_is_exact(on_gpu: anyprec.ConvertedModel, loade
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_fit_teaches_every_bit_width(float_net: nn.Module, loader: Loader, autocast: torch.dtype | None) -> None:
+def test_fit_teaches_every_bit_width(
+    float_net: nn.Module, loader: Loader, autocast: torch.dtype | None
+) -> None:
     model = anyprec.convert(float_net.cuda(), bits=BITS, example_input=loader[0][0][:1])
     history = anyprec.fit(model, loader, epochs=8, lr=0.1, autocast=autocast)
     assert sum(history[-1].losses) < 0.7 * sum(history[0].losses)
@@ -92,20 +94,29 @@ def test_fit_teaches_every_bit_width(float_net: nn.Module, loader: Loader, autoc
 
 
 def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
-    recipe = anyprec.paper().changed(scheduler=anyprec.BitWidthScheduler(start=0.0, period=0.2))
+    recipe = anyprec.Recipe.paper().changed(
+        scheduler=anyprec.BitWidthScheduler(start=0.0, period=0.2)
+    )
     history = anyprec.fit(on_gpu, loader, epochs=2, recipe=recipe)
     assert len(history) == 2
     assert all(torch.isfinite(tensor).all() for tensor in on_gpu.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of parts of torch that its compiler imports
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of parts of torch that its compiler imports
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # its compiler's advice
-def test_compiled_training_is_eager_training(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
+def test_compiled_training_is_eager_training(
+    on_gpu: anyprec.ConvertedModel, loader: Loader
+) -> None:
     eager = copy.deepcopy(on_gpu)
     found = [
-        anyprec.fit(model, loader, epochs=1, lr=0.01, compiled=flag) for model, flag in ((on_gpu, True), (eager, False))
+        anyprec.fit(model, loader, epochs=1, lr=0.01, compiled=flag)
+        for model, flag in ((on_gpu, True), (eager, False))
     ]
-    torch.testing.assert_close(torch.tensor(found[0][0].losses), torch.tensor(found[1][0].losses), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(
+        torch.tensor(found[0][0].losses), torch.tensor(found[1][0].losses), rtol=0.02, atol=0.01
+    )
 
 
 def test_a_run_that_was_stopped_goes_on_from_its_snapshot(
@@ -122,10 +133,20 @@ def test_a_run_that_was_stopped_goes_on_from_its_snapshot(
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        anyprec.fit(stopped, loader, epochs=2, lr=0.05, snapshot=tmp_path / "run", snapshot_steps=2, on_epoch_end=stop)
+        anyprec.fit(
+            stopped,
+            loader,
+            epochs=2,
+            lr=0.05,
+            snapshot=tmp_path / "run",
+            snapshot_steps=2,
+            on_epoch_end=stop,
+        )
     anyprec.fit(resumed, loader, epochs=2, lr=0.05, snapshot=tmp_path / "run", snapshot_steps=2)
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(
+            resumed.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name
+        )
 
 
 @pytest.mark.parametrize("objective", ["loss", "divergence"])
@@ -134,7 +155,12 @@ def test_what_search_finds_fits_and_is_no_worse_than_uniform(
     on_gpu: anyprec.ConvertedModel, loader: Loader, objective: str, norms: str, tmp_path: Path
 ) -> None:
     before = {name: value.clone() for name, value in on_gpu.state_dict().items()}
-    settings = {"objective": objective, "norms": norms, "resume": tmp_path / "search", "max_evaluations": 60}
+    settings = {
+        "objective": objective,
+        "norms": norms,
+        "resume": tmp_path / "search",
+        "max_evaluations": 60,
+    }
     result = anyprec.search(on_gpu, loader, "W3A3", **settings)  # type: ignore[arg-type]
     assert result.cost.bitops <= anyprec.cost_of(on_gpu, 3).bitops
     assert all(torch.equal(value, before[name]) for name, value in on_gpu.state_dict().items())
@@ -146,7 +172,11 @@ def test_what_search_finds_fits_and_is_no_worse_than_uniform(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_file_of_one_device_is_read_on_the_other(
-    on_gpu: anyprec.ConvertedModel, small_net: type[nn.Module], loader: Loader, tmp_path: Path, packed: bool
+    on_gpu: anyprec.ConvertedModel,
+    small_net: type[nn.Module],
+    loader: Loader,
+    tmp_path: Path,
+    packed: bool,
 ) -> None:
     images, file = loader[0][0], tmp_path / "net.safetensors"
     anyprec.save(on_gpu, file, packed=packed, rebuildable=False)
@@ -165,7 +195,9 @@ def test_a_file_that_can_be_rebuilt_goes_to_the_device_that_is_named(tmp_path: P
     import timm  # noqa: PLC0415 (only here)
 
     images = torch.randn(2, 3, 64, 64)
-    model = anyprec.convert(timm.create_model("test_resnet", num_classes=4).cuda().eval(), example_input=images[:1])
+    model = anyprec.convert(
+        timm.create_model("test_resnet", num_classes=4).cuda().eval(), example_input=images[:1]
+    )
     anyprec.calibrate(model, [images])
     anyprec.save(model, tmp_path / "net.safetensors", packed=True)
     again = anyprec.load(tmp_path / "net.safetensors", device="cuda")

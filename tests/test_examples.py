@@ -29,7 +29,11 @@ def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
     command = [sys.executable, str(QUICKSTART), *arguments, "--control"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for line in ("converted: 16 of 16 layers", "search W4A8:", "a new process gives bit-identical logits from it"):
+    for line in (
+        "converted: 16 of 16 layers",
+        "search W4A8:",
+        "a new process gives bit-identical logits from it",
+    ):
         assert line in run.stdout
     assert (tmp_path / "test_resnet.safetensors").stat().st_size > 1_000_000
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
@@ -42,8 +46,24 @@ def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_loop_with_accelerate_trains_in_one_process_or_several(processes: int) -> None:
     pytest.importorskip("accelerate", reason="needs the extra 'accelerate'")
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num-processes", str(processes), "--num-machines", "1"]
-    command = [sys.executable, *launcher, str(EXAMPLES / "accelerate_loop.py"), "--epochs", "2", "--images", "200"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num-processes",
+        str(processes),
+        "--num-machines",
+        "1",
+    ]
+    command = [
+        sys.executable,
+        *launcher,
+        str(EXAMPLES / "accelerate_loop.py"),
+        "--epochs",
+        "2",
+        "--images",
+        "200",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("W")]

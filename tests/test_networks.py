@@ -1,6 +1,6 @@
 """One small network for each mechanism of the converter, and every promise tried on it.
 
-The checks are those that `benchmarks/zoo.py` runs over all of timm, at full depth.
+The checks are those that `benchmarks/zoo` runs over all of timm, at full depth.
 """
 
 from __future__ import annotations
@@ -12,16 +12,20 @@ import pytest
 import timm
 import torch
 import torchvision
-from promises import examine
 from timm.layers import CondConv2d, GroupNormAct, StdConv2d
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
 from torchvision.models.vision_transformer import VisionTransformer
 
 import anyprec
-from anyprec.layers import FunctionalOwner, QuantizedLayer
+from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.testing import examine
 
 BITS = (2, 4, 8)
 
@@ -220,7 +224,9 @@ def test_networks_of_hugging_face_keep_every_promise(kind: str) -> None:
 
 def test_the_checks_find_a_weight_that_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     """A check that cannot fail is none: what others do in silence must not pass here."""
-    monkeypatch.setattr(FunctionalOwner, "forward", lambda self, *args: super(FunctionalOwner, self).forward(*args))
+    monkeypatch.setattr(
+        FunctionalOwner, "forward", lambda self, *args: super(FunctionalOwner, self).forward(*args)
+    )
     report = examine(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert "layer 'both' was not reached" in report.broken["calibrate"]
     monkeypatch.undo()

@@ -16,7 +16,11 @@ import anyprec
 
 def test_public_names_are_exact_and_sorted() -> None:
     assert anyprec.__all__ == sorted(anyprec.__all__)
-    found = {name for name, value in vars(anyprec).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    found = {
+        name
+        for name, value in vars(anyprec).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
     assert found == set(anyprec.__all__)
 
 
@@ -30,7 +34,9 @@ def test_every_public_name_is_documented() -> None:
         assert inspect.getdoc(getattr(anyprec, name)), name
 
 
-@pytest.mark.parametrize("module", [module for _, module, _ in pkgutil.walk_packages(anyprec.__path__, "anyprec.")])
+@pytest.mark.parametrize(
+    "module", [module for _, module, _ in pkgutil.walk_packages(anyprec.__path__, "anyprec.")]
+)
 def test_examples_in_docstrings_run(module: str) -> None:
     result = doctest.testmod(
         importlib.import_module(module), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

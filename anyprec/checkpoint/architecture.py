@@ -13,16 +13,22 @@ from torch import nn
 
 from anyprec.checkpoint.document import Architecture
 from anyprec.errors import CheckpointError
-from anyprec.layers import Matrices, QuantizedParameter
-from anyprec.model import ConvertedModel
-from anyprec.norms import NormBank
-from anyprec.packed import PackedOperand
-from anyprec.quantizer import InputQuantizer, WeightQuantizer
-from anyprec.specialize import Specialized
+from anyprec.model.converted import ConvertedModel
+from anyprec.nn.layers import Matrices, QuantizedParameter
+from anyprec.nn.norms import NormBank
+from anyprec.nn.packed import PackedOperand
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.specialize import Specialized
 
 FORBIDDEN_ARGUMENTS = {
     "model_name",
-    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_filter_fn", "pretrained_model_args"),
+    *(
+        "pretrained",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+        "pretrained_filter_fn",
+        "pretrained_model_args",
+    ),
     *("pretrained_strict", "checkpoint_path", "cache_dir", "pruned"),
     *("scriptable", "exportable", "no_jit"),
 }
@@ -35,7 +41,14 @@ _DESCRIPTION = (
 )
 """Entries of a pretrained_cfg that describe images and labels; none names a file or an address."""
 
-_OUR_MODULES = (WeightQuantizer, InputQuantizer, PackedOperand, NormBank, Matrices, QuantizedParameter)
+_OUR_MODULES = (
+    WeightQuantizer,
+    InputQuantizer,
+    PackedOperand,
+    NormBank,
+    Matrices,
+    QuantizedParameter,
+)
 _RUNTIME_SETTINGS = {
     "training",
     "grad_checkpointing",
@@ -48,7 +61,9 @@ _RUNTIME_SETTINGS = {
 _Signature = dict[str, dict[str, str]]
 
 
-def find_architecture(model: ConvertedModel, model_args: Mapping[str, Any] | None) -> Architecture | None:
+def find_architecture(
+    model: ConvertedModel, model_args: Mapping[str, Any] | None
+) -> Architecture | None:
     """How timm makes this network, proven by making it (without memory) and comparing every module.
 
     Args:
@@ -64,9 +79,7 @@ def find_architecture(model: ConvertedModel, model_args: Mapping[str, Any] | Non
     name = timm_name(model)
     if name is None:
         if model_args:
-            msg = (
-                f"model_args={dict(model_args)} was given, but {model.original_class.__name__} does not come from timm"
-            )
+            msg = f"model_args={dict(model_args)} was given, but {model.original_class.__name__} does not come from timm"
             raise CheckpointError(msg)
         return None
     expected = _signature(model)
@@ -98,7 +111,9 @@ def create(architecture: Architecture) -> nn.Module:
     import timm  # noqa: PLC0415 (slow to import)
 
     # A plain registry name: "hf-hub:..." and "local-dir:..." would fetch another network from elsewhere.
-    if not re.fullmatch(r"\w{1,200}", architecture.name, re.ASCII) or not timm.is_model(architecture.name):
+    if not re.fullmatch(r"\w{1,200}", architecture.name, re.ASCII) or not timm.is_model(
+        architecture.name
+    ):
         name = reprlib.repr(architecture.name)
         msg = f"this timm ({timm.__version__}) has no model {name}: update timm, or load into a network that you pass"
         raise CheckpointError(msg)
@@ -128,7 +143,9 @@ def describe(network: nn.Module, pretrained_cfg: Mapping[str, Any]) -> None:
     """
     own = getattr(network, "pretrained_cfg", None)
     if isinstance(own, Mapping):
-        known = {key: _as_tuple(pretrained_cfg[key]) for key in _DESCRIPTION if key in pretrained_cfg}
+        known = {
+            key: _as_tuple(pretrained_cfg[key]) for key in _DESCRIPTION if key in pretrained_cfg
+        }
         vars(network)["pretrained_cfg"] = vars(network)["default_cfg"] = {**own, **known}
 
 
@@ -149,7 +166,10 @@ def _attempts(model: ConvertedModel, model_args: dict[str, Any]) -> Iterator[dic
         known["in_chans"] = shape[1]
     size = {"img_size": list(shape[2:])}
     pool = getattr(model, "global_pool", None)
-    own = {"drop_rate": getattr(model, "drop_rate", None), "global_pool": getattr(pool, "pool_type", pool)}
+    own = {
+        "drop_rate": getattr(model, "drop_rate", None),
+        "global_pool": getattr(pool, "pool_type", pool),
+    }
     own = {name: value for name, value in own.items() if isinstance(value, (str, float))}
     for guess in ({}, size, own, {**own, **size}):
         yield {**guess, **model_args, **known}
@@ -168,24 +188,33 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
 def _signature(model: nn.Module) -> _Signature:
     """Everything that makes a float network what it is, but its values: a description of every module, by path."""
     ours = tuple(
-        path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, _OUR_MODULES)
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _OUR_MODULES)
     )
     signature: _Signature = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if path not in ours:
             signature[path] = {"class": _original(module).__qualname__, **_settings(module)}
     first: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
         path, _, local = name.rpartition(".")
         if path in signature:
             tied = first.setdefault(id(tensor), name) if isinstance(tensor, nn.Parameter) else name
-            signature[path][local] = f"{tuple(tensor.shape)}{'' if tied == name else f' tied to {tied}'}"
+            signature[path][local] = (
+                f"{tuple(tensor.shape)}{'' if tied == name else f' tied to {tied}'}"
+            )
     return signature
 
 
 def _settings(module: nn.Module) -> dict[str, str]:
     """What `print` shows, and every public attribute of a plain kind: pooling, dropout rates, numbers of heads."""
-    settings = {name: repr(value) for name, value in vars(module).items() if _is_setting(name, value)}
+    settings = {
+        name: repr(value) for name, value in vars(module).items() if _is_setting(name, value)
+    }
     return {**settings, "settings": _original(module).extra_repr(module)}
 
 
@@ -220,5 +249,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _call(architecture: Architecture) -> str:
-    arguments = "".join(f", {name}={reprlib.repr(value)}" for name, value in architecture.arguments.items())
+    arguments = "".join(
+        f", {name}={reprlib.repr(value)}" for name, value in architecture.arguments.items()
+    )
     return f"timm.create_model({architecture.name!r}{arguments})"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.quantizer import InputQuantizer, WeightQuantizer
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 
 def has_all_tensors_in(network: nn.Module, names: Collection[str]) -> bool:
@@ -48,7 +48,11 @@ def materialize(network: nn.Module, device: torch.device, *, besides: Collection
 
 def _zeros_like(tensor: Tensor, device: torch.device) -> Tensor:
     zeros = torch.zeros_like(tensor, device=device)
-    return nn.Parameter(zeros, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeros
+    return (
+        nn.Parameter(zeros, requires_grad=tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else zeros
+    )
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anyprec.functional import effective_step
+from anyprec.nn.functional import effective_step
 
 _CHUNK = 2**22
 """Table entries computed at a time."""
@@ -65,7 +65,9 @@ def cells_of(codes: Sequence[Tensor], candidates: Sequence[int]) -> Tensor:
     return cells
 
 
-def exceptions_of(cells: Tensor, codes: Sequence[Tensor], steps: Tensor, candidates: Sequence[int]) -> Exceptions:
+def exceptions_of(
+    cells: Tensor, codes: Sequence[Tensor], steps: Tensor, candidates: Sequence[int]
+) -> Exceptions:
     """The weights whose codes differ from those that their cells and the step sizes tell: every code is compared.
 
     Args:
@@ -85,14 +87,16 @@ def exceptions_of(cells: Tensor, codes: Sequence[Tensor], steps: Tensor, candida
 
 @dataclass(frozen=True)
 class Points:
-    """What `anyprec.packed.PackedOperand` keeps of the cells, as rows of channels."""
+    """What `anyprec.nn.packed.PackedOperand` keeps of the cells, as rows of channels."""
 
     points: Tensor
     ratios: Tensor
     listed: Exceptions
 
 
-def points_of(cells: Tensor, steps: Tensor, candidates: Sequence[int], exceptions: Exceptions) -> Points:
+def points_of(
+    cells: Tensor, steps: Tensor, candidates: Sequence[int], exceptions: Exceptions
+) -> Points:
     """A point of each cell, in units so small that nearly every cell has one.
 
     Args:
@@ -116,7 +120,10 @@ def points_of(cells: Tensor, steps: Tensor, candidates: Sequence[int], exception
         if len(lost):
             places = (lost[:, 0] + rows.start) * cells.shape[1] + lost[:, 1]
             cell = index[lost[:, 0], lost[:, 1]]
-            told = [order.codes(number)[lost[:, 0], cell].to(torch.int8) for number in range(len(candidates))]
+            told = [
+                order.codes(number)[lost[:, 0], cell].to(torch.int8)
+                for number in range(len(candidates))
+            ]
             found.append((places, torch.stack(told)))
     return Points(points, ratios, _joined(found, exceptions))
 
@@ -138,7 +145,9 @@ class _Order:
     @cached_property
     def thresholds(self) -> Tensor:
         """The thresholds in ascending order."""
-        return torch.from_numpy(np.sort(self.unsorted.numpy(), axis=1))  # an order of magnitude faster than torch's
+        return torch.from_numpy(
+            np.sort(self.unsorted.numpy(), axis=1)
+        )  # an order of magnitude faster than torch's
 
     @cached_property
     def owners(self) -> Tensor:
@@ -149,7 +158,11 @@ class _Order:
 
     def codes(self, number: int) -> Tensor:
         """The code of each cell at one candidate, int16, shape `(channels, cells)`."""
-        passed = torch.zeros((len(self.owners), self.owners.shape[1] + 1), dtype=torch.int16, device=self.owners.device)
+        passed = torch.zeros(
+            (len(self.owners), self.owners.shape[1] + 1),
+            dtype=torch.int16,
+            device=self.owners.device,
+        )
         torch.cumsum(self.owners == number, dim=1, dtype=torch.int16, out=passed[:, 1:])
         return passed.sub_(1 << (self.candidates[number] - 1))
 
@@ -161,7 +174,9 @@ def _orders(steps: Tensor, candidates: Sequence[int]) -> Iterator[tuple[slice, _
     for start in range(0, steps.shape[1], chunk):
         rows = slice(start, min(start + chunk, steps.shape[1]))
         own = effective_step(steps[:, rows].float()).double()
-        thresholds = torch.cat([step[:, None] * half for step, half in zip(own, halves, strict=True)], dim=1)
+        thresholds = torch.cat(
+            [step[:, None] * half for step, half in zip(own, halves, strict=True)], dim=1
+        )
         yield rows, _Order(own, tuple(candidates), thresholds)
 
 

@@ -48,12 +48,16 @@ def to_fixed(values: Tensor, width: int) -> Tensor:
     flat = values.flatten().numpy().astype(np.uint32)
     groups = np.zeros((math.ceil(len(flat) / 8), 8), dtype=np.uint32)
     groups.reshape(-1)[: len(flat)] = flat
-    packed = np.zeros((len(groups), width + 2), dtype=np.uint8)  # eight fields fill `width` bytes; two to spill into
+    packed = np.zeros(
+        (len(groups), width + 2), dtype=np.uint8
+    )  # eight fields fill `width` bytes; two to spill into
     for place in range(8):
         byte, shift = divmod(place * width, 8)
         field = groups[:, place] << np.uint32(shift)
         for part in range(3):
-            packed[:, byte + part] |= ((field >> np.uint32(8 * part)) & np.uint32(255)).astype(np.uint8)
+            packed[:, byte + part] |= ((field >> np.uint32(8 * part)) & np.uint32(255)).astype(
+                np.uint8
+            )
     return torch.from_numpy(packed[:, :width].reshape(-1)[: fixed_size(len(flat), width)].copy())
 
 
@@ -91,13 +95,13 @@ def decompress(frame: Tensor, size: int, what: str) -> bytes:
     try:
         declared = zstandard.frame_content_size(raw)
         if declared == size and _is_tame(size, len(raw)):
-            return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(raw, max_output_size=size)
+            return zstandard.ZstdDecompressor(max_window_size=2**27).decompress(
+                raw, max_output_size=size
+            )
     except zstandard.ZstdError as error:
         msg = f"{what} is damaged: {error}"
         raise CheckpointError(msg) from error
-    msg = (
-        f"{what} says that it holds {declared} bytes in {len(raw)}, expected {size} and at most {LARGEST_RATIO} for one"
-    )
+    msg = f"{what} says that it holds {declared} bytes in {len(raw)}, expected {size} and at most {LARGEST_RATIO} for one"
     raise CheckpointError(msg)
 
 

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.coding import decompress, from_planes
 from anyprec.checkpoint.document import Document, TensorRecord
-from anyprec.checkpoint.packing import PREFIX, LayerCells, from_tensors, names_of_weights, weight_name
+from anyprec.checkpoint.packing import (
+    PREFIX,
+    LayerCells,
+    from_tensors,
+    names_of_weights,
+    weight_name,
+)
 from anyprec.checkpoint.statistics import is_statistic
 from anyprec.errors import CheckpointError
-from anyprec.layers import QuantizedLayer
-from anyprec.storage import StoredFile, with_aliases
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.runtime.storage import StoredFile, with_aliases
 
 
 class Content:
@@ -57,7 +63,11 @@ class Content:
         Raises:
             CheckpointError: A tensor is damaged, or not stored as the document says.
         """
-        names = [name for name in self._file.shapes if not name.startswith(PREFIX) and not is_statistic(name)]
+        names = [
+            name
+            for name in self._file.shapes
+            if not name.startswith(PREFIX) and not is_statistic(name)
+        ]
         tensors = self._read(names)
         if self.document.latents is not None:
             weights = {weight_name(facts) for facts in self.document.facts.layers.values()}
@@ -68,8 +78,18 @@ class Content:
 
     def statistics(self, only: BitConfig | None) -> dict[str, Tensor]:
         """The norm statistics of all configurations, or of one."""
-        numbers = [None] if only is None else [n for n, one in enumerate(self.document.statistics) if one == only]
-        return self._read([name for name in self._file.shapes if any(is_statistic(name, number) for number in numbers)])
+        numbers = (
+            [None]
+            if only is None
+            else [n for n, one in enumerate(self.document.statistics) if one == only]
+        )
+        return self._read(
+            [
+                name
+                for name in self._file.shapes
+                if any(is_statistic(name, number) for number in numbers)
+            ]
+        )
 
     def cells(self, path: str, layer: QuantizedLayer) -> LayerCells:
         """The cells of a packed layer.
@@ -98,10 +118,12 @@ class Content:
         for path, record in self._packed.items():
             weight = parameters.get(weight_name(facts[path]))
             shape = None if weight is None else tuple(weight.shape)
-            if shape != record.shape or not record.dtype.is_floating_point or not math.prod(record.shape):
-                msg = (
-                    f"the checkpoint holds codes of layer {path!r:.80} for a weight {record.shape} {record.dtype}, the "
-                )
+            if (
+                shape != record.shape
+                or not record.dtype.is_floating_point
+                or not math.prod(record.shape)
+            ):
+                msg = f"the checkpoint holds codes of layer {path!r:.80} for a weight {record.shape} {record.dtype}, the "
                 msg += f"network's is {shape}"
                 raise CheckpointError(msg)
         return names_of_weights(network, facts, self._packed)
@@ -114,7 +136,10 @@ class Content:
 
     @cached_property
     def _weight_dtypes(self) -> dict[str, torch.dtype]:
-        return {weight_name(self.document.facts.layers[path]): one.dtype for path, one in self._packed.items()}
+        return {
+            weight_name(self.document.facts.layers[path]): one.dtype
+            for path, one in self._packed.items()
+        }
 
     def _read(self, names: list[str]) -> dict[str, Tensor]:
         tensors = self._file.read(names)
@@ -125,6 +150,8 @@ class Content:
                 if tensors[name].dtype != torch.uint8 or tensors[name].ndim != 1:
                     msg = f"{what} is compressed, but not stored as bytes"
                     raise CheckpointError(msg)
-                raw = decompress(tensors[name], math.prod(record.shape) * record.dtype.itemsize, what)
+                raw = decompress(
+                    tensors[name], math.prod(record.shape) * record.dtype.itemsize, what
+                )
                 tensors[name] = from_planes(raw, record.dtype, record.shape)
         return tensors

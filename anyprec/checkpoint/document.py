@@ -19,9 +19,9 @@ import torch
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.fields import Fields, is_count, require_tame, strings
 from anyprec.errors import CheckpointError
-from anyprec.graph import LayerFacts, NetworkFacts
-from anyprec.model import ConfigNote, ConvertSettings
-from anyprec.norms import NormSharing
+from anyprec.model.record import ConfigNote, ConvertSettings
+from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.norms import NormSharing
 
 FORMAT_VERSION = 2
 """Written. Format 1, also read, lacks the packed form, compressed tensors, notes and digests of single tensors."""
@@ -82,7 +82,7 @@ class Document:
         settings: The arguments of `convert`.
         facts: What was known of the network, so that loading observes nothing anew.
         configs: Named configurations.
-        floors: Lowest precision in use of layers with frozen candidates.
+        frozen: Lowest precision in use of layers with frozen candidates.
         statistics: Configurations with norm statistics of their own; their tensors are numbered in this order.
         aliases: Name of a tied tensor to the name under which it is stored.
         pretrained_cfg: timm's description of the weights (normalisation, labels), as far as JSON can hold it.
@@ -97,7 +97,7 @@ class Document:
     settings: ConvertSettings
     facts: NetworkFacts
     configs: dict[str, BitConfig]
-    floors: BitConfig = field(default_factory=lambda: BitConfig({}))
+    frozen: BitConfig = field(default_factory=lambda: BitConfig({}))
     statistics: tuple[BitConfig, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
@@ -110,8 +110,12 @@ class Document:
         """The document as text."""
         architecture = None if self.architecture is None else dataclasses.asdict(self.architecture)
         # Left out where there is nothing to say, as in files of format 1.
-        floors = {"floors": self.floors.to_json()} if self.floors else {}
-        statistics = {"statistics": [config.to_json() for config in self.statistics]} if self.statistics else {}
+        floors = {"floors": self.frozen.to_json()} if self.frozen else {}
+        statistics = (
+            {"statistics": [config.to_json() for config in self.statistics]}
+            if self.statistics
+            else {}
+        )
         return json.dumps(
             {
                 "format": FORMAT_VERSION,
@@ -143,7 +147,10 @@ class Document:
         """
         try:
             raw = json.loads(text)
-        except (ValueError, RecursionError) as error:  # ValueError, not JSONDecodeError: Python caps digits of an int
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError, not JSONDecodeError: Python caps digits of an int
             msg = f"the checkpoint's metadata is not valid JSON: {error}"
             raise CheckpointError(msg) from error
         require_tame(raw)
@@ -159,7 +166,7 @@ class Document:
             settings=_read_settings(Fields(fields.take("settings", dict), "metadata.settings")),
             facts=_read_facts(fields),
             configs=_read_configs(fields.take("configs", dict)),
-            floors=_read_config(fields.take_or("floors", dict, default={}), "metadata.floors"),
+            frozen=_read_config(fields.take_or("floors", dict, default={}), "metadata.floors"),
             statistics=tuple(
                 _read_config(config, "metadata.statistics[]")
                 for config in fields.take_or("statistics", list, default=[])
@@ -193,7 +200,9 @@ def _read_settings(fields: Fields) -> ConvertSettings:
         include=None if include is None else fields.items("include", str),
         exclude=fields.items("exclude", str),
         norm=_read_norm(fields),
-        only=_read_config(fields.take("only", dict), "metadata.settings.only") if fields.has("only") else None,
+        only=_read_config(fields.take("only", dict), "metadata.settings.only")
+        if fields.has("only")
+        else None,
     )
 
 
@@ -208,7 +217,10 @@ def _read_norm(fields: Fields) -> NormSharing:
 
 def _settings_json(settings: ConvertSettings) -> dict[str, Any]:
     """The settings; `norm` and `only` are left out where they say what files of format 1 would say."""
-    fields = {name: getattr(settings, name) for name in (field.name for field in dataclasses.fields(settings))}
+    fields = {
+        name: getattr(settings, name)
+        for name in (field.name for field in dataclasses.fields(settings))
+    }
     if settings.norm == "per-pair":
         del fields["norm"]
     only = fields.pop("only")
@@ -218,12 +230,17 @@ def _settings_json(settings: ConvertSettings) -> dict[str, Any]:
 def _read_facts(fields: Fields) -> NetworkFacts:
     layers = _read_layers(fields)
     norms = fields.take("norms", dict)
-    if not all(feeding is None or (isinstance(feeding, str) and feeding in layers) for feeding in norms.values()):
+    if not all(
+        feeding is None or (isinstance(feeding, str) and feeding in layers)
+        for feeding in norms.values()
+    ):
         msg = "the checkpoint's metadata.norms names a layer that metadata.layers does not list"
         raise CheckpointError(msg)
     uncounted = fields.take("uncounted", dict)
     for name, pair in uncounted.items():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(is_count(number) for number in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(is_count(number) for number in pair)
+        ):
             msg = f"the checkpoint's metadata.uncounted[{name!r:.40}] is {reprlib.repr(pair)}, expected [calls, MACs]"
             raise CheckpointError(msg)
     shape = fields.items("example_shape", int)
@@ -282,13 +299,18 @@ _RARE = {"parameter", "axis", "per_tensor", "dynamic", "derived", "feature"}
 
 
 def _read_configs(raw: dict[str, Any]) -> dict[str, BitConfig]:
-    return {name: _read_config(config, f"metadata.configs[{name!r:.40}]") for name, config in raw.items()}
+    return {
+        name: _read_config(config, f"metadata.configs[{name!r:.40}]")
+        for name, config in raw.items()
+    }
 
 
 def _read_config(raw: Any, where: str) -> BitConfig:
     try:
         return BitConfig(dict(strings(raw, where)))
-    except ValueError as error:  # BitsError, or a number of more digits than Python reads; also of our own refusal
+    except (
+        ValueError
+    ) as error:  # BitsError, or a number of more digits than Python reads; also of our own refusal
         if isinstance(error, CheckpointError):
             raise
         msg = f"the checkpoint's {where} holds a precision that cannot be read: {error}"
@@ -296,7 +318,10 @@ def _read_config(raw: Any, where: str) -> BitConfig:
 
 
 def _notes_json(notes: Mapping[str, ConfigNote]) -> dict[str, Any]:
-    return {name: {**dataclasses.asdict(note), "found": dict(note.found)} for name, note in notes.items()}
+    return {
+        name: {**dataclasses.asdict(note), "found": dict(note.found)}
+        for name, note in notes.items()
+    }
 
 
 def _read_notes(raw: dict[str, Any]) -> dict[str, ConfigNote]:
@@ -347,7 +372,9 @@ def _read_record(raw: Any, where: str) -> TensorRecord:
     fields = Fields(raw, where)
     shape = fields.items("shape", int)
     if any(length < 0 for length in shape):
-        msg = f"the checkpoint's {where}.shape is {reprlib.repr(shape)}, expected no negative length"
+        msg = (
+            f"the checkpoint's {where}.shape is {reprlib.repr(shape)}, expected no negative length"
+        )
         raise CheckpointError(msg)
     return TensorRecord(_read_dtype(fields, "dtype"), shape)
 

@@ -47,9 +47,7 @@ class Fields:
         """A list whose entries are all of one kind."""
         entries = self.take(name, list)
         if not all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries):
-            msg = (
-                f"the checkpoint's {self._where}.{name} is {reprlib.repr(entries)}, expected a list of {kind.__name__}"
-            )
+            msg = f"the checkpoint's {self._where}.{name} is {reprlib.repr(entries)}, expected a list of {kind.__name__}"
             raise CheckpointError(msg)
         return tuple(entries)
 
@@ -72,10 +70,12 @@ class Fields:
     def bit_widths(self, name: str) -> tuple[int, ...]:
         """A list of candidate bit-widths, ascending."""
         widths = self.items(name, int)
-        if not widths or list(widths) != sorted(set(widths)) or not all(MIN_BITS <= w <= MAX_BITS for w in widths):
-            msg = (
-                f"the checkpoint's {self._where}.{name} is {reprlib.repr(widths)}, expected ascending bit-widths from "
-            )
+        if (
+            not widths
+            or list(widths) != sorted(set(widths))
+            or not all(MIN_BITS <= w <= MAX_BITS for w in widths)
+        ):
+            msg = f"the checkpoint's {self._where}.{name} is {reprlib.repr(widths)}, expected ascending bit-widths from "
             msg += f"{MIN_BITS} to {MAX_BITS}"
             raise CheckpointError(msg)
         return widths

@@ -12,11 +12,11 @@ from anyprec.bits import BitConfig, LayerCandidates
 from anyprec.checkpoint.content import Content
 from anyprec.checkpoint.document import Architecture, Document
 from anyprec.checkpoint.packing import PREFIX, weight_name
-from anyprec.conversion import layer_candidates
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.graph import LayerFacts
-from anyprec.model import ConfigNote, ConvertSettings
-from anyprec.storage import StoredFile, opened
+from anyprec.model.conversion import layer_candidates
+from anyprec.model.record import ConfigNote, ConvertSettings
+from anyprec.network.facts import LayerFacts
+from anyprec.runtime.storage import StoredFile, opened
 
 _ELEMENT_BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BF16": 16}
 """Bits of the kinds of number whose name does not end in them."""
@@ -62,7 +62,7 @@ class CheckpointInfo:
         layers: The quantized layers, by path.
         configs: Named configurations.
         notes: Their costs, scores, and how they were found.
-        floors: Lowest precision in use, of layers with frozen candidates.
+        frozen: Lowest precision in use, of layers with frozen candidates.
         statistics: Configurations with norm statistics of their own.
         tensors: Number of tensors.
     """
@@ -79,29 +79,39 @@ class CheckpointInfo:
     layers: Mapping[str, StoredLayer]
     configs: Mapping[str, BitConfig]
     notes: Mapping[str, ConfigNote]
-    floors: BitConfig
+    frozen: BitConfig
     statistics: tuple[BitConfig, ...]
     tensors: int
 
     def __str__(self) -> str:
         lines = [*self._heading(), "", *_table(self.layers.values())]
         if self.configs:
-            lines += ["", "configurations", *(f"  {self._config_line(name)}" for name in self.configs)]
+            lines += [
+                "",
+                "configurations",
+                *(f"  {self._config_line(name)}" for name in self.configs),
+            ]
         return "\n".join(lines)
 
     def _heading(self) -> list[str]:
         network = "a network that must be passed to load"
         if self.architecture is not None:
-            arguments = "".join(f", {name}={value!r}" for name, value in self.architecture.arguments.items())
+            arguments = "".join(
+                f", {name}={value!r}" for name, value in self.architecture.arguments.items()
+            )
             network = f"timm.create_model({self.architecture.name!r}{arguments})"
         weights = sum(layer.weights for layer in self.layers.values())
         stored = sum(layer.bytes for layer in self.layers.values())
-        candidates = "one precision for each layer" if self.settings.only else f"candidates {self.settings.bits}"
+        candidates = (
+            "one precision for each layer"
+            if self.settings.only
+            else f"candidates {self.settings.bits}"
+        )
         return [
             f"{self.path}: {self.form} form, format {self.format_version}, written by anyprec {self.version}",
             f"  network     {network}",
             f"  size        {_mebibytes(self.bytes)} in {self.tensors} tensors; {weights:,} weights in {_mebibytes(stored)}",
-            f"  precision   {candidates}, norm copies {self.settings.norm!r}, {len(self.floors)} layers with frozen ones",
+            f"  precision   {candidates}, norm copies {self.settings.norm!r}, {len(self.frozen)} layers with frozen ones",
             f"  input       {' x '.join(map(str, self.input_shape[1:]))}, "
             f"mean {self.pretrained_cfg.get('mean', '?')}, std {self.pretrained_cfg.get('std', '?')}",
         ]
@@ -112,7 +122,11 @@ class CheckpointInfo:
         if note is not None:
             parts += [f"{note.bitops / 1e9:.4g} GBitOPs", _mebibytes(note.size / 8)]
             parts += [] if note.score is None else [f"score {note.score:.4g}"]
-            parts += [", ".join(f"{key} {value}" for key, value in note.found.items())] if note.found else []
+            parts += (
+                [", ".join(f"{key} {value}" for key, value in note.found.items())]
+                if note.found
+                else []
+            )
         parts += ["norm statistics of its own"] if self.configs[name] in self.statistics else []
         return "; ".join(parts)
 
@@ -158,7 +172,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
             layers=layers,
             configs=document.configs,
             notes=document.notes,
-            floors=document.floors,
+            frozen=document.frozen,
             statistics=document.statistics,
             tensors=len(file.shapes),
         )
@@ -174,7 +188,11 @@ def _stored_layer(file: StoredFile, document: Document, facts: LayerFacts) -> St
     reason = "" if document.packing is None else document.packing.latent.get(facts.path, "")
     if document.packing is not None and facts.path in document.packing.layers:
         prefix = f"{PREFIX}{facts.path}."
-        parts = [one for one in file.shapes if one.startswith(prefix) and "." not in one.removeprefix(prefix)]
+        parts = [
+            one
+            for one in file.shapes
+            if one.startswith(prefix) and "." not in one.removeprefix(prefix)
+        ]
         storage, size = "cells", sum(_size(file, one) for one in parts)
     elif name in file.shapes:
         storage, size = "latent", _size(file, name)
@@ -196,11 +214,26 @@ def _size(file: StoredFile, name: str) -> int:
 def _table(layers: Any) -> list[str]:
     rows = [("layer", "weights", "MACs", "weight bits", "input bits", "stored as", "bytes")]
     for layer in layers:
-        widths = (",".join(map(str, offered)) for offered in (layer.candidates.weight, layer.candidates.activation))
+        widths = (
+            ",".join(map(str, offered))
+            for offered in (layer.candidates.weight, layer.candidates.activation)
+        )
         stored = f"{layer.storage}: {layer.reason}" if layer.reason else layer.storage
-        rows.append((layer.path, f"{layer.weights:,}", f"{layer.macs:,}", *widths, stored, f"{layer.bytes:,}"))
+        rows.append(
+            (
+                layer.path,
+                f"{layer.weights:,}",
+                f"{layer.macs:,}",
+                *widths,
+                stored,
+                f"{layer.bytes:,}",
+            )
+        )
     columns = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _mebibytes(number: float) -> str:

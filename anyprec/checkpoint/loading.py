@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyprec.batches import device_of
 from anyprec.bits import BitConfig, highest_config, shorten
 from anyprec.checkpoint.architecture import create, create_skeleton, describe
 from anyprec.checkpoint.assembly import has_all_tensors_in, materialize
@@ -29,11 +28,12 @@ from anyprec.checkpoint.matching import (
 from anyprec.checkpoint.narrowing import narrow
 from anyprec.checkpoint.packing import install, pack
 from anyprec.checkpoint.statistics import fitting_statistics
-from anyprec.conversion import apply_settings, revert
 from anyprec.errors import AnyprecError, BitsError, CheckpointError, NotCalibratedError
-from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel, Request
-from anyprec.storage import opened
+from anyprec.model.conversion import apply_settings, revert
+from anyprec.model.converted import ConvertedModel, Request
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.runtime.batches import device_of
+from anyprec.runtime.storage import opened
 
 
 def load(
@@ -125,7 +125,9 @@ def _rebuilt(content: Content, path: str, device: torch.device) -> nn.Module:
     return network.eval()
 
 
-def _converted(network: nn.Module, content: Content, bits: Request, device: torch.device) -> ConvertedModel:
+def _converted(
+    network: nn.Module, content: Content, bits: Request, device: torch.device
+) -> ConvertedModel:
     document = content.document
     try:
         model = apply_settings(network, document.settings, document.facts)
@@ -141,7 +143,9 @@ def _converted(network: nn.Module, content: Content, bits: Request, device: torc
         raise
 
 
-def _filled(model: ConvertedModel, content: Content, bits: Request, device: torch.device) -> ConvertedModel:
+def _filled(
+    model: ConvertedModel, content: Content, bits: Request, device: torch.device
+) -> ConvertedModel:
     """Copy the file's values and configurations; all is read and checked before anything is changed."""
     document, omitted = content.document, content.omitted(model)
     require_state_fit(model, content.state, omitted)
@@ -149,13 +153,21 @@ def _filled(model: ConvertedModel, content: Content, bits: Request, device: torc
     config = _requested(model, bits, configs)
     _require_calibrated(model, content, wanted=config is not None)
     statistics = fitting_statistics(model, document, content.statistics(config), only=config)
-    cells = {path: content.cells(path, layer) for path, layer in _packed_layers(model, document).items()}
-    _set_floors(model, document)
+    cells = {
+        path: content.cells(path, layer) for path, layer in _packed_layers(model, document).items()
+    }
+    _freeze(model, document)
     materialize(model, device, besides=omitted)
     model.load_state_dict({**model.state_dict(), **content.state})
     for path, stored in cells.items():
         derives = document.facts.layers[path].derived
-        install(model.quantized_layers[path], stored, content.record(path), device=device, derives=derives)
+        install(
+            model.quantized_layers[path],
+            stored,
+            content.record(path),
+            device=device,
+            derives=derives,
+        )
     record = model.anyprec_record
     record.statistics, record.notes = statistics, dict(document.notes)
     record.configs.clear()
@@ -179,7 +191,9 @@ def _packed_layers(model: ConvertedModel, document: Document) -> dict[str, Quant
     return {path: layers[path] for path in paths}
 
 
-def _requested(model: ConvertedModel, bits: Request, configs: dict[str, BitConfig]) -> BitConfig | None:
+def _requested(
+    model: ConvertedModel, bits: Request, configs: dict[str, BitConfig]
+) -> BitConfig | None:
     """The configuration that is asked for, of the file's own or any other."""
     if isinstance(bits, str) and bits in configs:
         return configs[bits]
@@ -210,17 +224,23 @@ def _require_calibrated(model: ConvertedModel, content: Content, *, wanted: bool
         raise NotCalibratedError(msg)
 
 
-def _set_floors(model: ConvertedModel, document: Document) -> None:
+def _freeze(model: ConvertedModel, document: Document) -> None:
     try:
-        model.set_floors(document.floors)
+        model.freeze(document.frozen)
     except BitsError as error:
         msg = f"the checkpoint's frozen candidates do not fit the network: {error}"
         raise CheckpointError(msg) from error
 
 
-def _match_dtypes(network: nn.Module, content: Content, *, only: tuple[str, ...] = ("",)) -> nn.Module:
+def _match_dtypes(
+    network: nn.Module, content: Content, *, only: tuple[str, ...] = ("",)
+) -> nn.Module:
     """Give the tensors of a network, of those whose names start with `only`, the number formats of the file."""
-    chosen = {name: tensor for name, tensor in network.state_dict(keep_vars=True).items() if name.startswith(only)}
+    chosen = {
+        name: tensor
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if name.startswith(only)
+    }
     for name, tensor in chosen.items():
         stored = content.dtype_of(name)
         if stored is not None and stored != tensor.dtype and stored.is_floating_point:

@@ -10,15 +10,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig, shorten
 from anyprec.checkpoint.document import Document
-from anyprec.conversion import layer_candidates
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.graph import LayerFacts, NetworkFacts
-from anyprec.model import ConvertedModel
-from anyprec.operators import LAYER_TYPES, matrix_path
+from anyprec.model.conversion import layer_candidates
+from anyprec.model.converted import ConvertedModel
+from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.operators import LAYER_TYPES, matrix_path
 
 
 def require_float_fit(
-    network: nn.Module, document: Document, state: Mapping[str, Tensor], omitted: Collection[str] = ()
+    network: nn.Module,
+    document: Document,
+    state: Mapping[str, Tensor],
+    omitted: Collection[str] = (),
 ) -> None:
     """Check a float network: its tensors are those of the file that conversion did not add, its layers those named.
 
@@ -54,13 +57,13 @@ def require_converted_fit(model: ConvertedModel, document: Document) -> None:
             msg = f"the checkpoint does not fit the network: {error}"
             raise CheckpointError(msg) from error
         if candidates != expected:
-            msg = (
-                f"layer {path!r} of the network has {candidates}, in the checkpoint {expected}: pass the float network"
-            )
+            msg = f"layer {path!r} of the network has {candidates}, in the checkpoint {expected}: pass the float network"
             raise CheckpointError(msg)
 
 
-def require_state_fit(model: ConvertedModel, state: Mapping[str, Tensor], omitted: Collection[str] = ()) -> None:
+def require_state_fit(
+    model: ConvertedModel, state: Mapping[str, Tensor], omitted: Collection[str] = ()
+) -> None:
     """Check the whole state of a converted network against a file's, besides what it holds in another form.
 
     Raises:
@@ -108,7 +111,9 @@ def require_same_tensors(own: Mapping[str, Any], found: Mapping[str, Tensor]) ->
         if name in found and _kind(own[name]) != _kind(found[name])
     ]
     parts = [f"{len(missing)} tensors are missing: {shorten(missing, 4)}"] if missing else []
-    parts += [f"{len(strange)} are unknown to the network: {shorten(strange, 4)}"] if strange else []
+    parts += (
+        [f"{len(strange)} are unknown to the network: {shorten(strange, 4)}"] if strange else []
+    )
     parts += [f"{len(other)} are of another shape or type: {shorten(other, 4)}"] if other else []
     if parts:
         msg = f"the checkpoint does not match the network; {'; '.join(parts)}"
@@ -125,13 +130,16 @@ def our_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
             relative = facts_of_one.path.removeprefix(f"{holder}.") if holder else facts_of_one.path
             matrices.setdefault(holder, []).append(relative)
     prefixes: list[str] = []
-    for path, module in network.named_modules(remove_duplicate=False):  # a shared layer has its state at every path
+    for path, module in network.named_modules(
+        remove_duplicate=False
+    ):  # a shared layer has its state at every path
         if canonical[id(module)] in facts.layers:
             prefixes += (f"{path}.weight_quantizer.", f"{path}.input_quantizer.")
         elif canonical[id(module)] in facts.norms:
             prefixes.append(f"{path}.bank.")
         prefixes += (
-            f"{path}.{matrix}." if path else f"{matrix}." for matrix in matrices.get(canonical[id(module)], ())
+            f"{path}.{matrix}." if path else f"{matrix}."
+            for matrix in matrices.get(canonical[id(module)], ())
         )
     return tuple(prefixes)
 
@@ -140,7 +148,9 @@ def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
     """Every layer has its weight, every norm is a BatchNorm, every owner a module around its layer."""
     modules = dict(network.named_modules())
     layers = [path for path, layer in facts.layers.items() if not holds_layer(network, layer)]
-    norms = [path for path in facts.norms if not (path and isinstance(modules.get(path), _BatchNorm))]
+    norms = [
+        path for path in facts.norms if not (path and isinstance(modules.get(path), _BatchNorm))
+    ]
     owned = [layer for layer in facts.layers.values() if layer.owner is not None]
     owners = [layer.path for layer in owned if not _is_around(layer.path, layer.owner, modules)]
     parts = [f"no layers {shorten(layers, 4)}"] if layers else []
@@ -164,7 +174,11 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     axes = 0 if parameter is None else parameter.ndim
     if facts.parameter is None:
         return bool(holder) and axes > 1 and facts.per_tensor
-    return axes > 1 and facts.path == matrix_path(facts.parameter) and (facts.axis is None or 0 <= facts.axis < axes)
+    return (
+        axes > 1
+        and facts.path == matrix_path(facts.parameter)
+        and (facts.axis is None or 0 <= facts.axis < axes)
+    )
 
 
 def _is_around(path: str, owner: str | None, modules: Mapping[str, nn.Module]) -> bool:
@@ -179,9 +193,16 @@ def _require_same_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if name not in state or not parameter.numel():
             continue
-        first, other = groups.setdefault(id(parameter), name), stored.setdefault(id(state[name]), name)
+        first, other = (
+            groups.setdefault(id(parameter), name),
+            stored.setdefault(id(state[name]), name),
+        )
         if first != other:
-            here, there = ("apart", f"as one with {other!r}") if first == name else (f"as one with {first!r}", "apart")
+            here, there = (
+                ("apart", f"as one with {other!r}")
+                if first == name
+                else (f"as one with {first!r}", "apart")
+            )
             msg = f"the network holds {name!r} {here}, the checkpoint {there}: tie the same parameters before loading"
             raise CheckpointError(msg)
 
@@ -191,4 +212,8 @@ def _without(state: Mapping[str, Any], omitted: Collection[str]) -> dict[str, An
 
 
 def _kind(tensor: Any) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    return (
+        f"{tuple(tensor.shape)} {tensor.dtype}"
+        if isinstance(tensor, Tensor)
+        else type(tensor).__name__
+    )

@@ -7,11 +7,12 @@ import dataclasses
 import torch
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.layers import PACKED, QuantizedLayer
-from anyprec.model import ConvertedModel, norm_row
-from anyprec.norms import SwitchableNorm
-from anyprec.packed import PackedOperand
-from anyprec.quantizer import InputQuantizer, WeightQuantizer
+from anyprec.model.converted import ConvertedModel
+from anyprec.model.norm_copies import norm_row
+from anyprec.nn.layers import PACKED, QuantizedLayer
+from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.packed import PackedOperand
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 
 @torch.no_grad()
@@ -24,7 +25,10 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
     """
     record, layers = model.anyprec_record, model.quantized_layers
     model.set_bits(config)
-    rows = {path: norm_row(layers.get(feeding or ""), record.settings.norm) for path, feeding in record.norms.items()}
+    rows = {
+        path: norm_row(layers.get(feeding or ""), record.settings.norm)
+        for path, feeding in record.norms.items()
+    }
     for path, row in rows.items():
         norm = model.get_submodule(path)
         if isinstance(norm, SwitchableNorm) and norm.bank is not None and row is not None:
@@ -33,7 +37,7 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
     for path, layer in layers.items():
         _narrow_layer(layer, config[path])
     record.settings = dataclasses.replace(record.settings, only=config)
-    record.floors = {}
+    record.frozen = {}
     others = [name for name, one in record.configs.items() if one != config]
     for name in others:
         del record.configs[name]
@@ -51,7 +55,10 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     one.step.requires_grad_(weight.step.requires_grad)
     other = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
     other.set_grid(input_.step[place : place + 1], input_.zero_point[place : place + 1])
-    layer.weight_quantizer, layer.input_quantizer = one.train(layer.training), other.train(layer.training)
+    layer.weight_quantizer, layer.input_quantizer = (
+        one.train(layer.training),
+        other.train(layer.training),
+    )
     layer.forget_weights()
 
 

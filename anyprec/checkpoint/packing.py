@@ -16,17 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.checkpoint.cells import Exceptions, cell_count, cells_of, exceptions_of, points_of
-from anyprec.checkpoint.coding import bits_needed, compress, decompress, fixed_size, from_fixed, to_fixed
+from anyprec.checkpoint.coding import (
+    bits_needed,
+    compress,
+    decompress,
+    fixed_size,
+    from_fixed,
+    to_fixed,
+)
 from anyprec.checkpoint.document import Coding, TensorRecord
 from anyprec.errors import CheckpointError
-from anyprec.functional import moments
-from anyprec.graph import LayerFacts
-from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel
-from anyprec.modes import evaluating
-from anyprec.operators import LAYER_TYPES
-from anyprec.packed import PackedOperand
-from anyprec.quantizer import WeightQuantizer
+from anyprec.model.converted import ConvertedModel
+from anyprec.network.facts import LayerFacts
+from anyprec.nn.functional import moments
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.operators import LAYER_TYPES
+from anyprec.nn.packed import PackedOperand
+from anyprec.nn.quantizers import WeightQuantizer
+from anyprec.runtime.modes import evaluating
 
 PREFIX = "anyprec.packed."
 
@@ -51,17 +58,27 @@ def weight_name(facts: LayerFacts) -> str:
     return facts.parameter or f"{facts.path}.weight"
 
 
-def names_of_weights(network: nn.Module, facts: Mapping[str, LayerFacts], paths: Mapping[str, object]) -> set[str]:
+def names_of_weights(
+    network: nn.Module, facts: Mapping[str, LayerFacts], paths: Mapping[str, object]
+) -> set[str]:
     """Every name in the network's state under which the latent weight of one of these layers stands."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
-    wanted = {id(parameters[name]) for name in (weight_name(facts[path]) for path in paths) if name in parameters}
+    wanted = {
+        id(parameters[name])
+        for name in (weight_name(facts[path]) for path in paths)
+        if name in parameters
+    }
     return {name for name, parameter in parameters.items() if id(parameter) in wanted}
 
 
 def split_layers(model: ConvertedModel) -> tuple[list[str], dict[str, str]]:
     """The layers that can be packed, and those that keep their latent weight with the reason."""
     facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
-    kept = {path: reason for path, layer in layers.items() if (reason := _obstacle(model, facts[path], layer))}
+    kept = {
+        path: reason
+        for path, layer in layers.items()
+        if (reason := _obstacle(model, facts[path], layer))
+    }
     holders: dict[int, set[str]] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
@@ -76,8 +93,15 @@ def split_layers(model: ConvertedModel) -> tuple[list[str], dict[str, str]]:
         }
         if not shared:
             # An expert layer's weight is packed as the matrices that it mixes.
-            return list(packed.values()), {path: kept[path] for path in kept if weight_name(facts[path]) not in packed}
-        kept.update({path: f"its weight is also {other!r}, which is not packed" for path, other in shared.items()})
+            return list(packed.values()), {
+                path: kept[path] for path in kept if weight_name(facts[path]) not in packed
+            }
+        kept.update(
+            {
+                path: f"its weight is also {other!r}, which is not packed"
+                for path, other in shared.items()
+            }
+        )
 
 
 def cells_of_layer(layer: QuantizedLayer, facts: LayerFacts) -> LayerCells:
@@ -90,10 +114,17 @@ def cells_of_layer(layer: QuantizedLayer, facts: LayerFacts) -> LayerCells:
     with torch.no_grad():
         operand = None if layer.packed is not None else _operand(layer, facts)
         found = moments(operand, axis=axis) if operand is not None and axis is not None else None
-        if layer.packed is not None and layer.packed.mean is not None and layer.packed.spread is not None:
+        if (
+            layer.packed is not None
+            and layer.packed.mean is not None
+            and layer.packed.spread is not None
+        ):
             found = layer.packed.mean, layer.packed.spread
         candidates = quantizer.candidates
-        codes = [quantizer.per_channel(layer.weight_codes(index, operand)).cpu() for index in range(len(candidates))]
+        codes = [
+            quantizer.per_channel(layer.weight_codes(index, operand)).cpu()
+            for index in range(len(candidates))
+        ]
         cells = cells_of(codes, candidates)
         exceptions = exceptions_of(cells, codes, quantizer.step.detach().cpu(), candidates)
     kept = None if found is None else (found[0].float().cpu(), found[1].float().cpu())
@@ -101,7 +132,12 @@ def cells_of_layer(layer: QuantizedLayer, facts: LayerFacts) -> LayerCells:
 
 
 def install(
-    layer: QuantizedLayer, stored: LayerCells, record: TensorRecord, *, device: torch.device, derives: bool
+    layer: QuantizedLayer,
+    stored: LayerCells,
+    record: TensorRecord,
+    *,
+    device: torch.device,
+    derives: bool,
 ) -> None:
     """Make a layer a packed one, in place.
 
@@ -113,8 +149,12 @@ def install(
         derives: The layer makes its operand from the weight in every forward pass.
     """
     quantizer = layer.weight_quantizer
-    found = points_of(stored.cells, quantizer.step.detach().cpu(), quantizer.candidates, stored.exceptions)
-    order = quantizer.per_channel(torch.arange(math.prod(record.shape)).reshape(record.shape)).flatten()
+    found = points_of(
+        stored.cells, quantizer.step.detach().cpu(), quantizer.candidates, stored.exceptions
+    )
+    order = quantizer.per_channel(
+        torch.arange(math.prod(record.shape)).reshape(record.shape)
+    ).flatten()
     axis = layer.corrected_axis
     operand = PackedOperand(
         _as_operand(found.points, record.shape, quantizer),
@@ -137,7 +177,9 @@ def pack(model: ConvertedModel) -> None:
         install(layers[path], stored, record, device=weight.device, derives=facts[path].derived)
 
 
-def to_tensors(stored: LayerCells, candidates: tuple[int, ...], coding: Coding) -> dict[str, Tensor]:
+def to_tensors(
+    stored: LayerCells, candidates: tuple[int, ...], coding: Coding
+) -> dict[str, Tensor]:
     """The parts of a packed layer, by their names."""
     width = bits_needed(cell_count(candidates))
     parts: dict[str, Tensor] = {}
@@ -158,7 +200,12 @@ def to_tensors(stored: LayerCells, candidates: tuple[int, ...], coding: Coding) 
 
 
 def from_tensors(
-    parts: Mapping[str, Tensor], layer: QuantizedLayer, steps: Tensor, record: TensorRecord, coding: Coding, path: str
+    parts: Mapping[str, Tensor],
+    layer: QuantizedLayer,
+    steps: Tensor,
+    record: TensorRecord,
+    coding: Coding,
+    path: str,
 ) -> LayerCells:
     """The cells of a layer, from parts that nothing is known of.
 
@@ -179,17 +226,29 @@ def from_tensors(
     moved = ("mean", "spread") if axis is not None else ()
     exceptional = ("places", "codes") if "places" in parts else ()
     low = ("low",) if coding == "zstd" and cell_count(candidates) > 256 else ()
-    _require(parts.keys() == {"cells", *low, *moved, *exceptional}, path, f"its parts are {sorted(parts)}")
+    _require(
+        parts.keys() == {"cells", *low, *moved, *exceptional},
+        path,
+        f"its parts are {sorted(parts)}",
+    )
     _require(bool(torch.isfinite(steps).all()), path, "a step size is not finite")
     cells = _read_cells(parts, candidates, count, coding, path).reshape(steps.shape[1], -1)
-    exceptions = Exceptions(torch.empty(0, dtype=torch.int64), torch.empty((len(candidates), 0), dtype=torch.int8))
+    exceptions = Exceptions(
+        torch.empty(0, dtype=torch.int64), torch.empty((len(candidates), 0), dtype=torch.int8)
+    )
     if exceptional:
         exceptions = _read_exceptions(parts, quantizer, count, path)
     if axis is None:
         return LayerCells(cells, exceptions, None)
     for name in moved:
-        right = parts[name].dtype == torch.float32 and tuple(parts[name].shape) == (record.shape[axis],)
-        _require(right and bool(torch.isfinite(parts[name]).all()), path, f"{name} holds no numbers of its channels")
+        right = parts[name].dtype == torch.float32 and tuple(parts[name].shape) == (
+            record.shape[axis],
+        )
+        _require(
+            right and bool(torch.isfinite(parts[name]).all()),
+            path,
+            f"{name} holds no numbers of its channels",
+        )
     return LayerCells(cells, exceptions, (parts["mean"], parts["spread"]))
 
 
@@ -200,7 +259,11 @@ def _read_cells(
     stored = parts["cells"]
     _require(stored.dtype == torch.uint8 and stored.ndim == 1, path, "its cells are no bytes")
     if coding == "fixed":
-        _require(stored.numel() == fixed_size(count, width), path, f"it has {stored.numel()} bytes for {count} weights")
+        _require(
+            stored.numel() == fixed_size(count, width),
+            path,
+            f"it has {stored.numel()} bytes for {count} weights",
+        )
         cells = from_fixed(stored, count, width)
     else:
         if stored.numel() != count:
@@ -216,10 +279,16 @@ def _read_cells(
     return cells
 
 
-def _read_exceptions(parts: Mapping[str, Tensor], quantizer: WeightQuantizer, count: int, path: str) -> Exceptions:
+def _read_exceptions(
+    parts: Mapping[str, Tensor], quantizer: WeightQuantizer, count: int, path: str
+) -> Exceptions:
     places, codes = parts["places"], parts["codes"]
     right = places.dtype == torch.int64 and places.ndim == 1 and codes.dtype == torch.int8
-    right = right and codes.shape == (len(quantizer.candidates), len(places)) and bool((places.diff() > 0).all())
+    right = (
+        right
+        and codes.shape == (len(quantizer.candidates), len(places))
+        and bool((places.diff() > 0).all())
+    )
     right = right and len(places) > 0 and int(places[0]) >= 0 and int(places[-1]) < count
     for index in range(len(quantizer.candidates) if right else 0):
         qmin, qmax = quantizer.limits(index)

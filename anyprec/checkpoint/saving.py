@@ -1,6 +1,6 @@
 """`save`: a converted model to one file.
 
-What the file says is in `document.py`, how it is written in `anyprec/storage.py`, what its packed form is in `packing.py`.
+What the file says is in `document.py`, how it is written in `runtime/storage.py`, what its packed form is in `packing.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,19 @@ from anyprec.checkpoint.packing import (
     weight_name,
 )
 from anyprec.checkpoint.statistics import statistics_tensors
-from anyprec.cost import cost_model
 from anyprec.errors import BitsError
-from anyprec.graph import NetworkFacts
-from anyprec.layers import PACKED
-from anyprec.model import ConfigNote, ConvertedModel, require_calibrated, require_converted, require_latents
+from anyprec.model.converted import (
+    ConvertedModel,
+    require_calibrated,
+    require_converted,
+    require_latents,
+)
+from anyprec.model.cost import cost_model
+from anyprec.model.record import ConfigNote
+from anyprec.network.facts import NetworkFacts
+from anyprec.nn.layers import PACKED
+from anyprec.runtime.storage import stored_once, write_file
 from anyprec.searching.result import SearchResult
-from anyprec.storage import stored_once, write_file
 
 _WORTH_COMPRESSING = 256
 """Bytes from which on a tensor is compressed."""
@@ -101,19 +107,23 @@ def save(
         settings=model.anyprec_record.settings,
         facts=_present_facts(model),
         configs=named,
-        floors=BitConfig(model.floors),
+        frozen=BitConfig(model.frozen),
         statistics=tuple(model.anyprec_record.statistics),
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
         notes=notes,
         latents=latents,
     )
-    tensors, document = _packed_form(model, document, coding) if packed else _training_form(model, document)
+    tensors, document = (
+        _packed_form(model, document, coding) if packed else _training_form(model, document)
+    )
     write_file(Path(path), tensors, document.to_json())
     model.configs.update(named)
     model.anyprec_record.notes.update(notes)
 
 
-def _check_arguments(model: ConvertedModel, *, packed: bool, coding: str, latents: torch.dtype | None) -> None:
+def _check_arguments(
+    model: ConvertedModel, *, packed: bool, coding: str, latents: torch.dtype | None
+) -> None:
     if coding not in {"fixed", "zstd"}:
         msg = f"coding={coding!r} is not known: use 'zstd' or 'fixed'"
         raise ValueError(msg)
@@ -138,10 +148,15 @@ def _training_form(model: ConvertedModel, document: Document) -> tuple[dict[str,
     return tensors, dataclasses.replace(document, aliases=aliases)
 
 
-def _packed_form(model: ConvertedModel, document: Document, coding: Coding) -> tuple[dict[str, Tensor], Document]:
+def _packed_form(
+    model: ConvertedModel, document: Document, coding: Coding
+) -> tuple[dict[str, Tensor], Document]:
     facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
     paths, kept = split_layers(model)
-    records = {path: TensorRecord(layers[path].weight.dtype, tuple(layers[path].weight.shape)) for path in paths}
+    records = {
+        path: TensorRecord(layers[path].weight.dtype, tuple(layers[path].weight.shape))
+        for path in paths
+    }
     omitted = names_of_weights(model, facts, records)
     state = {
         name: tensor
@@ -151,7 +166,9 @@ def _packed_form(model: ConvertedModel, document: Document, coding: Coding) -> t
     tensors, aliases = stored_once({**state, **statistics_tensors(model)})
     compressed = _compress(tensors) if coding == "zstd" else {}
     for path in paths:
-        parts = to_tensors(cells_of_layer(layers[path], facts[path]), layers[path].candidates.weight, coding)
+        parts = to_tensors(
+            cells_of_layer(layers[path], facts[path]), layers[path].candidates.weight, coding
+        )
         tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts.items()})
     packing = Packing(coding, records, kept, compressed)
     return tensors, dataclasses.replace(document, aliases=aliases, packing=packing)
@@ -170,12 +187,18 @@ def _compress(tensors: dict[str, Tensor]) -> dict[str, TensorRecord]:
 
 
 def _notes(
-    model: ConvertedModel, named: Mapping[str, BitConfig], given: Mapping[str, BitConfig | SearchResult]
+    model: ConvertedModel,
+    named: Mapping[str, BitConfig],
+    given: Mapping[str, BitConfig | SearchResult],
 ) -> dict[str, ConfigNote]:
     """Costs of all named configurations, with what a search says or the file before said of them."""
     costs, notes = cost_model(model), {}
     for name, config in named.items():
-        cost, result, old = costs.cost(config), given.get(name), model.anyprec_record.notes.get(name)
+        cost, result, old = (
+            costs.cost(config),
+            given.get(name),
+            model.anyprec_record.notes.get(name),
+        )
         note = ConfigNote(cost.bitops, cost.size)
         if isinstance(result, SearchResult):
             found: dict[str, str | int | float] = {
@@ -204,11 +227,15 @@ def _present_facts(model: ConvertedModel) -> NetworkFacts:
     """The facts without layers that the network lost since its conversion (`reset_classifier(0)`)."""
     facts = model.anyprec_record.facts
     present = {row.path for row in model.coverage if holds_layer(model, facts.layers[row.path])}
-    present |= model.quantized_layers.keys()  # raises if one was replaced: such a file could not be loaded
+    present |= (
+        model.quantized_layers.keys()
+    )  # raises if one was replaced: such a file could not be loaded
     return dataclasses.replace(
         facts,
         layers={path: layer for path, layer in facts.layers.items() if path in present},
-        norms={path: feeding if feeding in present else None for path, feeding in facts.norms.items()},
+        norms={
+            path: feeding if feeding in present else None for path, feeding in facts.norms.items()
+        },
     )
 
 

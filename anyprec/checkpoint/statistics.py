@@ -14,8 +14,8 @@ from torch import Tensor
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.document import Document
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.model import ConvertedModel
-from anyprec.norms import Statistics, SwitchableNorm
+from anyprec.model.converted import ConvertedModel
+from anyprec.nn.norms import Statistics, SwitchableNorm
 
 _PREFIX = "anyprec.statistics."
 _PARTS = ("mean", "variance")
@@ -37,7 +37,11 @@ def is_statistic(name: str, number: int | None = None) -> bool:
 
 
 def fitting_statistics(
-    model: ConvertedModel, document: Document, tensors: Mapping[str, Tensor], *, only: BitConfig | None = None
+    model: ConvertedModel,
+    document: Document,
+    tensors: Mapping[str, Tensor],
+    *,
+    only: BitConfig | None = None,
 ) -> dict[BitConfig, dict[str, Statistics]]:
     """The file's statistics by configuration, or those of one configuration.
 
@@ -49,7 +53,11 @@ def fitting_statistics(
         for path in model.anyprec_record.norms
         if isinstance(norm := model.get_submodule(path), SwitchableNorm)
     }
-    numbers = [number for number, config in enumerate(document.statistics) if only is None or config == only]
+    numbers = [
+        number
+        for number, config in enumerate(document.statistics)
+        if only is None or config == only
+    ]
     expected = {
         f"{_PREFIX}{number}.{path}.{part}": like
         for number in numbers
@@ -63,14 +71,22 @@ def fitting_statistics(
         raise CheckpointError(msg)
     for name, like in expected.items():
         tensor = tensors[name]
-        if tensor.shape != like.shape or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if (
+            tensor.shape != like.shape
+            or not tensor.is_floating_point()
+            or not torch.isfinite(tensor).all()
+        ):
             msg = f"the checkpoint's {name!r:.80} is {tuple(tensor.shape)} {tensor.dtype}, expected finite numbers of shape "
             msg += f"{tuple(like.shape)}"
             raise CheckpointError(msg)
     found: dict[BitConfig, dict[str, Statistics]] = {}
     for number in numbers:
-        mean, variance = ({path: tensors[f"{_PREFIX}{number}.{path}.{part}"] for path in norms} for part in _PARTS)
-        found[_fitting(model, document.statistics[number])] = {path: (mean[path], variance[path]) for path in norms}
+        mean, variance = (
+            {path: tensors[f"{_PREFIX}{number}.{path}.{part}"] for path in norms} for part in _PARTS
+        )
+        found[_fitting(model, document.statistics[number])] = {
+            path: (mean[path], variance[path]) for path in norms
+        }
     return found
 
 
@@ -78,6 +94,8 @@ def _fitting(model: ConvertedModel, config: BitConfig) -> BitConfig:
     try:
         resolved = model.resolve_bits(config)
     except BitsError as error:
-        msg = f"a configuration of the checkpoint's norm statistics does not fit the network: {error}"
+        msg = (
+            f"a configuration of the checkpoint's norm statistics does not fit the network: {error}"
+        )
         raise CheckpointError(msg) from error
     return config if resolved is None else resolved

@@ -16,7 +16,7 @@ from torch import nn
 from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
 from anyprec.errors import CheckpointError
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model.converted import ConvertedModel, require_converted
 
 FILE_NAME = "model.safetensors"
 """Name of the checkpoint in a repository or folder."""
@@ -60,7 +60,12 @@ class HubModel(
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, revision: str | None = None, model: nn.Module | None = None, **options: Any
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        model: nn.Module | None = None,
+        **options: Any,
     ) -> HubModel:
         """Load the checkpoint of a folder or repository; called by the mixin.
 
@@ -74,7 +79,9 @@ class HubModel(
         try:
             path = hf_hub_download(model_id, FILE_NAME, revision=revision, **known)
         except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-            msg = f"cannot get {FILE_NAME!r} of {model_id!r}, which is no folder here either: {error}"
+            msg = (
+                f"cannot get {FILE_NAME!r} of {model_id!r}, which is no folder here either: {error}"
+            )
             raise CheckpointError(msg) from error
         return cls(load(path, model, **settings))
 

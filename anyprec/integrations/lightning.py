@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from anyprec.errors import TrainingError
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.training.oneshot import Criterion, OneShot
 from anyprec.training.recipe import Recipe
 
@@ -94,7 +94,9 @@ class OneShotCallback(Callback):
             msg += "loader with a length"
             raise TrainingError(msg)
         settings = self._recipe.oneshot
-        self._oneshot = OneShot(self._model, total_steps=int(steps), teacher=self._teacher, seed=self._seed, **settings)
+        self._oneshot = OneShot(
+            self._model, total_steps=int(steps), teacher=self._teacher, seed=self._seed, **settings
+        )
         if self._state is not None:
             self._oneshot.load_state_dict(self._state)
 

@@ -24,7 +24,7 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
-from anyprec.model import ConvertedModel, require_converted
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.training.oneshot import OneShot
 from anyprec.training.recipe import Recipe
 
@@ -74,9 +74,13 @@ class OneShotTask(ClassificationTask):
         self._scale = scale
         self.oneshot = OneShot(model, teacher=teacher, **self._settings)
 
-    def compile(self, backend: Any = "inductor", mode: str | None = None, **arguments: Any) -> nn.Module:  # type: ignore[override]  # timm's
+    def compile(
+        self, backend: Any = "inductor", mode: str | None = None, **arguments: Any
+    ) -> nn.Module:  # type: ignore[override]  # timm's
         """Compile the network, once for all bit-widths; see timm's task."""
-        self.oneshot = OneShot(self.oneshot.model, teacher=self._teacher[0], compiled=True, **self._settings)
+        self.oneshot = OneShot(
+            self.oneshot.model, teacher=self._teacher[0], compiled=True, **self._settings
+        )
         compiled: nn.Module = super().compile(backend=backend, mode=mode, **arguments)
         return compiled
 
@@ -109,7 +113,9 @@ class OneShotTask(ClassificationTask):
                     (part if self._scale is None else self._scale(part)).backward()
             result["loss"] = loss
             result.setdefault("output", output)
-            result["loss_max" if path.is_max else f"loss_{path.index}"] = loss.detach() / path.weight
+            result["loss_max" if path.is_max else f"loss_{path.index}"] = (
+                loss.detach() / path.weight
+            )
         return result
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002, FBT001, FBT002 (timm's signature)

@@ -10,14 +10,20 @@ from typing import Any
 from rich.table import Table
 
 from anyprec.bits import BitConfig
-from anyprec.cost import Cost
+from anyprec.model.cost import Cost
 from anyprec.report.figures import label_cost_and_score, new_figure
 
 Points = Sequence[tuple[float, float]]
 """(cost, score) pairs."""
 
 _STYLES: dict[str, dict[str, Any]] = {
-    "evaluated": {"marker": ".", "linestyle": "none", "color": "#bbbbbb", "markersize": 4, "zorder": 1},
+    "evaluated": {
+        "marker": ".",
+        "linestyle": "none",
+        "color": "#bbbbbb",
+        "markersize": 4,
+        "zorder": 1,
+    },
     "uniform": {"marker": "o", "linestyle": "-", "color": "#4269d0", "zorder": 2},
     "searched": {"marker": "D", "linestyle": "-", "color": "#ff725c", "markersize": 4, "zorder": 3},
     "random": {"marker": "x", "linestyle": "none", "color": "#6cc5b0", "zorder": 2},
@@ -33,7 +39,9 @@ _WEIGHT, _ACTIVATION = "#4269d0", "#efb118"
 _LAYERS_WITHOUT_NAMES = 80
 
 
-def frontier_table(rows: Iterable[tuple[str, Cost, float, float | None]], *, objective: str, title: str = "") -> Table:
+def frontier_table(
+    rows: Iterable[tuple[str, Cost, float, float | None]], *, objective: str, title: str = ""
+) -> Table:
     """A rich table with a line for each configuration: name, cost, score, and accuracy where it was measured."""
     lines = list(rows)
     measured = any(accuracy is not None for *_, accuracy in lines)
@@ -57,7 +65,13 @@ def frontier_table(rows: Iterable[tuple[str, Cost, float, float | None]], *, obj
 
 
 def frontier_plot(
-    series: Mapping[str, Points], path: str | Path, *, cost: str, score: str, chosen: Points = (), title: str = ""
+    series: Mapping[str, Points],
+    path: str | Path,
+    *,
+    cost: str,
+    score: str,
+    chosen: Points = (),
+    title: str = "",
 ) -> None:
     """Write a picture of score against cost, a series for each kind of configuration.
 
@@ -77,9 +91,22 @@ def frontier_plot(
     for kind, points in series.items():
         shown = sorted((x / scale, y) for x, y in points if math.isfinite(y))
         if shown:
-            axes.plot(*zip(*shown, strict=True), label=kind, **_STYLES.get(kind, {"marker": "s", "linestyle": "--"}))
+            axes.plot(
+                *zip(*shown, strict=True),
+                label=kind,
+                **_STYLES.get(kind, {"marker": "s", "linestyle": "--"}),
+            )
     for x, y in chosen:
-        axes.plot([x / scale], [y], "o", markersize=12, fillstyle="none", color="#000000", zorder=4, label="chosen")
+        axes.plot(
+            [x / scale],
+            [y],
+            "o",
+            markersize=12,
+            fillstyle="none",
+            color="#000000",
+            zorder=4,
+            label="chosen",
+        )
     positive = [y for points in series.values() for _, y in points if math.isfinite(y)]
     if positive and min(positive) > 0 and max(positive) > 30 * min(positive):
         axes.set_yscale("log")
@@ -97,12 +124,24 @@ def bits_plot(config: BitConfig, path: str | Path, *, title: str = "") -> None:
     figure, axes = new_figure(max(7.0, 0.18 * len(config)), 4.5, title=title)
     places = range(len(config))
     axes.bar(
-        [x - 0.2 for x in places], [b.weight for b in config.values()], width=0.4, color=_WEIGHT, label="weight bits"
+        [x - 0.2 for x in places],
+        [b.weight for b in config.values()],
+        width=0.4,
+        color=_WEIGHT,
+        label="weight bits",
     )
     activations = [bits.activation for bits in config.values()]
-    axes.bar([x + 0.2 for x in places], activations, width=0.4, color=_ACTIVATION, label="activation bits")
+    axes.bar(
+        [x + 0.2 for x in places],
+        activations,
+        width=0.4,
+        color=_ACTIVATION,
+        label="activation bits",
+    )
     named = len(config) <= _LAYERS_WITHOUT_NAMES
-    axes.set_xticks(list(places) if named else [], list(config) if named else [], rotation=90, fontsize=6)
+    axes.set_xticks(
+        list(places) if named else [], list(config) if named else [], rotation=90, fontsize=6
+    )
     axes.set_xlabel("layer, in network order")
     axes.set_ylabel("bits")
     axes.set_xlim(-1, len(config))

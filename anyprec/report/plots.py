@@ -25,10 +25,18 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
     """
     figure, axes = new_figure(7, 4.5, title=title)
     for kind, (style, color) in _STYLE.items():
-        series = sorted((r for r in results if r.kind == kind), key=lambda result: result.cost.bitops)
+        series = sorted(
+            (r for r in results if r.kind == kind), key=lambda result: result.cost.bitops
+        )
         if not series:
             continue
-        axes.plot([r.cost.bitops / 1e9 for r in series], [r.accuracy for r in series], style, color=color, label=kind)
+        axes.plot(
+            [r.cost.bitops / 1e9 for r in series],
+            [r.accuracy for r in series],
+            style,
+            color=color,
+            label=kind,
+        )
         for r in series:
             below = kind == "searched"
             axes.annotate(
@@ -40,7 +48,9 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
                 fontsize=8,
                 color=color,
             )
-    for r, line in zip((r for r in results if r.kind == "float"), itertools.cycle(("--", ":", "-.")), strict=False):
+    for r, line in zip(
+        (r for r in results if r.kind == "float"), itertools.cycle(("--", ":", "-.")), strict=False
+    ):
         axes.axhline(r.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=r.name)
     label_cost_and_score(axes, cost="BitOPs of one image, in G", score="top-1 accuracy, %")
     axes.margins(x=0.08, y=0.12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyprec.cost import Cost
+from anyprec.model.cost import Cost
 
 
 @dataclass(frozen=True)

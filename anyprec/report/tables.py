@@ -25,7 +25,11 @@ def results_table(results: Sequence[Result], *, title: str = "") -> Table:
 
 def results_markdown(results: Sequence[Result]) -> str:
     """The same table in Markdown."""
-    lines = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *(_cells(result) for result in results)]
+    lines = [
+        _HEADER,
+        ("---", *["---:"] * (len(_HEADER) - 1)),
+        *(_cells(result) for result in results),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -12,13 +12,19 @@ from typing import Any
 from rich.table import Table
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates
-from anyprec.cost import Cost, CostModel, LayerCost, Uncounted
 from anyprec.errors import AnyprecError, BudgetError, SearchError
+from anyprec.model.cost import Cost, CostModel, LayerCost, Uncounted
 from anyprec.report.frontiers import bits_plot, frontier_plot, frontier_table
-from anyprec.searching.budget import Budget, BudgetLike, parse_budget, unreachable, utilisation
-from anyprec.searching.costs import SearchCosts
-from anyprec.searching.memo import as_pairs, from_pairs
-from anyprec.storage import replacing
+from anyprec.runtime.storage import replacing
+from anyprec.searching.budget.budgets import (
+    Budget,
+    BudgetLike,
+    parse_budget,
+    unreachable,
+    utilisation,
+)
+from anyprec.searching.budget.costs import SearchCosts
+from anyprec.searching.measuring.memo import as_pairs, from_pairs
 
 _FORMAT = "anyprec-search-result-1"
 
@@ -93,7 +99,10 @@ class SearchResult:
     @property
     def frontier(self) -> tuple[Found, ...]:
         """The evaluated configurations of which none is at once cheaper and better, by rising cost."""
-        priced = [(self.costs.total(self.cost_name, config), score, config) for config, score in self.evaluated.items()]
+        priced = [
+            (self.costs.total(self.cost_name, config), score, config)
+            for config, score in self.evaluated.items()
+        ]
         best = math.inf
         kept = []
         for _, score, config in sorted(priced, key=lambda entry: entry[:2]):
@@ -109,10 +118,17 @@ class SearchResult:
             BudgetError: The budget cannot be read, or nothing that was evaluated fits it.
         """
         limits = parse_budget(budget, self.costs)
-        fitting = [config for config in self.evaluated if utilisation(config, limits, self.costs) <= 1]
+        fitting = [
+            config for config in self.evaluated if utilisation(config, limits, self.costs) <= 1
+        ]
         if not fitting:
-            totals = {name: [self.costs.total(name, config) for config in self.evaluated] for name in limits.limits}
-            raise unreachable(limits, {name: (min(every), max(every)) for name, every in totals.items()})
+            totals = {
+                name: [self.costs.total(name, config) for config in self.evaluated]
+                for name in limits.limits
+            }
+            raise unreachable(
+                limits, {name: (min(every), max(every)) for name, every in totals.items()}
+            )
         return self._found(min(fitting, key=self.evaluated.__getitem__))
 
     def table(self) -> Table:
@@ -132,12 +148,23 @@ class SearchResult:
             "uniform": self._points(self.uniform, shown),
             "searched": self._points([found.config for found in self.frontier], shown),
         }
-        label = "top-1 accuracy on other images, %" if measured else f"{self.objective} on the search's images"
+        label = (
+            "top-1 accuracy on other images, %"
+            if measured
+            else f"{self.objective} on the search's images"
+        )
         frontier_plot(
-            series, path, cost=self.cost_name, score=label, chosen=self._points([self.config], shown), title=title
+            series,
+            path,
+            cost=self.cost_name,
+            score=label,
+            chosen=self._points([self.config], shown),
+            title=title,
         )
 
-    def plot_bits(self, path: str | Path, *, budget: BudgetLike | None = None, title: str = "") -> None:
+    def plot_bits(
+        self, path: str | Path, *, budget: BudgetLike | None = None, title: str = ""
+    ) -> None:
         """Write a bar chart of the bits of each layer, of the configuration found or of that for another budget.
 
         Raises:
@@ -172,7 +199,10 @@ class SearchResult:
                 "input_shape": self.costs.model.input_shape,
             },
             "own_costs": {
-                name: {path: {str(bits): value for bits, value in row.items()} for path, row in table.items()}
+                name: {
+                    path: {str(bits): value for bits, value in row.items()}
+                    for path, row in table.items()
+                }
                 for name, table in self.costs.own.items()
             },
             "budget": self.budget.limits,
@@ -225,14 +255,27 @@ class SearchResult:
         return text if self.stopped == "finished" else f"{text} (stopped: {self.stopped})"
 
     def _found(self, config: BitConfig) -> Found:
-        return Found(config, self.evaluated[config], self.costs.model.cost(config), self.accuracies.get(config))
+        return Found(
+            config,
+            self.evaluated[config],
+            self.costs.model.cost(config),
+            self.accuracies.get(config),
+        )
 
     def _points(self, configs: Any, shown: Mapping[BitConfig, float]) -> list[tuple[float, float]]:
-        return [(self.costs.total(self.cost_name, config), shown[config]) for config in configs if config in shown]
+        return [
+            (self.costs.total(self.cost_name, config), shown[config])
+            for config in configs
+            if config in shown
+        ]
 
     def _rows(self) -> list[tuple[str, Cost, float, float | None]]:
         found = [("searched", entry) for entry in self.frontier if entry.config not in self.uniform]
-        found += [(uniform_name(config), self._found(config)) for config in self.uniform if config in self.evaluated]
+        found += [
+            (uniform_name(config), self._found(config))
+            for config in self.uniform
+            if config in self.evaluated
+        ]
         rows = [(name, entry.cost, entry.score, entry.accuracy) for name, entry in found]
         return sorted(rows, key=lambda row: row[1].bitops)
 
@@ -247,9 +290,13 @@ def _read(document: dict[str, Any]) -> dict[str, Any]:
     rows = document["layers"]
     paths = [str(row["path"]) for row in rows]
     model = CostModel(
-        layers={row["path"]: LayerCost(row["path"], int(row["macs"]), int(row["weights"])) for row in rows},
+        layers={
+            row["path"]: LayerCost(row["path"], int(row["macs"]), int(row["weights"]))
+            for row in rows
+        },
         candidates={
-            row["path"]: LayerCandidates(tuple(row["weight_bits"]), tuple(row["activation_bits"])) for row in rows
+            row["path"]: LayerCandidates(tuple(row["weight_bits"]), tuple(row["activation_bits"]))
+            for row in rows
         },
         uncounted=tuple(Uncounted(**entry) for entry in document["model"]["uncounted"]),
         float_parameters=document["model"]["float_parameters"],
@@ -257,7 +304,10 @@ def _read(document: dict[str, Any]) -> dict[str, Any]:
         input_shape=tuple(document["model"]["input_shape"]),
     )
     own = {
-        name: {path: {Bits.parse(bits): float(value) for bits, value in row.items()} for path, row in table.items()}
+        name: {
+            path: {Bits.parse(bits): float(value) for bits, value in row.items()}
+            for path, row in table.items()
+        }
         for name, table in document["own_costs"].items()
     }
 
@@ -284,5 +334,9 @@ def _read(document: dict[str, Any]) -> dict[str, Any]:
         "norms": str(document["norms"]),
         "stopped": str(document["stopped"]),
         "layer_runs": int(document["layer_runs"]),
-        "accuracies": {config(e["bits"]): float(e["accuracy"]) for e in document["evaluated"] if "accuracy" in e},
+        "accuracies": {
+            config(e["bits"]): float(e["accuracy"])
+            for e in document["evaluated"]
+            if "accuracy" in e
+        },
     }

@@ -8,28 +8,28 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from anyprec.batches import Batch
 from anyprec.bits import BitConfig
-from anyprec.cost import cost_model
-from anyprec.distributed import first_reason, holding_back_interrupts
 from anyprec.errors import BudgetError, SearchError
-from anyprec.model import ConvertedModel, require_converted
-from anyprec.modes import evaluating
-from anyprec.progress import Bar, progress_bar
-from anyprec.searching.algorithms import Settings, require_algorithm, run_algorithm
-from anyprec.searching.budget import Budget, BudgetLike, parse_budget
-from anyprec.searching.costs import SearchCosts, UserCost, search_costs
-from anyprec.searching.evaluations import Evaluations, Stopped
-from anyprec.searching.evaluator import Evaluator, Norms, Objective
-from anyprec.searching.execution import DEFAULT_MEMORY
-from anyprec.searching.grouping import Tied, tied_groups
-from anyprec.searching.improvement import sketch
-from anyprec.searching.memo import Memo
-from anyprec.searching.moves import Walk
-from anyprec.searching.predictor import Predictor
-from anyprec.searching.problem import Problem
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.cost import cost_model
+from anyprec.runtime.batches import Batch
+from anyprec.runtime.modes import evaluating
+from anyprec.runtime.processes import first_reason, holding_back_interrupts
+from anyprec.runtime.progress import Bar, progress_bar
+from anyprec.searching.algorithms.evaluations import Evaluations, Stopped
+from anyprec.searching.algorithms.improvement import sketch
+from anyprec.searching.algorithms.moves import Walk
+from anyprec.searching.algorithms.predictor import Predictor
+from anyprec.searching.algorithms.problem import Problem
+from anyprec.searching.algorithms.registry import Settings, require_algorithm, run_algorithm
+from anyprec.searching.algorithms.space import Allowed, Space, make_space
+from anyprec.searching.budget.budgets import Budget, BudgetLike, parse_budget
+from anyprec.searching.budget.costs import SearchCosts, UserCost, search_costs
+from anyprec.searching.measuring.evaluator import Evaluator, Norms, Objective
+from anyprec.searching.measuring.execution import DEFAULT_MEMORY
+from anyprec.searching.measuring.grouping import Tied, tied_groups
+from anyprec.searching.measuring.memo import Memo
 from anyprec.searching.result import SearchResult
-from anyprec.searching.space import Allowed, Space, make_space
 
 _BETWEEN = 2
 """Budgets of a frontier per step from one uniform configuration to the next, its end included."""
@@ -63,7 +63,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     """Find the configuration with the lowest objective within a budget, by forward passes alone.
 
     After "Retraining-free Model Quantization via One-Shot Weight-Coupling Learning" (Tang et al., CVPR 2024, section
-    3.5); the algorithms are described in docs/searching.md. Frozen candidates (`model.floors`) are not tried. The result
+    3.5); the algorithms are described in docs/searching.md. Frozen candidates (`model.frozen`) are not tried. The result
     fits the budget, and its objective is not worse than that of any uniform configuration, one precision W x A
     everywhere, that fits. Everything measured on the way makes a frontier: `result.frontier`, `result.at("5 MiB")`.
 
@@ -124,7 +124,9 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     priced = search_costs(cost_model(model), costs)
     space = make_space(model.current_candidates, allowed=allowed, tied=tied_groups(model, tied))
     asked = [parse_budget(each, priced) for each in _listed(budget)]
-    problems = [Problem(space, limits, priced) for limits in asked or _ladder(space, "bitops", priced)]
+    problems = [
+        Problem(space, limits, priced) for limits in asked or _ladder(space, "bitops", priced)
+    ]
     settings = Settings(alpha=alpha, seed=seed)
     if not asked:
         settings = dataclasses.replace(settings, patience=_PATIENCE_OF_RANGE)
@@ -134,11 +136,19 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     with (
         evaluating(model),
         model.using_bits(model.bits),
-        progress_bar(f"search {problems[0].budget if asked else 'all budgets'}", None, show=show_progress) as bar,
+        progress_bar(
+            f"search {problems[0].budget if asked else 'all budgets'}", None, show=show_progress
+        ) as bar,
         holding_back_interrupts() as interrupted,
     ):
         evaluator = Evaluator(
-            model, val_loader, objective, norms=norms, max_batches=max_batches, reuse=reuse, memory=memory
+            model,
+            val_loader,
+            objective,
+            norms=norms,
+            max_batches=max_batches,
+            reuse=reuse,
+            memory=memory,
         )
         fingerprint = evaluator.fingerprint() if resume is not None else ""
         with Memo(resume, fingerprint=fingerprint, layers=model.candidates) as memo:
@@ -152,7 +162,9 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
                 agree=first_reason,
                 on_evaluation=watch.note,
             )
-            stopped = _search_all(problems, evaluations, algorithm, settings, frontier=bool(asked), costs=priced)
+            stopped = _search_all(
+                problems, evaluations, algorithm, settings, frontier=bool(asked), costs=priced
+            )
         found = evaluations.best(problems[0].fits)
         if found is None:
             raise KeyboardInterrupt
@@ -163,12 +175,18 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
             evaluated=dict(evaluations.losses),
             uniform=tuple(config for config in space.equal_widths if config in evaluations),
             costs=priced,
-            objective=objective if isinstance(objective, str) else getattr(objective, "__name__", "objective"),
+            objective=objective
+            if isinstance(objective, str)
+            else getattr(objective, "__name__", "objective"),
             norms=norms,
             stopped=stopped,
             layer_runs=evaluator.layer_runs,
         )
-        return result if report_loader is None else _with_accuracies(result, model, report_loader, norms)
+        return (
+            result
+            if report_loader is None
+            else _with_accuracies(result, model, report_loader, norms)
+        )
 
 
 def _search_all(
@@ -202,7 +220,9 @@ def _search_all(
 class _Watch:
     """Writes scores down and moves the bar."""
 
-    def __init__(self, problems: Sequence[Problem], memo: Memo, bar: Bar, limit: int | None) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], memo: Memo, bar: Bar, limit: int | None
+    ) -> None:
         self._fits = problems[0].fits
         self._memo = memo
         self._bar = bar
@@ -239,7 +259,13 @@ def _listed(budget: BudgetLike | Sequence[BudgetLike] | None) -> list[BudgetLike
 
 def _ladder(space: Space, name: str, costs: SearchCosts) -> list[Budget]:
     """Budgets over the whole range of a cost, descending: those of uniform configurations, and between them."""
-    totals = sorted({costs.total(name, config) for config in space.equal_widths if costs.total(name, config) > 0})
+    totals = sorted(
+        {
+            costs.total(name, config)
+            for config in space.equal_widths
+            if costs.total(name, config) > 0
+        }
+    )
     budgets = [totals[0]] if totals else []
     for low, high in itertools.pairwise(totals):
         budgets += [low * (high / low) ** (step / _BETWEEN) for step in range(1, _BETWEEN)] + [high]
@@ -251,8 +277,12 @@ def _with_accuracies(
 ) -> SearchResult:
     """`result` with top-1 on other images, of the frontier and of the uniform configurations."""
     judge = Evaluator(model, loader, "error", norms=norms, reuse=False)
-    shown = dict.fromkeys([found.config for found in result.frontier] + [*result.uniform, result.config])
-    return dataclasses.replace(result, accuracies={config: 100 * (1 - judge(config)) for config in shown})
+    shown = dict.fromkeys(
+        [found.config for found in result.frontier] + [*result.uniform, result.config]
+    )
+    return dataclasses.replace(
+        result, accuracies={config: 100 * (1 - judge(config)) for config in shown}
+    )
 
 
 def _check_numbers(*, alpha: float, max_evaluations: int | None, max_seconds: float | None) -> None:

@@ -12,11 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyprec.functional import along, effective_step
-from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel
+from anyprec.model.converted import ConvertedModel
+from anyprec.nn.functional import along, effective_step
+from anyprec.nn.layers import QuantizedLayer
 
-_ADDED_TO_GRADIENT = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam)
+_ADDED_TO_GRADIENT = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.NAdam,
+)
 
 
 def exempt_from_decay(
@@ -52,8 +58,10 @@ def exempt_from_decay(
             for weight in group["params"] if decay else ():
                 path, layer = by_weight.get(id(weight), ("", None))
                 if layer is not None and weight.grad is not None:
-                    floor = model.floors.get(path, layer.candidates.lowest).weight
-                    _cancel(weight, _inside(layer, floor), decay, group["lr"] if decoupled else None)
+                    floor = model.frozen.get(path, layer.candidates.lowest).weight
+                    _cancel(
+                        weight, _inside(layer, floor), decay, group["lr"] if decoupled else None
+                    )
 
     return optimizer.register_step_pre_hook(prepare)
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.batches import device_of
-from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel
-from anyprec.norms import NORM_TYPES, SwitchableNorm
+from anyprec.model.converted import ConvertedModel
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.norms import NORM_TYPES, SwitchableNorm
+from anyprec.runtime.batches import device_of
 from anyprec.training.losses import feature_distance
 
 
@@ -69,7 +69,9 @@ class FeatureDistances:
                 elif path in counting:
                     undo.callback(_watch(tap.place, tap))
             undo.enter_context(self._in_mode("measure", self._taps.keys()))
-            yield lambda: [distance for path in sorted(counting) for distance in self._taps[path].distances]
+            yield lambda: [
+                distance for path in sorted(counting) for distance in self._taps[path].distances
+            ]
 
     def forget(self) -> None:
         """Drop the features that are kept."""
@@ -100,7 +102,12 @@ class FeatureDistances:
         record = self._model.anyprec_record
         fed = {feeding: norm for norm, feeding in record.norms.items()}
         for path in sorted(paths):
-            yield path, self._model.get_submodule(fed.get(path) or record.facts.layers[path].feature or path)
+            yield (
+                path,
+                self._model.get_submodule(
+                    fed.get(path) or record.facts.layers[path].feature or path
+                ),
+            )
 
 
 class _Tap:

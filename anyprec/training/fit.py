@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.batches import Batch, device_of
-from anyprec.calibration import calibrate, calibrate_norms, hand_over_affine
-from anyprec.distributed import process_count
+from anyprec.calibration.step_sizes import calibrate, calibrate_norms, hand_over_affine
 from anyprec.errors import TrainingError
-from anyprec.model import ConvertedModel, require_converted, require_latents
-from anyprec.progress import progress_bar
+from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.runtime.batches import Batch, device_of
+from anyprec.runtime.processes import process_count
+from anyprec.runtime.progress import progress_bar
 from anyprec.training.loop import EpochRecord, Run
 from anyprec.training.oneshot import Criterion, OneShot, Term
 from anyprec.training.parameters import param_groups
@@ -61,7 +61,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         model: A converted model; its weights, step sizes and norms are changed.
         train_loader: Batches of (images, labels), iterated anew each epoch.
         epochs: Passes over the loader, at least 1.
-        recipe: All settings; `Recipe()` by default, `paper()` for the paper's.
+        recipe: All settings; `Recipe()` by default, `Recipe.paper()` for the paper's.
         criterion: Task loss; cross-entropy by default.
         optimizer: Instead of the built-in one; the schedule scales its learning rates, and the recipe's `lr`, `momentum`,
             `weight_decay` and `step_lr` are not used.
@@ -103,7 +103,11 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     """
     require_latents(require_converted(model, purpose="fit"), purpose="fit")
     recipe = (recipe or Recipe()).changed(**changes)
-    for name, value in (("epochs", epochs), ("accumulation", accumulation), ("snapshot_steps", snapshot_steps)):
+    for name, value in (
+        ("epochs", epochs),
+        ("accumulation", accumulation),
+        ("snapshot_steps", snapshot_steps),
+    ):
         if value < 1:
             msg = f"{name}={value} must be at least 1"
             raise ValueError(msg)
@@ -123,7 +127,9 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     )
     path = None if snapshot is None else Path(snapshot)
     resuming = path is not None and path.exists()
-    if not resuming and not all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values()):
+    if not resuming and not all(
+        layer.input_quantizer.calibrated for layer in model.quantized_layers.values()
+    ):
         calibrate(model, train_loader)
     optimizers = _optimizers(model, recipe) if optimizer is None else [optimizer]
     with contextlib.ExitStack() as leaving:
@@ -135,7 +141,9 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
             network=_distributed(_compiled(model, compiled), device_of(model)),
             oneshot=oneshot,
             optimizers=optimizers,
-            schedules=[_cosine(one, total_steps, round(recipe.warmup * total_steps)) for one in optimizers],
+            schedules=[
+                _cosine(one, total_steps, round(recipe.warmup * total_steps)) for one in optimizers
+            ],
             recipe=recipe,
             criterion=nn.functional.cross_entropy if criterion is None else criterion,
             mixup=mixup,
@@ -144,7 +152,12 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
             batches=batches,
             loader=train_loader,
             average=_average(model, recipe),
-            identity={"epochs": epochs, "batches": batches, "accumulation": accumulation, "seed": seed},
+            identity={
+                "epochs": epochs,
+                "batches": batches,
+                "accumulation": accumulation,
+                "seed": seed,
+            },
             snapshot=path,
             snapshot_steps=snapshot_steps,
         )
@@ -169,12 +182,25 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
 
 def _optimizers(model: ConvertedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     groups = param_groups(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    apart = [] if recipe.step_lr is None else [group for group in groups if group["name"] == "step sizes"]
-    rest = groups if recipe.step_lr is None else [group for group in groups if group["name"] != "step sizes"]
-    sgd = torch.optim.SGD(rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    apart = (
+        []
+        if recipe.step_lr is None
+        else [group for group in groups if group["name"] == "step sizes"]
+    )
+    rest = (
+        groups
+        if recipe.step_lr is None
+        else [group for group in groups if group["name"] != "step sizes"]
+    )
+    sgd = torch.optim.SGD(
+        rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+    )
     if recipe.step_lr is None:
         return [sgd]
-    return [sgd, torch.optim.Adam([{**group, "lr": recipe.step_lr} for group in apart], lr=recipe.step_lr)]
+    return [
+        sgd,
+        torch.optim.Adam([{**group, "lr": recipe.step_lr} for group in apart], lr=recipe.step_lr),
+    ]
 
 
 def _cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int) -> Any:
@@ -214,7 +240,9 @@ def _distributed(network: nn.Module, device: torch.device) -> nn.Module:
     ids = [device.index] if device.type == "cuda" else None
     # Running statistics differ between processes until the end of the epoch, where they are averaged.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its name before 2.14
+    option = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # its name before 2.14
     options: dict[str, Any] = {"device_ids": ids, option: False}
     return nn.parallel.DistributedDataParallel(network, **options)
 

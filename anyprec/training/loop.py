@@ -14,14 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.batches import Batch, device_of, images_of, labels_of
-from anyprec.distributed import is_first_process, of_all_processes, process_count, process_rank
 from anyprec.errors import TrainingError
-from anyprec.model import ConvertedModel
-from anyprec.progress import Bar
+from anyprec.model.converted import ConvertedModel
+from anyprec.runtime.batches import Batch, device_of, images_of, labels_of
+from anyprec.runtime.processes import (
+    is_first_process,
+    of_all_processes,
+    process_count,
+    process_rank,
+)
+from anyprec.runtime.progress import Bar
 from anyprec.training.oneshot import Criterion, OneShot
 from anyprec.training.recipe import Recipe
-from anyprec.training.snapshot import capture_randomness, read_snapshot, restore_randomness, write_snapshot
+from anyprec.training.snapshot import (
+    capture_randomness,
+    read_snapshot,
+    restore_randomness,
+    write_snapshot,
+)
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,19 @@ class Run:
             losses = self.run_step(group)
             images_seen += sum(len(images_of(batch)) for batch in group)
             position.batches += len(group)
-            position.totals = [a + b for a, b in zip(position.totals or [0.0] * len(losses), losses, strict=True)]
+            position.totals = [
+                a + b for a, b in zip(position.totals or [0.0] * len(losses), losses, strict=True)
+            ]
             position.steps += 1
             speed = images_seen / (time.perf_counter() - start)
-            bar.advance(note=_note(position.epoch, losses, speed, len(self.model.floors)))
+            bar.advance(note=_note(position.epoch, losses, speed, len(self.model.frozen)))
             if self.oneshot.steps_done % self.snapshot_steps == 0:
                 self.write()
         seconds = time.perf_counter() - start
         means = tuple(total / position.steps for total in position.totals)
-        record = EpochRecord(position.epoch, means, images_seen / seconds, seconds, len(self.model.floors))
+        record = EpochRecord(
+            position.epoch, means, images_seen / seconds, seconds, len(self.model.frozen)
+        )
         _reduce_norms(self.model)
         self.position = Position(position.epoch + 1, history=[*position.history, record])
         self.epoch_start = None
@@ -137,7 +151,10 @@ class Run:
         now = capture_randomness(self._generators())
         state = {
             "identity": self._identity(),
-            "position": {**vars(self.position), "history": [asdict(record) for record in self.position.history]},
+            "position": {
+                **vars(self.position),
+                "history": [asdict(record) for record in self.position.history],
+            },
             "model": dict(self.model.state_dict()),
             "average": None if self.average is None else dict(self.average.module.state_dict()),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -156,10 +173,10 @@ class Run:
         state = read_snapshot(self.snapshot)  # type: ignore[arg-type]  # the caller looked
         own, found = self._identity(), state.get("identity") if isinstance(state, dict) else None
         if own != found:
-            differing = sorted(key for key in own if not isinstance(found, dict) or found.get(key) != own[key])
-            msg = (
-                f"the snapshot {str(self.snapshot)!r} is that of another run, which differs in {', '.join(differing)}: "
+            differing = sorted(
+                key for key in own if not isinstance(found, dict) or found.get(key) != own[key]
             )
+            msg = f"the snapshot {str(self.snapshot)!r} is that of another run, which differs in {', '.join(differing)}: "
             msg += "delete it to begin anew, or name another file"
             raise TrainingError(msg)
         self.model.load_state_dict(state["model"])
@@ -169,7 +186,10 @@ class Run:
             optimizer.load_state_dict(one)
         self.oneshot.load_state_dict(state["oneshot"])
         position = state["position"]
-        history = [EpochRecord(**{**record, "losses": tuple(record["losses"])}) for record in position["history"]]
+        history = [
+            EpochRecord(**{**record, "losses": tuple(record["losses"])})
+            for record in position["history"]
+        ]
         self.position = Position(**{**position, "history": history})
         randomness = state["randomness"][process_rank()]
         self.epoch_start, self.resumed = randomness["start"], randomness["now"]
@@ -228,7 +248,9 @@ class Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
-        settings = {name: _plain(value) for name, value in vars(self.recipe).items() if name != "conversion"}
+        settings = {
+            name: _plain(value) for name, value in vars(self.recipe).items() if name != "conversion"
+        }
         layers = {path: str(candidates) for path, candidates in self.model.candidates.items()}
         return {**self.identity, "processes": process_count(), "recipe": settings, "layers": layers}
 

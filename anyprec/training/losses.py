@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from anyprec.functional import along, effective_step
+from anyprec.nn.functional import along, effective_step
 
 
 def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Candidates, highest_config
-from anyprec.distributed import of_first_process, process_count
 from anyprec.errors import BitsError, TrainingError
-from anyprec.layers import QuantizedLayer
-from anyprec.model import ConvertedModel, require_converted, require_latents
-from anyprec.modes import evaluating
+from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.runtime.modes import evaluating
+from anyprec.runtime.processes import of_first_process, process_count
 from anyprec.training.decay import exempt_from_decay
 from anyprec.training.features import FeatureDistances
 from anyprec.training.losses import distillation_loss, quantization_error, widened
@@ -136,7 +136,9 @@ class OneShot:
         self.error_weight = error_weight
         self.error_start = error_start
         self.scheduler = scheduler
-        self._timing = scheduler or BitWidthScheduler()  # when a sampler's instability is measured, without a scheduler
+        self._timing = (
+            scheduler or BitWidthScheduler()
+        )  # when a sampler's instability is measured, without a scheduler
         self.sampler = sampler_of(sampler)
         self.terms = tuple(terms)
         self.steps_done = 0
@@ -171,13 +173,19 @@ class OneShot:
                     self.model.set_bits(config)
                     with ExitStack() as watching:
                         if self.feature_weight and index == 0:
-                            watching.enter_context(self._features.keeping(set().union(*at_lowest[1:])))
+                            watching.enter_context(
+                                self._features.keeping(set().union(*at_lowest[1:]))
+                            )
                         elif self.feature_weight:
-                            step.distances = watching.enter_context(self._features.measuring(at_lowest[index]))
+                            step.distances = watching.enter_context(
+                                self._features.measuring(at_lowest[index])
+                            )
                         if self._needs_operands(index):
                             watching.enter_context(self._watching_derived_operands())
                         weight = self.random_weight / (len(configs) - 1) if index else 1.0
-                        yield Path(self, index, config, weight=weight, is_last=index == len(configs) - 1)
+                        yield Path(
+                            self, index, config, weight=weight, is_last=index == len(configs) - 1
+                        )
         finally:
             self._features.forget()
             self._step = None
@@ -189,7 +197,10 @@ class OneShot:
     def random_configs(self, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
         return self.sampler.draw(
-            self.model.current_candidates, count, generator=self._generator, instability=self._instability
+            self.model.current_candidates,
+            count,
+            generator=self._generator,
+            instability=self._instability,
         )
 
     def step(self) -> None:
@@ -205,12 +216,16 @@ class OneShot:
             self._instability = self.measure_instability()
             if self.scheduler is not None:
                 time = (self.steps_done + 1) / self.total_steps
-                self.model.set_floors(self.scheduler.floors(self._instability, self.model.candidates, time))
+                self.model.freeze(
+                    self.scheduler.frozen(self._instability, self.model.candidates, time)
+                )
         self._operands.clear()
         self.model.forget_statistics()  # they belonged to the weights before this step
         self.steps_done += 1
 
-    def exempt_from_decay(self, optimizer: torch.optim.Optimizer, *, decoupled: bool | None = None) -> Any:
+    def exempt_from_decay(
+        self, optimizer: torch.optim.Optimizer, *, decoupled: bool | None = None
+    ) -> Any:
         """Spare the weights inside the range of their layer's lowest current bit-width from weight decay.
 
         It is cancelled once a step, before the optimizer's own. Layers that make their weight operand anew in every
@@ -227,7 +242,9 @@ class OneShot:
         Raises:
             ValueError: `decoupled` is None and the optimizer is not known.
         """
-        return exempt_from_decay(optimizer, self.model, spared=self._direct_layers, decoupled=decoupled)
+        return exempt_from_decay(
+            optimizer, self.model, spared=self._direct_layers, decoupled=decoupled
+        )
 
     def measure_instability(self) -> dict[str, dict[int, float]]:
         """Fraction of weights near a rounding threshold, of every layer with several weight bit-widths, for each.
@@ -241,7 +258,10 @@ class OneShot:
             if len(layer.candidates.weight) > 1:
                 operand = self._operands.get(path, layer.weight)
                 found[path] = unstable_fractions(operand, layer.weight_quantizer, margin=margin)
-        figures = {path: {bits: float(part) for bits, part in parts.items()} for path, parts in found.items()}
+        figures = {
+            path: {bits: float(part) for bits, part in parts.items()}
+            for path, parts in found.items()
+        }
         return of_first_process(figures)
 
     def time(self) -> float:
@@ -253,7 +273,7 @@ class OneShot:
         return {
             "steps_done": self.steps_done,
             "generator": self._generator.get_state(),
-            "floors": {path: str(bits) for path, bits in self.model.floors.items()},
+            "frozen": {path: str(bits) for path, bits in self.model.frozen.items()},
             "instability": {
                 path: {str(bits): fraction for bits, fraction in fractions.items()}
                 for path, fractions in self._instability.items()
@@ -266,12 +286,12 @@ class OneShot:
         Raises:
             TrainingError: A key is missing or strange, or the state is that of another network.
         """
-        expected = {"steps_done", "generator", "floors", "instability"}
+        expected = {"steps_done", "generator", "frozen", "instability"}
         if set(state) != expected:
             msg = f"not a state of OneShot: found keys {sorted(state)}, expected {sorted(expected)}"
             raise TrainingError(msg)
         try:
-            self.model.set_floors(state["floors"])
+            self.model.freeze(state["frozen"])
         except BitsError as error:
             msg = f"not a state of this network: {error}"
             raise TrainingError(msg) from error
@@ -303,10 +323,14 @@ class OneShot:
             found.append(_Part("features", self.feature_weight, torch.stack(distances).sum()))
         weight = 0.0 if path.is_max else self.present_error_weight()
         if weight:
-            found.append(_Part("quantization error", weight, self._quantization_error(path, step.candidates)))
+            found.append(
+                _Part("quantization error", weight, self._quantization_error(path, step.candidates))
+            )
         found += [_Part(_name(term), 1.0, term(path, output, targets)) for term in self.terms]
         self.parts = {part.name: part.value.detach() for part in found}
-        total = path.weight * torch.stack([part.weight * widened(part.value) for part in found]).sum()
+        total = (
+            path.weight * torch.stack([part.weight * widened(part.value) for part in found]).sum()
+        )
         # A distributed run waits for a gradient of every parameter, those of unused float norms included.
         return total if process_count() == 1 else touch(total, unused_parameters(self.model))
 
@@ -334,7 +358,11 @@ class OneShot:
     def _direct_layers(self) -> dict[str, QuantizedLayer]:
         """Layers whose weight meets the input as it is; others make another tensor of it in every forward pass."""
         facts = self.model.anyprec_record.facts.layers
-        return {path: layer for path, layer in self.model.quantized_layers.items() if not facts[path].derived}
+        return {
+            path: layer
+            for path, layer in self.model.quantized_layers.items()
+            if not facts[path].derived
+        }
 
     @contextmanager
     def _watching_derived_operands(self) -> Iterator[None]:
@@ -368,7 +396,11 @@ class OneShot:
             qmin, qmax = quantizer.limits(index)
             coarser = 2 ** (bits - candidates[name].weight[0])
             step = quantizer.step[index]
-            terms.append(quantization_error(operand, step, qmin=qmin, qmax=qmax, axis=quantizer.axis, coarser=coarser))
+            terms.append(
+                quantization_error(
+                    operand, step, qmin=qmin, qmax=qmax, axis=quantizer.axis, coarser=coarser
+                )
+            )
         return torch.stack(terms).sum()
 
     def close(self) -> None:
@@ -440,7 +472,9 @@ def _logits(output: Any, target: Tensor | None, path: Path) -> tuple[Tensor, Ten
     if isinstance(output, Tensor) and target is not None:
         return output, target
     whose = "the teacher's" if path.is_max else "the max path's"
-    found = "" if isinstance(output, Tensor) else f" (the network returns a {type(output).__name__})"
+    found = (
+        "" if isinstance(output, Tensor) else f" (the network returns a {type(output).__name__})"
+    )
     msg = f"distillation needs {whose} logits as one tensor{found}: call loss() on every path in order, or set "
     msg += "distillation=0"
     raise TrainingError(msg)

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.model import ConvertedModel, require_converted, require_latents
-from anyprec.norms import NormBank, SwitchableNorm
-from anyprec.quantizer import InputQuantizer, WeightQuantizer
+from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.nn.norms import NormBank, SwitchableNorm
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 
 def param_groups(
-    model: ConvertedModel, *, lr: float | None = None, weight_decay: float = 0.0, step_lr_scale: float = 1.0
+    model: ConvertedModel,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    step_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Three parameter groups: weights; norms and biases (no weight decay); step sizes (no weight decay).
 
@@ -25,7 +29,7 @@ def param_groups(
         model: A converted model.
         lr: Learning rate of all groups; None leaves it to the optimizer.
         weight_decay: For the weights.
-        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled (`anyprec.quantizer.gradient_scale`).
+        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled (`anyprec.nn.quantizers.gradient_scale`).
 
     Returns:
         Groups with a `name` each, for any `torch.optim` optimizer.
@@ -43,7 +47,11 @@ def param_groups(
     copies = _parameters_of(model, (NormBank,))
     unused = {id(parameter) for parameter in unused_parameters(model)}
     undecayed = _undecayed(model)
-    groups: dict[str, list[nn.Parameter]] = {"weights": [], "norms and biases": [], "step sizes": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "weights": [],
+        "norms and biases": [],
+        "step sizes": [],
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or id(parameter) in unused:
             continue
@@ -53,12 +61,18 @@ def param_groups(
             groups["norms and biases"].append(parameter)
         else:
             groups["weights"].append(parameter)
-    settings: dict[str, dict[str, Any]] = {name: {"name": name, "weight_decay": 0.0} for name in groups}
+    settings: dict[str, dict[str, Any]] = {
+        name: {"name": name, "weight_decay": 0.0} for name in groups
+    }
     settings["weights"]["weight_decay"] = weight_decay
     if lr is not None:
         for name, setting in settings.items():
             setting["lr"] = lr * (step_lr_scale if name == "step sizes" else 1.0)
-    return [{**settings[name], "params": parameters} for name, parameters in groups.items() if parameters]
+    return [
+        {**settings[name], "params": parameters}
+        for name, parameters in groups.items()
+        if parameters
+    ]
 
 
 def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -88,7 +102,12 @@ class _Touch(torch.autograd.Function):
 
 
 def _parameters_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    return {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+    return {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for p in module.parameters()
+    }
 
 
 def _undecayed(model: nn.Module) -> set[str]:

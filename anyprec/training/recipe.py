@@ -76,6 +76,36 @@ class Recipe:
                 msg = f"{name}={value} must be from 0, below 1"
                 raise ValueError(msg)
 
+    @classmethod
+    def paper(cls) -> Recipe:
+        """The settings of the paper (Tang et al., CVPR 2024, sections 3 and 4, and its published code).
+
+        They are meant for 150 epochs of ImageNet at batch size 512. `convert(network, **recipe.conversion)`
+        makes the network as the paper's, `fit(model, loader, epochs=150, recipe=recipe)` trains it.
+
+        Example:
+            >>> import timm, anyprec
+            >>> recipe = anyprec.Recipe.paper()
+            >>> model = anyprec.convert(timm.create_model("test_resnet"), **recipe.conversion)
+            >>> model.candidates["layer1.0.conv1"].weight
+            (2, 3, 4, 5, 6)
+        """
+        return cls(
+            random_weight=3.0,
+            feature_weight=0.01,
+            error_weight=0.1,
+            scheduler=BitWidthScheduler(),
+            sampler="uniform",
+            spare_decay=True,
+            lr=0.04,
+            step_lr=1e-5,
+            warmup=5 / 150,
+            ema_decay=0.9997,
+            conversion=MappingProxyType(
+                {"bits": (2, 3, 4, 5, 6), "per_channel": False, "norm": "per-pair"}
+            ),
+        )
+
     @property
     def oneshot(self) -> dict[str, Any]:
         """The arguments of `OneShot` among the settings."""
@@ -83,7 +113,9 @@ class Recipe:
 
     def clip_gradients(self, *optimizers: torch.optim.Optimizer) -> None:
         """Clip the gradients of all parameters of these optimizers together, as the settings say."""
-        parameters = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        parameters = [
+            p for one in optimizers for group in one.param_groups for p in group["params"]
+        ]
         if self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
         if self.clip_norm is not None:
@@ -114,31 +146,3 @@ _ONESHOT = (
     "scheduler",
     "sampler",
 )
-
-
-def paper() -> Recipe:
-    """The settings of the paper (Tang et al., CVPR 2024, sections 3 and 4, and its published code).
-
-    They are meant for 150 epochs of ImageNet at batch size 512. `convert(network, **paper().conversion)` makes the network
-    as the paper's, `fit(model, loader, epochs=150, recipe=paper())` trains it.
-
-    Example:
-        >>> import timm, anyprec
-        >>> recipe = anyprec.paper()
-        >>> model = anyprec.convert(timm.create_model("test_resnet"), **recipe.conversion)
-        >>> model.candidates["layer1.0.conv1"].weight
-        (2, 3, 4, 5, 6)
-    """
-    return Recipe(
-        random_weight=3.0,
-        feature_weight=0.01,
-        error_weight=0.1,
-        scheduler=BitWidthScheduler(),
-        sampler="uniform",
-        spare_decay=True,
-        lr=0.04,
-        step_lr=1e-5,
-        warmup=5 / 150,
-        ema_decay=0.9997,
-        conversion=MappingProxyType({"bits": (2, 3, 4, 5, 6), "per_channel": False, "norm": "per-pair"}),
-    )

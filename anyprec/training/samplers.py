@@ -21,7 +21,12 @@ class Sampler(Protocol):
     """Draws the random paths of a step."""
 
     def draw(
-        self, candidates: Candidates, count: int, *, generator: torch.Generator, instability: Instability
+        self,
+        candidates: Candidates,
+        count: int,
+        *,
+        generator: torch.Generator,
+        instability: Instability,
     ) -> list[BitConfig]:
         """Configurations for `count` paths.
 
@@ -89,7 +94,12 @@ class InstabilitySampler:
     strength: float = 1.0
 
     def draw(
-        self, candidates: Candidates, count: int, *, generator: torch.Generator, instability: Instability
+        self,
+        candidates: Candidates,
+        count: int,
+        *,
+        generator: torch.Generator,
+        instability: Instability,
     ) -> list[BitConfig]:
         """See `Sampler`."""
         shares = {
@@ -98,7 +108,9 @@ class InstabilitySampler:
         }  # fmt: skip
         return [_draw(candidates, shares, generator) for _ in range(count)]
 
-    def probabilities(self, candidates: LayerCandidates, fractions: Mapping[int, float]) -> tuple[float, ...]:
+    def probabilities(
+        self, candidates: LayerCandidates, fractions: Mapping[int, float]
+    ) -> tuple[float, ...]:
         """Probability of each weight candidate of a layer."""
         unrest = [fractions.get(bits, 0.0) / bits for bits in candidates.weight]
         mean = sum(unrest) / len(unrest)
@@ -132,16 +144,22 @@ def sampler_of(sampler: SamplerLike) -> Sampler:
 
 
 def _draw_uniformly(candidates: Candidates, generator: torch.Generator) -> BitConfig:
-    shares = {path: (1 / len(layer.weight),) * len(layer.weight) for path, layer in candidates.items()}
+    shares = {
+        path: (1 / len(layer.weight),) * len(layer.weight) for path, layer in candidates.items()
+    }
     return _draw(candidates, shares, generator)
 
 
 def _draw(
-    candidates: Candidates, weight_shares: Mapping[str, tuple[float, ...]], generator: torch.Generator
+    candidates: Candidates,
+    weight_shares: Mapping[str, tuple[float, ...]],
+    generator: torch.Generator,
 ) -> BitConfig:
     draws = torch.rand(len(candidates), 2, generator=generator, dtype=torch.float64).tolist()
     chosen = {}
-    for (path, layer), (weight_draw, activation_draw) in zip(candidates.items(), draws, strict=True):
+    for (path, layer), (weight_draw, activation_draw) in zip(
+        candidates.items(), draws, strict=True
+    ):
         weight = _pick(layer.weight, weight_shares[path], weight_draw)
         activation = layer.activation[int(activation_draw * len(layer.activation))]
         chosen[path] = Bits(weight, activation)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from anyprec.bits import Bits, LayerCandidates
-from anyprec.functional import along, effective_step
-from anyprec.quantizer import WeightQuantizer
+from anyprec.nn.functional import along, effective_step
+from anyprec.nn.quantizers import WeightQuantizer
 
 Instability = Mapping[str, Mapping[int, float]]
 """Path of a layer to each of its weight bit-widths to the fraction of weights near a rounding threshold."""
@@ -67,13 +67,18 @@ class BitWidthScheduler:
 
     def is_event(self, step: int, total_steps: int) -> bool:
         """Whether an event falls between the beginning of training step `step` (from 0) and that of the next."""
-        return self._events_before((step + 1) / total_steps) > self._events_before(step / total_steps)
+        return self._events_before((step + 1) / total_steps) > self._events_before(
+            step / total_steps
+        )
 
     def ratio(self, time: float) -> float:
         """Share of the layers to freeze at `time`, from 0 to 1."""
-        return self.last_ratio + (self.first_ratio - self.last_ratio) * (1 + math.cos(math.pi * time)) / 2
+        return (
+            self.last_ratio
+            + (self.first_ratio - self.last_ratio) * (1 + math.cos(math.pi * time)) / 2
+        )
 
-    def floors(
+    def frozen(
         self, instability: Instability, candidates: Mapping[str, LayerCandidates], time: float
     ) -> dict[str, Bits]:
         """The lowest precision of the layers that are frozen at an event; all other layers have all their candidates.
@@ -86,7 +91,9 @@ class BitWidthScheduler:
         """
         layers = [path for path in candidates if len(candidates[path].weight) > 1]
         measures = {path: layer_instability(instability[path]) for path in layers}
-        chosen = sorted(layers, key=lambda path: -measures[path])[: int(len(layers) * self.ratio(time))]
+        chosen = sorted(layers, key=lambda path: -measures[path])[
+            : int(len(layers) * self.ratio(time))
+        ]
         return {path: self._floor(candidates[path]) for path in candidates if path in set(chosen)}
 
     def _floor(self, candidates: LayerCandidates) -> Bits:
@@ -107,7 +114,9 @@ def layer_instability(fractions: Mapping[int, float]) -> float:
 
 
 @torch.no_grad()
-def unstable_fractions(weight: Tensor, quantizer: WeightQuantizer, *, margin: float) -> dict[int, Tensor]:
+def unstable_fractions(
+    weight: Tensor, quantizer: WeightQuantizer, *, margin: float
+) -> dict[int, Tensor]:
     """Fraction of the weights near a rounding threshold, for each candidate bit-width.
 
     Args:
@@ -121,7 +130,9 @@ def unstable_fractions(weight: Tensor, quantizer: WeightQuantizer, *, margin: fl
     found = {}
     for index, bits in enumerate(quantizer.candidates):
         qmin, qmax = quantizer.limits(index)
-        ratio = weight.float() / along(effective_step(quantizer.step[index]), quantizer.axis, weight.ndim)
+        ratio = weight.float() / along(
+            effective_step(quantizer.step[index]), quantizer.axis, weight.ndim
+        )
         near = (ratio - ratio.round()).abs_() > margin
         found[bits] = (near & (ratio >= qmin) & (ratio <= qmax)).float().mean()
     return found

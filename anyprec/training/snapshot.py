@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import CheckpointError, TrainingError
-from anyprec.storage import read_file, write_file
+from anyprec.runtime.storage import read_file, write_file
 
 _KEY = "anyprec.training"
 
@@ -51,10 +51,20 @@ def capture_randomness(generators: Iterable[torch.Generator]) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, and of others in this order."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else []
+    cuda = (
+        [state.cpu() for state in torch.cuda.get_rng_state_all()]
+        if torch.cuda.is_available()
+        else []
+    )
     return {
         "python": (version, internal, gauss),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+        "numpy": (
+            name,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ),
         "torch": torch.get_rng_state(),
         "cuda": cuda,
         "others": [generator.get_state() for generator in generators],
@@ -81,7 +91,9 @@ def _pack(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(value, dict):
         return {
             "dict": [
-                [key, _pack(inner, tensors, f"{where}.{key}")] for key, inner in value.items() if _is_plain(key, where)
+                [key, _pack(inner, tensors, f"{where}.{key}")]
+                for key, inner in value.items()
+                if _is_plain(key, where)
             ]
         }
     if isinstance(value, (list, tuple)):

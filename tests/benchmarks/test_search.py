@@ -3,20 +3,27 @@
 import json
 
 import pytest
-import search
-import search_cases
-import search_page
 import torch
 from torch import nn
 
 import anyprec
+from benchmarks.search import cases as search_cases
+from benchmarks.search import command as search
+from benchmarks.search import page as search_page
 
 pytest.importorskip("matplotlib")
 
 
 def small_case(*_: object, **__: object) -> search_cases.Case:
     torch.manual_seed(0)
-    convolutions = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()]
+    convolutions = [
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+    ]
     network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 10))
     batches = [(torch.randn(8, 3, 8, 8), torch.arange(8)) for _ in range(2)]
     model = anyprec.convert(network, bits=(2, 3, 4, 8), example_input=batches[0][0])
@@ -41,8 +48,12 @@ def run(tmp_path, monkeypatch):
 def test_every_measurement_ends_up_on_the_page(run, tmp_path):
     run("work", "--networks", "small", "--budget", "W3A3")
     run("frontier", "--case", "small")
-    records = run("compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8")
-    again = run("compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8")
+    records = run(
+        "compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8"
+    )
+    again = run(
+        "compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8"
+    )
     assert again == records  # nothing is measured twice
 
     work = {record["algorithm"]: record for record in records if record["kind"] == "work"}

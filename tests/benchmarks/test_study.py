@@ -9,18 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-import records
-import study
-import study_figures
-import study_grid
-import study_page
-import study_runs
 import torch
 from timm.models._efficientnet_builder import decode_arch_def
 from timm.models.efficientnet import EfficientNet
 
 import anyprec
 from anyprec.bits import LayerCandidates
+from benchmarks.common import records
+from benchmarks.study import command as study
+from benchmarks.study import figures as study_figures
+from benchmarks.study import grid as study_grid
+from benchmarks.study import page as study_page
+from benchmarks.study import runs as study_runs
 
 pytest.importorskip("matplotlib")
 
@@ -95,7 +95,14 @@ def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
     assert "not run yet" in partial
     assert not (options.pictures / "study-bitops.png").exists()
 
-    options.only = ["*/float/*", "*/dedicated-[24]/*", "*/full/*", "*/ours/*", "*/any-precision/*", "*/random*/*"]
+    options.only = [
+        "*/float/*",
+        "*/dedicated-[24]/*",
+        "*/full/*",
+        "*/ours/*",
+        "*/any-precision/*",
+        "*/random*/*",
+    ]
     first = options.results.read_text()
     assert study.run(options) == 0
     found = records.read(options.results)
@@ -113,14 +120,16 @@ def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
     assert len(full["mixed"]) == 2
     assert set(full["searched"]) == {"W4A4", "W3A3", "W2.5A2.5"}
     other = next(record for record in found if record["method"] == "any-precision")
-    assert [entry["bitops"] for entry in full["mixed"]] == [entry["bitops"] for entry in other["mixed"]]
+    assert [entry["bitops"] for entry in full["mixed"]] == [
+        entry["bitops"] for entry in other["mixed"]
+    ]
 
     study.render(options)
     study.render(options)
     page = options.page.read_text()
     assert page.startswith("# Results\n\nbefore\n")
     assert (
-        page.count("<!-- study: written by benchmarks/study.py render -->")
+        page.count("<!-- study: written by benchmarks.study render -->")
         == page.count("<!-- end of the study -->")
         == 1
     )
@@ -134,7 +143,9 @@ def test_a_run_is_the_same_when_it_is_done_again(options):
     study.run(options)
     options.results = options.results.with_name("again.jsonl")
     study.run(options)
-    first, again = (records.read(path)[0] for path in sorted(options.results.parent.glob("*.jsonl")))
+    first, again = (
+        records.read(path)[0] for path in sorted(options.results.parent.glob("*.jsonl"))
+    )
     assert {key: first[key] for key in ("configs", "mixed", "losses", "trace")} == {
         key: again[key] for key in ("configs", "mixed", "losses", "trace")
     }
@@ -168,7 +179,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
     assert [path.suffix for path in place.kept.iterdir()] == [".pt"]
 
 
-def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wanted(options, monkeypatch):
+def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wanted(
+    options, monkeypatch
+):
     run = next(run for run in study_grid.grid([TRACK]) if run.name == "S/small/ours/0")
     place = study_runs.Place(options.data, options.data / "kept")
     first = study_runs.perform(run, place)
@@ -178,8 +191,12 @@ def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wa
     assert {key: first[key] for key in kept} == {key: again[key] for key in kept}
     found = {name: entry["config"] for name, entry in first["searched"].items()}
     assert {name: entry["config"] for name, entry in again["searched"].items()} == found
-    other = dataclasses.replace(run, track=dataclasses.replace(TRACK, search_evaluations=6, report_images=8))
-    assert all(entry["evaluations"] <= 6 for entry in study_runs.perform(other, place)["searched"].values())
+    other = dataclasses.replace(
+        run, track=dataclasses.replace(TRACK, search_evaluations=6, report_images=8)
+    )
+    assert all(
+        entry["evaluations"] <= 6 for entry in study_runs.perform(other, place)["searched"].values()
+    )
     longer = dataclasses.replace(run, track=dataclasses.replace(TRACK, epochs=2))
     with pytest.raises(NameError, match="train"):
         study_runs.perform(longer, place)
@@ -198,11 +215,15 @@ def test_results_of_other_settings_are_not_this_study(options):
     assert len(study_figures.Study(records.read(options.results), [TRACK]).records) == 1
 
 
-def test_results_of_another_revision_are_not_this_study_but_for_the_float_networks(options, monkeypatch):
+def test_results_of_another_revision_are_not_this_study_but_for_the_float_networks(
+    options, monkeypatch
+):
     options.only = ["*/float/0", "*/dedicated-2/0"]
     study.run(options)
     monkeypatch.setattr(study_grid, "REVISION", study_grid.REVISION + 1)
-    left = {run.name for run in study.unfinished(study_grid.grid([TRACK], seeds=1), options.results)}
+    left = {
+        run.name for run in study.unfinished(study_grid.grid([TRACK], seeds=1), options.results)
+    }
     assert "S/small/dedicated-2/0" in left
     assert "S/small/float/0" not in left
 
@@ -224,7 +245,9 @@ def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(optio
     assert len(records.read(options.results)) == 2
 
 
-def test_runs_that_train_one_start_network_side_by_side_take_that_of_the_first(options, monkeypatch):
+def test_runs_that_train_one_start_network_side_by_side_take_that_of_the_first(
+    options, monkeypatch
+):
     run = study_grid.Run(TRACK, "small", study_grid.methods(TRACK.bits)["float"], 0)
     place = study_runs.Place(options.data, options.data / "kept")
     name = next(iter(small_network(10).state_dict()))
@@ -257,7 +280,11 @@ def test_a_method_may_train_at_another_learning_rate(options):
     study.run(options)
     options.page.write_text("")
     study.render(options)
-    (row,) = [line for line in options.page.read_text().splitlines() if line.startswith("| S/small | 2 | dedicated")]
+    (row,) = [
+        line
+        for line in options.page.read_text().splitlines()
+        if line.startswith("| S/small | 2 | dedicated")
+    ]
     assert "not run yet" not in row
 
 
@@ -271,7 +298,10 @@ def test_ours_are_the_defaults_of_anyprec():
 def record(name, seed=0, *, track=TRACK, processor="here", cpu_seconds=60.0, **top1):
     """Of a run, with the same top-1 for both kinds of statistics, or with (stored, re-estimated)."""
     (run,) = [run for run in study_grid.grid([track]) if run.name == f"S/small/{name}/{seed}"]
-    pairs = {width[1:]: value if isinstance(value, tuple) else (value, value) for width, value in top1.items()}
+    pairs = {
+        width[1:]: value if isinstance(value, tuple) else (value, value)
+        for width, value in top1.items()
+    }
     configs = {width: {"stored": stored, "own": own} for width, (stored, own) in pairs.items()}
     return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": seed, "settings": run.settings,
             "machine": {**records.machine(), "processor": processor}, "commit": "abc", "frozen": [],
@@ -292,8 +322,12 @@ def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_held_again
     found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
              record("plain", 1, w2=49.0, w3=60.0, w4=62.0, processor="elsewhere", cpu_seconds=6e6)]  # fmt: skip
     study_of_them = study_figures.Study(found, [TRACK])
-    lines = study_page.method_table(study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain")
-    header, _, plain, ours = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    lines = study_page.method_table(
+        study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain"
+    )
+    header, _, plain, ours = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    ]
     at, last = header.index("over plain"), header.index("minutes")
     assert (plain[at], plain[last]) == ("", "")
     assert (ours[at], ours[last]) == ("1.0", "1.0 ± 0.0")
@@ -305,7 +339,11 @@ def test_variants_stand_beside_ours_of_the_same_seeds():
              record("ours-per-tensor", 0, track=one, w2=49.0, w3=57.0, w4=59.0)]  # fmt: skip
     study_of_them = study_figures.Study(found, [one])
     lines = study_page._method_section(study_of_them, study_of_them.places[0])
-    shown = [[cell.strip() for cell in line.split("|")][1:6] for line in lines if line.startswith("| ours")]
+    shown = [
+        [cell.strip() for cell in line.split("|")][1:6]
+        for line in lines
+        if line.startswith("| ours")
+    ]
     title = study_grid.methods(TRACK.bits)["ours"].title
     assert [title, "4", "51.0 ± 1.4", "59.0 ± 1.4", "61.0 ± 1.4"] in shown  # among all methods
     assert [title, "4", "50.0", "58.0", "60.0"] in shown  # above its variants
@@ -316,7 +354,10 @@ def test_learning_rates_are_compared_on_the_seeds_that_they_have():
     found = [record("ours", 0, w2=50.0, w4=60.0), record("ours", 1, w2=52.0, w4=62.0),
              record("ours-half-rate", 0, w2=49.0, w4=59.0)]  # fmt: skip
     study_of_them = study_figures.Study(found, [one])
-    shown = [[cell.strip() for cell in line.split("|")][4:7] for line in study_page.rate_table(study_of_them)]
+    shown = [
+        [cell.strip() for cell in line.split("|")][4:7]
+        for line in study_page.rate_table(study_of_them)
+    ]
     assert ["49.0", "50.0", "not run yet"] in shown
     assert [record["run"] for record in study_page._of_rates(study_of_them)] == [
         "S/small/ours-half-rate/0",
@@ -328,24 +369,40 @@ def test_interference_is_drawn_on_the_seeds_that_it_has():
     found = [record("dedicated-4", 0, w4=60.0), record("dedicated-4", 1, w4=64.0), record("ours", 0, w4=61.0),
              record("ours", 1, w4=66.0), record("random-3-up", 0, w3=57.0, w4=58.0)]  # fmt: skip
     panels = study_page.interference_panels(study_figures.Study(found, [TRACK]))
-    assert panels["S/small"] == {"4 bits": [(4, 60.0), (3, 58.0)], "4 bits, ours": [(2, 61.0)], "3 bits": [(3, 57.0)]}
+    assert panels["S/small"] == {
+        "4 bits": [(4, 60.0), (3, 58.0)],
+        "4 bits, ours": [(2, 61.0)],
+        "3 bits": [(3, 57.0)],
+    }
 
 
 def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
-    found = [record("ours", w2=49.1, w4=59.9), record("dedicated-2", w2=50.0), record("dedicated-4", w4=60.0)]
+    found = [
+        record("ours", w2=49.1, w4=59.9),
+        record("dedicated-2", w2=50.0),
+        record("dedicated-4", w4=60.0),
+    ]
     header, rows = study_page.dedicated_rows(study_figures.Study(found, [TRACK]))
     assert header[2:] == ("4 bits (at least 0)", "3 bits (at least -0.3)", "2 bits (at least -1)")
-    assert rows == [("S/small", "ours", "**-0.10**", "", "-0.90"), ("S/small", "full method", "not run yet", "", "")]
+    assert rows == [
+        ("S/small", "ours", "**-0.10**", "", "-0.90"),
+        ("S/small", "full method", "not run yet", "", ""),
+    ]
 
 
 def test_what_is_not_searched_does_not_depend_on_how_others_are(options):
     options.only = ["*/float/0", "*/dedicated-2/0"]
     study.run(options)
     other = dataclasses.replace(TRACK, search_evaluations=13, search_norms="stored", mixed=3)
-    left = {run.name for run in study.unfinished(study_grid.grid([other], seeds=1), options.results)}
+    left = {
+        run.name for run in study.unfinished(study_grid.grid([other], seeds=1), options.results)
+    }
     assert not left & {"S/small/float/0", "S/small/dedicated-2/0"}
     runs = {run.name: run for run in study_grid.grid([TRACK])}
-    assert runs["S/small/ours/0"].settings != dataclasses.replace(runs["S/small/ours/0"], track=other).settings
+    assert (
+        runs["S/small/ours/0"].settings
+        != dataclasses.replace(runs["S/small/ours/0"], track=other).settings
+    )
 
 
 def test_a_track_says_whose_budgets_are_searched(options):
@@ -353,9 +410,16 @@ def test_a_track_says_whose_budgets_are_searched(options):
     both, ours = ({run.name: run for run in study_grid.grid([track])} for track in (TRACK, fewer))
     assert ours["S/small/ours/0"].settings == both["S/small/ours/0"].settings
     assert ours["S/small/plain/0"].settings != both["S/small/plain/0"].settings
-    assert study_runs.perform(ours["S/small/plain/0"], study_runs.Place(options.data, options.data))["searched"] == {}
+    assert (
+        study_runs.perform(ours["S/small/plain/0"], study_runs.Place(options.data, options.data))[
+            "searched"
+        ]
+        == {}
+    )
     asked = study_page.search_table(study_figures.Study([], [fewer]))
-    assert [line.split("|")[2].strip() for line in asked[2:]] == [ours["S/small/ours/0"].method.title]
+    assert [line.split("|")[2].strip() for line in asked[2:]] == [
+        ours["S/small/ours/0"].method.title
+    ]
 
 
 def test_the_tracks_norms_judge_in_the_search(options, monkeypatch):
@@ -383,9 +447,15 @@ def test_the_most_valuable_runs_come_first():
     groups = [(run.method.group, run.seed) for run in study_grid.grid([track])]
     assert groups == sorted(groups, key=groups.index)
     assert groups[0] == ("core", track.seeds[0])
-    ablation, variant = (groups.index((group, track.seeds_of(group)[0])) for group in ("ablation", "variant"))
+    ablation, variant = (
+        groups.index((group, track.seeds_of(group)[0])) for group in ("ablation", "variant")
+    )
     assert groups.index(("core", track.seeds[-1])) < ablation < variant
-    assert {seed for group, seed in groups if group == "rate"} == set(track.seeds_of("rate")) < set(track.seeds)
+    assert (
+        {seed for group, seed in groups if group == "rate"}
+        == set(track.seeds_of("rate"))
+        < set(track.seeds)
+    )
     runs = study_grid.grid(list(study_grid.TRACKS.values()))
     assert len({run.name for run in runs}) == len(runs)
 
@@ -410,16 +480,26 @@ def test_verdicts_are_computed():
 def test_distillation_is_recursive():
     criterion = study_grid.RecursiveDistillation(2)
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
-    assert float(criterion(logits, labels)) == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
-    assert float(criterion(logits, labels)) == pytest.approx(0.0)  # the same prediction as the higher bit-width's
+    assert float(criterion(logits, labels)) == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, labels))
+    )
+    assert float(criterion(logits, labels)) == pytest.approx(
+        0.0
+    )  # the same prediction as the higher bit-width's
     assert float(criterion(logits, labels)) > 1  # the labels again, in the next step
 
 
 def test_any_precision_takes_each_uniform_bit_width_once_the_highest_first():
-    candidates = {"conv": LayerCandidates((2, 4, 8), (2, 4, 8)), "depthwise": LayerCandidates((4, 8), (4, 8))}
+    candidates = {
+        "conv": LayerCandidates((2, 4, 8), (2, 4, 8)),
+        "depthwise": LayerCandidates((4, 8), (4, 8)),
+    }
     sampler = study_grid.DescendingWidths((2, 4, 8))
     drawn = sampler.draw(candidates, 2, generator=torch.Generator(), instability={})
-    assert [str(config["conv"]) for config in drawn] == ["W4A4", "W2A2"]  # after the max path, which is W8A8
+    assert [str(config["conv"]) for config in drawn] == [
+        "W4A4",
+        "W2A2",
+    ]  # after the max path, which is W8A8
     assert [str(config["depthwise"]) for config in drawn] == ["W4A4", "W4A4"]
 
 
@@ -447,7 +527,7 @@ _POOL = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 sys.path.insert(0, sys.argv[1])
-import study
+from benchmarks.study import command as study
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(1, mp_context=context, initializer=study._begin_worker, initargs=(1,))
@@ -460,7 +540,9 @@ if __name__ == "__main__":
 def test_workers_end_with_the_process_that_began_them(tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(_POOL)
-    begun = subprocess.Popen([sys.executable, script, Path(study.__file__).parent], stdout=subprocess.PIPE, text=True)
+    begun = subprocess.Popen(
+        [sys.executable, script, Path(study.__file__).parents[2]], stdout=subprocess.PIPE, text=True
+    )
     worker = Path("/proc") / begun.stdout.readline().strip()
     assert worker.exists()
     begun.kill()

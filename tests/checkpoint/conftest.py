@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.storage import read_file, write_file
+from anyprec.runtime.storage import read_file, write_file
 
 
 def plain_network() -> nn.Sequential:

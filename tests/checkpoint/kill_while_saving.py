@@ -20,7 +20,9 @@ import anyprec
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 256, 3, padding=1)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 256, 3, padding=1)
+    ).eval()
 
 
 def make(seed: int) -> anyprec.ConvertedModel:

@@ -32,7 +32,9 @@ def main(folder: Path, conftest: str, threads: int) -> None:
                 with torch.no_grad():
                     outputs[f"{kind} {form} {number}"] = model(images).contiguous()
         single = anyprec.load(
-            folder / f"{kind}.zstd", network and runpy.run_path(conftest)["plain_network"](), bits="last"
+            folder / f"{kind}.zstd",
+            network and runpy.run_path(conftest)["plain_network"](),
+            bits="last",
         )
         with torch.no_grad():
             outputs[f"{kind} single {len(requests) - 1}"] = single(images).contiguous()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anyprec.checkpoint.cells import cell_count, cells_of, exceptions_of, points_of
-from anyprec.functional import integer_codes
-from anyprec.packed import PackedOperand
+from anyprec.nn.functional import integer_codes
+from anyprec.nn.packed import PackedOperand
 
 
 def codes_of(weights: Tensor, steps: Tensor, candidates: tuple[int, ...]) -> list[Tensor]:
@@ -35,16 +35,21 @@ def told_codes(weights: Tensor, steps: Tensor, candidates: tuple[int, ...]) -> l
         moments=None,
     )
     limits = [(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in candidates]
-    return [operand.codes(index, qmin=low, qmax=high).int() for index, (low, high) in enumerate(limits)]
+    return [
+        operand.codes(index, qmin=low, qmax=high).int() for index, (low, high) in enumerate(limits)
+    ]
 
 
 def assert_no_code_is_lost(weights: Tensor, steps: Tensor, candidates: tuple[int, ...]) -> None:
-    for told, code in zip(told_codes(weights, steps, candidates), codes_of(weights, steps, candidates), strict=True):
+    for told, code in zip(
+        told_codes(weights, steps, candidates), codes_of(weights, steps, candidates), strict=True
+    ):
         assert torch.equal(told, code)
 
 
 @pytest.mark.parametrize(
-    ("candidates", "count"), [((2, 3, 4, 5, 6), 120), ((2, 3, 4, 5, 6, 8), 375), ((2,), 4), ((8,), 256)]
+    ("candidates", "count"),
+    [((2, 3, 4, 5, 6), 120), ((2, 3, 4, 5, 6, 8), 375), ((2,), 4), ((8,), 256)],
 )
 def test_there_is_a_cell_more_than_thresholds(candidates, count):
     assert cell_count(candidates) == count
@@ -74,8 +79,13 @@ def test_every_code_of_random_weights_comes_back(candidates, channels, seed, sca
 
 def around_thresholds(steps: Tensor, candidates: tuple[int, ...], ulps: int) -> Tensor:
     """Every threshold of one channel, and the float32 numbers next to it."""
-    halves = [np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, dtype=np.float32) + 0.5 for bits in candidates]
-    thresholds = np.concatenate([half * step for half, step in zip(halves, steps[:, 0].numpy(), strict=True)])
+    halves = [
+        np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, dtype=np.float32) + 0.5
+        for bits in candidates
+    ]
+    thresholds = np.concatenate(
+        [half * step for half, step in zip(halves, steps[:, 0].numpy(), strict=True)]
+    )
     numbers, up, down = [thresholds], thresholds, thresholds
     for _ in range(ulps):
         up, down = np.nextafter(up, np.float32(np.inf)), np.nextafter(down, np.float32(-np.inf))

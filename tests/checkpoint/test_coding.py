@@ -24,16 +24,22 @@ from anyprec.errors import CheckpointError
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(width=st.integers(1, 12), count=st.integers(0, 50), seed=st.integers(0, 1000))
 def test_fields_come_back_and_stand_where_the_format_says(width, count, seed):
-    values = torch.randint(0, 2**width, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int16)
+    values = torch.randint(
+        0, 2**width, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.int16
+    )
     stored = to_fixed(values, width)
     assert stored.dtype == torch.uint8
     assert stored.numel() == fixed_size(count, width)
     assert torch.equal(from_fixed(stored, count, width), values)
-    number = int.from_bytes(bytes(stored.tolist()), "little")  # the whole as one number: field i at bit i * width
+    number = int.from_bytes(
+        bytes(stored.tolist()), "little"
+    )  # the whole as one number: field i at bit i * width
     assert [(number >> (place * width)) % 2**width for place in range(count)] == values.tolist()
 
 
-@pytest.mark.parametrize(("count", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (120, 7), (128, 7), (256, 8), (375, 9)])
+@pytest.mark.parametrize(
+    ("count", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (120, 7), (128, 7), (256, 8), (375, 9)]
+)
 def test_bits_of_a_field(count, bits):
     assert bits_needed(count) == bits
 
@@ -45,7 +51,9 @@ def test_a_frame_gives_back_its_bytes():
     assert decompress(frame, len(raw), "it") == raw
 
 
-@pytest.mark.parametrize("raw", [b"", b"x", bytes(range(256)), bytes(2**20)], ids=["none", "one", "random", "endless"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"x", bytes(range(256)), bytes(2**20)], ids=["none", "one", "random", "endless"]
+)
 def test_what_gains_nothing_or_would_be_refused_is_not_compressed(raw):
     assert compress(raw) is None
 
@@ -56,22 +64,42 @@ BOMB = zstandard.ZstdCompressor().compress(bytes(2**26))
 @pytest.mark.parametrize(
     ("frame", "size", "message"),
     [
-        (BOMB, 2**26, r"it says that it holds 67108864 bytes in \d+, expected 67108864 and at most 256 for one"),
+        (
+            BOMB,
+            2**26,
+            r"it says that it holds 67108864 bytes in \d+, expected 67108864 and at most 256 for one",
+        ),
         (BOMB, 100, "it says that it holds 67108864 bytes .* expected 100 and"),
-        (zstandard.ZstdCompressor().compress(b"abc" * 50), 2**40, "holds 150 bytes in .*, expected 1099511627776"),
-        (zstandard.ZstdCompressor(write_content_size=False).compress(b"abc" * 50), 150, "holds -1 bytes"),
+        (
+            zstandard.ZstdCompressor().compress(b"abc" * 50),
+            2**40,
+            "holds 150 bytes in .*, expected 1099511627776",
+        ),
+        (
+            zstandard.ZstdCompressor(write_content_size=False).compress(b"abc" * 50),
+            150,
+            "holds -1 bytes",
+        ),
         (zstandard.ZstdCompressor().compress(b"abc" * 50)[:-3], 150, "it is damaged"),
         (b"no frame at all", 15, "it is damaged"),
         (b"", 0, "it is damaged"),
     ],
 )
-def test_a_frame_of_another_size_or_none_is_refused_before_it_is_opened(frame, size, message, monkeypatch):
-    stored = torch.frombuffer(bytearray(frame), dtype=torch.uint8) if frame else torch.empty(0, dtype=torch.uint8)
+def test_a_frame_of_another_size_or_none_is_refused_before_it_is_opened(
+    frame, size, message, monkeypatch
+):
+    stored = (
+        torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+        if frame
+        else torch.empty(0, dtype=torch.uint8)
+    )
     with pytest.raises(CheckpointError, match=message):
         decompress(stored, size, "it")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4), (0,)])
 def test_planes_come_back(dtype, shape):
     tensor = torch.randint(0, 2, shape).to(dtype)

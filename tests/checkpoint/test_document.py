@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import anyprec
 from anyprec.checkpoint.document import Document
-from anyprec.storage import read_file, write_file
+from anyprec.runtime.storage import read_file, write_file
 
 
 def _layer(**changes):
@@ -22,7 +22,9 @@ def _settings(**changes):
 
 
 def _packing(**changes):
-    return lambda raw: raw.update(packing={"coding": "fixed", "layers": {}, "latent": {}, "compressed": {}, **changes})
+    return lambda raw: raw.update(
+        packing={"coding": "fixed", "layers": {}, "latent": {}, "compressed": {}, **changes}
+    )
 
 
 HOSTILE = [
@@ -102,7 +104,9 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize(("change", "message"), HOSTILE, ids=range(len(HOSTILE)))
-def test_a_hostile_document_is_refused_and_the_network_left(tamper, plain, photograph, change, message):
+def test_a_hostile_document_is_refused_and_the_network_left(
+    tamper, plain, photograph, change, message
+):
     path = tamper(change)
     network = plain()
     check = photograph(network)
@@ -117,7 +121,9 @@ def test_a_hostile_document_is_refused_and_the_network_left(tamper, plain, photo
 ])  # fmt: skip
 def test_a_missing_field_is_named(tamper, plain, field):
     path = tamper(lambda raw: raw.pop(field))
-    with pytest.raises(anyprec.CheckpointError, match=rf"the checkpoint's metadata has no field '{field}'"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"the checkpoint's metadata has no field '{field}'"
+    ):
         anyprec.load(path, plain())
 
 
@@ -158,7 +164,10 @@ _JSON = st.recursive(
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_any_value_anywhere_loads_or_raises_our_error(path, plain, data):
@@ -169,7 +178,9 @@ def test_any_value_anywhere_loads_or_raises_our_error(path, plain, data):
     document["architecture"] = {"name": "test_resnet", "arguments": {}}
     place = document
     while True:
-        key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        key = data.draw(
+            st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))
+        )
         if not (isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans())):
             break
         place = place[key]

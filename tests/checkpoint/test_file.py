@@ -15,15 +15,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 import anyprec
-from anyprec import storage as file_module
-from anyprec.storage import opened, read_file, stored_once, with_aliases, write_file
+from anyprec.runtime import storage as file_module
+from anyprec.runtime.storage import opened, read_file, stored_once, with_aliases, write_file
 
 
 def _header_length(content: bytes) -> int:
     return 8 + struct.unpack("<Q", content[:8])[0]
 
 
-@pytest.mark.parametrize("where", [0, 1, 7, 8, "in the header", "after the header", "in the data", "one byte short"])
+@pytest.mark.parametrize(
+    "where", [0, 1, 7, 8, "in the header", "after the header", "in the data", "one byte short"]
+)
 def test_a_truncated_file_is_refused(path, plain, photograph, where):
     content = path.read_bytes()
     header = _header_length(content)
@@ -36,18 +38,28 @@ def test_a_truncated_file_is_refused(path, plain, photograph, where):
     path.write_bytes(content[: places.get(where, where)])
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=r"net.safetensors' is damaged, or no safetensors file"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"net.safetensors' is damaged, or no safetensors file"
+    ):
         anyprec.load(path, network)
     check()
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"garbage" * 100, b"\xff" * 64, b"\x00" * 64, b"PK\x03\x04 a pickle in a zip", b"\x02" + b"\0" * 7 + b"{}"],
+    [
+        b"garbage" * 100,
+        b"\xff" * 64,
+        b"\x00" * 64,
+        b"PK\x03\x04 a pickle in a zip",
+        b"\x02" + b"\0" * 7 + b"{}",
+    ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path, plain, content):
     (tmp_path / "net").write_bytes(content)
-    with pytest.raises(anyprec.CheckpointError, match=r"is damaged, or no safetensors|was not written by anyprec"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"is damaged, or no safetensors|was not written by anyprec"
+    ):
         anyprec.load(tmp_path / "net", plain())
 
 
@@ -61,7 +73,8 @@ def test_a_longer_file_is_refused(path, plain):
 def test_a_file_of_another_program_is_refused(tmp_path, plain, metadata):
     save_file({"a": torch.zeros(1)}, tmp_path / "net", metadata=metadata)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"was not written by anyprec .*has no 'anyprec'.*load float weights"
+        anyprec.CheckpointError,
+        match=r"was not written by anyprec .*has no 'anyprec'.*load float weights",
     ):
         anyprec.load(tmp_path / "net", plain())
 
@@ -77,7 +90,8 @@ def test_one_flipped_bit_in_the_data_is_found(path, plain):
     content[_header_length(content) + 100] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"is damaged: its content does not match its digest; copy it again"
+        anyprec.CheckpointError,
+        match=r"is damaged: its content does not match its digest; copy it again",
     ):
         anyprec.load(path, plain())
 
@@ -108,11 +122,15 @@ def test_every_part_of_a_tensor_counts_in_the_digest(tmp_path):
     ]
     for other in others:
         save_file(
-            {name: tensor.clone() for name, tensor in other.items()}, tmp_path / "x", metadata={"anyprec": sealed}
+            {name: tensor.clone() for name, tensor in other.items()},
+            tmp_path / "x",
+            metadata={"anyprec": sealed},
         )
         with pytest.raises(anyprec.CheckpointError, match="does not match its digest"):
             read_file(tmp_path / "x")
-    save_file({"a": tensor}, tmp_path / "x", metadata={"anyprec": sealed.replace('"x": 1', '"x": 2')})
+    save_file(
+        {"a": tensor}, tmp_path / "x", metadata={"anyprec": sealed.replace('"x": 1', '"x": 2')}
+    )
     with pytest.raises(anyprec.CheckpointError, match="does not match its digest"):
         read_file(tmp_path / "x")
 
@@ -132,7 +150,8 @@ def test_a_damaged_tensor_is_found_when_it_is_read_and_no_sooner(tmp_path):
 def test_a_header_that_claims_too_much_is_refused_before_it_is_read(tmp_path, plain, length):
     (tmp_path / "net").write_bytes(struct.pack("<Q", length) + b"{}")
     with pytest.raises(
-        anyprec.CheckpointError, match=r"its header claims [\d,]+ bytes of 10, expected at most 33,554,432"
+        anyprec.CheckpointError,
+        match=r"its header claims [\d,]+ bytes of 10, expected at most 33,554,432",
     ):
         anyprec.load(tmp_path / "net", plain())
 
@@ -145,7 +164,16 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int8, torch.bool, torch.complex64, torch.uint8]
+    "dtype",
+    [
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+        torch.int8,
+        torch.bool,
+        torch.complex64,
+        torch.uint8,
+    ],
 )
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
 def test_every_kind_of_tensor_comes_back(tmp_path, dtype, shape, same_state):
@@ -175,14 +203,17 @@ def _raising(error):
     return fail
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("no"), KeyError("dtype")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("no"), KeyError("dtype")]
+)
 @pytest.mark.parametrize("step", ["save_file", "replace", "fsync"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, model, monkeypatch, step, error):
     before = path.read_bytes()
     target = {"save_file": file_module, "replace": Path, "fsync": os}[step]
     monkeypatch.setattr(target, step, _raising(error))
     with pytest.raises(
-        anyprec.CheckpointError, match=r"cannot write '.*net.safetensors' .*; what stood there .* unchanged"
+        anyprec.CheckpointError,
+        match=r"cannot write '.*net.safetensors' .*; what stood there .* unchanged",
     ):
         anyprec.save(model, path, configs={"new": model.resolve_bits(4)})
     monkeypatch.undo()
@@ -207,7 +238,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(path, model, 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path, model):
     with pytest.raises(
-        anyprec.CheckpointError, match=r"cannot write .*: there is no folder '.*nowhere'; create it first"
+        anyprec.CheckpointError,
+        match=r"cannot write .*: there is no folder '.*nowhere'; create it first",
     ):
         anyprec.save(model, tmp_path / "nowhere" / "net")
 
@@ -224,7 +256,9 @@ def test_a_folder_in_place_of_the_file_is_left(tmp_path, model):
     assert list(tmp_path.iterdir()) == [tmp_path / "net"]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere"
+)
 def test_a_folder_without_write_permission_is_named(path, model):
     path.parent.chmod(0o500)
     try:
@@ -272,7 +306,9 @@ def _tiny():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, bytes]:
     torch.manual_seed(0)
-    model = anyprec.convert(_tiny(), bits=(2, 4), first_last_bits=None, example_input=torch.randn(1, 1, 2, 2))
+    model = anyprec.convert(
+        _tiny(), bits=(2, 4), first_last_bits=None, example_input=torch.randn(1, 1, 2, 2)
+    )
     file = tmp_path_factory.mktemp("fuzz") / "net"
     anyprec.save(model, file, configs={"low": model.resolve_bits(2)})
     return file, file.read_bytes()
@@ -282,7 +318,10 @@ _FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 25
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(flips=_FLIPS, kept=st.just(1.0) | st.floats(0, 1))
 def test_random_damage_is_refused_or_harmless(tiny, same_state, flips, kept):

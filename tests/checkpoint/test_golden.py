@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.storage import read_file
+from anyprec.runtime.storage import read_file
 
 HERE = Path(__file__).parent
 FORMS = {
@@ -54,7 +54,9 @@ def make_golden(folder: Path = HERE) -> None:
     """Write the files of the present format and their expected outputs; how those of format 2 were made."""
     torch.manual_seed(0)
     images = golden_images()
-    model = anyprec.convert(golden_network(), bits=(2, 4), first_last_bits=None, norm="shared", example_input=images)
+    model = anyprec.convert(
+        golden_network(), bits=(2, 4), first_last_bits=None, norm="shared", example_input=images
+    )
     anyprec.calibrate(model, [images])
     mixed = anyprec.BitConfig({"0": (4, 2), "3": (2, 4)})
     anyprec.recalibrate(model, [images], mixed)
@@ -76,7 +78,9 @@ def test_files_of_every_format_still_load_and_compute_the_same(name):
     for request, values in found.items():
         # Another machine may sum a convolution in another order, an error of some 1e-7 of values near 1. No input of
         # a quantizer lies so close to a rounding border that this could move it to another code.
-        torch.testing.assert_close(torch.tensor(values), torch.tensor(expected[request]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(values), torch.tensor(expected[request]), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -85,7 +89,9 @@ def test_no_input_of_the_golden_network_lies_on_a_rounding_border(name):
     ratios = []
 
     def watch(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        step = layer.input_quantizer.step[layer.input_quantizer.candidates.index(layer.bits.activation)]
+        step = layer.input_quantizer.step[
+            layer.input_quantizer.candidates.index(layer.bits.activation)
+        ]
         ratios.append((args[0] / step).flatten())
 
     for layer in model.quantized_layers.values():
@@ -100,19 +106,29 @@ def test_no_input_of_the_golden_network_lies_on_a_rounding_border(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_the_present_format_is_still_what_is_written(tmp_path, name):
     anyprec.save(load_golden(name), tmp_path / "again", **FORMS[name])
-    (old, old_text), (new, new_text) = read_file(HERE / f"{name}.safetensors"), read_file(tmp_path / "again")
+    (old, old_text), (new, new_text) = (
+        read_file(HERE / f"{name}.safetensors"),
+        read_file(tmp_path / "again"),
+    )
     assert {**json.loads(new_text), "version": None} == {**json.loads(old_text), "version": None}
     assert list(json.loads(new_text)) == list(json.loads(old_text))
     assert new.keys() == old.keys()
-    frames = json.loads(old_text).get("packing", {}).get("coding") == "zstd"  # another Zstandard may make other frames
+    frames = (
+        json.loads(old_text).get("packing", {}).get("coding") == "zstd"
+    )  # another Zstandard may make other frames
     assert all(
-        torch.equal(new[name], tensor) for name, tensor in old.items() if not frames or tensor.dtype != torch.uint8
+        torch.equal(new[name], tensor)
+        for name, tensor in old.items()
+        if not frames or tensor.dtype != torch.uint8
     )
 
 
 def test_the_first_format_is_written_anew_in_the_present_one(tmp_path):
     anyprec.save(load_golden("golden-v1"), tmp_path / "again")
-    (old, old_text), (new, new_text) = read_file(HERE / "golden-v1.safetensors"), read_file(tmp_path / "again")
+    (old, old_text), (new, new_text) = (
+        read_file(HERE / "golden-v1.safetensors"),
+        read_file(tmp_path / "again"),
+    )
     added = {"format": 2, "version": None, "notes": json.loads(new_text)["notes"]}
     assert {**json.loads(new_text), "version": None} == {**json.loads(old_text), **added}
     assert new.keys() == old.keys()

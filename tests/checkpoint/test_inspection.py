@@ -7,7 +7,7 @@ import torch
 
 import anyprec
 from anyprec.checkpoint import architecture
-from anyprec.storage import StoredFile
+from anyprec.runtime.storage import StoredFile
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_every_form_is_told_without_building_the_network_or_reading_tensors(
     tmp_path, converted, monkeypatch, options, form, storage
 ):
     model = converted("test_resnet")
-    model.set_floors({"layer1.0.conv1": (4, 2)})
+    model.freeze({"layer1.0.conv1": (4, 2)})
     config = anyprec.recalibrate(model, [torch.randn(2, 3, 64, 64)], (2, 8))
     path = tmp_path / "net"
     anyprec.save(model, path, configs={"small": config}, **options)
@@ -41,7 +41,7 @@ def test_every_form_is_told_without_building_the_network_or_reading_tensors(
     assert (info.notes["small"].bitops, info.notes["small"].size) == (cost.bitops, cost.size)
     assert info.configs == {"small": config}
     assert info.statistics == (config,)
-    assert info.floors == anyprec.BitConfig({"layer1.0.conv1": (4, 2)})
+    assert info.frozen == anyprec.BitConfig({"layer1.0.conv1": (4, 2)})
     assert sum(layer.weights for layer in info.layers.values()) == cost.model.weights
     latent_bytes = sum(4 * layer.weights for layer in info.layers.values())
     stored_bytes = sum(layer.bytes for layer in info.layers.values())
@@ -86,5 +86,8 @@ def test_what_is_no_checkpoint_raises_our_error(tmp_path, content):
 
 def test_settings_that_contradict_the_layers_raise_our_error(tamper):
     path = tamper(lambda raw: raw["settings"].update(bits=[2], activation_bits=[2]))
-    with pytest.raises(anyprec.CheckpointError, match="the checkpoint contradicts itself: depthwise convolution '3'"):
+    with pytest.raises(
+        anyprec.CheckpointError,
+        match="the checkpoint contradicts itself: depthwise convolution '3'",
+    ):
         anyprec.inspect(path)

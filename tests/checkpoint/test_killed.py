@@ -16,7 +16,11 @@ SCRIPT = Path(__file__).with_name("kill_while_saving.py")
 @pytest.mark.parametrize("form", ["training", "packed"])
 def test_a_file_is_loadable_after_each_of_25_kills(tmp_path, form):
     run = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, form, "25"], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, SCRIPT, tmp_path, form, "25"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     networks, interrupted = map(int, run.stdout.split())

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import anyprec
-from anyprec.storage import read_file, write_file
+from anyprec.runtime.storage import read_file, write_file
 
 
 def _other(plain, number, layer):
@@ -29,10 +29,14 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("number", "layer", "message"), MISFITS)
-def test_another_float_network_is_refused_and_unchanged(path, plain, photograph, number, layer, message, batch):
+def test_another_float_network_is_refused_and_unchanged(
+    path, plain, photograph, number, layer, message, batch
+):
     network = _other(plain, number, layer)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=rf"does not match the network; .*({message})"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"does not match the network; .*({message})"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -63,7 +67,9 @@ def test_a_mismatch_found_after_conversion_reverts_it(path, plain, photograph, b
     write_file(path, tensors, text)
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=r"1 tensors are missing: '5.input_quantizer.step'"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"1 tensors are missing: '5.input_quantizer.step'"
+    ):
         anyprec.load(path, network)
     check()
     anyprec.calibrate(anyprec.convert(network, example_input=batch), [batch])
@@ -74,7 +80,8 @@ def test_a_configuration_that_does_not_fit_reverts_the_conversion(tamper, plain,
     network = plain()
     check = photograph(network)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"configuration 'bad' does not fit the network: .* leaves 3 layers"
+        anyprec.CheckpointError,
+        match=r"configuration 'bad' does not fit the network: .* leaves 3 layers",
     ):
         anyprec.load(path, network)
     check()
@@ -98,7 +105,10 @@ def _break_tensor(path, name, change):
 
 CONVERTED_MISFITS = [
     ({"5.weight": lambda t: t[:2].clone()}, "1 are of another shape or type: '5.weight"),
-    ({"5.weight": lambda t: t.double()}, "1 are of another shape or type: '5.weight .*float64 instead"),
+    (
+        {"5.weight": lambda t: t.double()},
+        "1 are of another shape or type: '5.weight .*float64 instead",
+    ),
     (
         {"5.input_quantizer.zero_point": lambda t: t + 300},
         "gives layer '5' the zero point 30. at 2 bits, expected 0 to 3",
@@ -126,11 +136,18 @@ def test_nothing_is_copied_before_everything_is_checked(
         assert list(network.configs) == ["mine"]
 
 
-def test_a_bad_configuration_is_found_before_a_converted_network_is_filled(tamper, plain, photograph, batch):
-    path = tamper(lambda raw: raw["configs"].update(bad=dict.fromkeys(("0", "3", "5", "8"), "W3A3")))
+def test_a_bad_configuration_is_found_before_a_converted_network_is_filled(
+    tamper, plain, photograph, batch
+):
+    path = tamper(
+        lambda raw: raw["configs"].update(bad=dict.fromkeys(("0", "3", "5", "8"), "W3A3"))
+    )
     network = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch)
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=r"configuration 'bad' does not fit .* W3A3 is not a candidate"):
+    with pytest.raises(
+        anyprec.CheckpointError,
+        match=r"configuration 'bad' does not fit .* W3A3 is not a candidate",
+    ):
         anyprec.load(path, network)
     check()
 
@@ -138,16 +155,22 @@ def test_a_bad_configuration_is_found_before_a_converted_network_is_filled(tampe
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": (2, 4)}, r"converted with ConvertSettings\(bits=\(2, 4\).*, the checkpoint with .*\(2, 4, 8\)"),
+        (
+            {"bits": (2, 4)},
+            r"converted with ConvertSettings\(bits=\(2, 4\).*, the checkpoint with .*\(2, 4, 8\)",
+        ),
         ({"bits": (2, 4, 8), "per_channel": False}, "per_channel=False"),
         ({"bits": (2, 4, 8), "exclude": "8"}, r"exclude=\('8',\)"),
     ],
 )
-def test_a_network_converted_otherwise_is_refused(path, plain, photograph, batch, settings, message):
+def test_a_network_converted_otherwise_is_refused(
+    path, plain, photograph, batch, settings, message
+):
     network = anyprec.convert(plain(), **settings, example_input=batch)
     check = photograph(network)
     with pytest.raises(
-        anyprec.CheckpointError, match=rf"{message}.*: pass the float network, or convert with the same"
+        anyprec.CheckpointError,
+        match=rf"{message}.*: pass the float network, or convert with the same",
     ):
         anyprec.load(path, network)
     check()
@@ -162,14 +185,18 @@ def test_candidates_of_equal_number_but_other_bits_are_refused(tmp_path, plain, 
     network = anyprec.convert(plain(), bits=(4,), example_input=batch)
     check = photograph(network)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"layer '0' of the network has .*\(8,\).* in the checkpoint .*\(4,\)"
+        anyprec.CheckpointError,
+        match=r"layer '0' of the network has .*\(8,\).* in the checkpoint .*\(4,\)",
     ):
         anyprec.load(tmp_path / "net", network)
     check()
 
 
 FORGED_LAYERS = [
-    (lambda layer: layer.update(path="9.nothing"), "unknown to the network: '0.input_quantizer.step'"),
+    (
+        lambda layer: layer.update(path="9.nothing"),
+        "unknown to the network: '0.input_quantizer.step'",
+    ),
     (lambda layer: layer.update(owner="9.nothing"), "has no owners of the layers '0'"),
     (lambda layer: layer.update(owner="3"), "has no owners of the layers '0'"),
 ]
@@ -190,7 +217,9 @@ def test_a_layer_that_is_no_conv_or_linear_is_refused(tamper, plain, photograph,
     path = tamper(lambda raw: raw["layers"].append({**raw["layers"][0], "path": where}))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=rf"no layers '{where}'|unknown to the network: '1.bank"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=rf"no layers '{where}'|unknown to the network: '1.bank"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -209,7 +238,9 @@ def test_a_depthwise_layer_without_candidates_is_refused(tamper, plain, photogra
     path = tamper(lambda raw: raw["settings"].update(bits=[2], activation_bits=[2]))
     network = plain()
     check = photograph(network)
-    with pytest.raises(anyprec.CheckpointError, match=r"depthwise convolution '3' has no candidate left"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"depthwise convolution '3' has no candidate left"
+    ):
         anyprec.load(path, network)
     check()
 
@@ -243,11 +274,14 @@ def test_aliases_that_lie_are_refused(path, plain, photograph, name, target, mes
 def test_a_float_checkpoint_is_refused_with_advice(tmp_path, plain):
     save_file(plain().state_dict(), tmp_path / "float")
     with pytest.raises(
-        anyprec.CheckpointError, match=r"not written by anyprec .* load float weights into the network before"
+        anyprec.CheckpointError,
+        match=r"not written by anyprec .* load float weights into the network before",
     ):
         anyprec.load(tmp_path / "float", plain())
 
 
 def test_only_modules_are_loaded_into(path):
-    with pytest.raises(anyprec.CheckpointError, match=r"load takes a torch.nn.Module to load into, got dict"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"load takes a torch.nn.Module to load into, got dict"
+    ):
         anyprec.load(path, {})

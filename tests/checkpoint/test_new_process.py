@@ -28,7 +28,14 @@ NETWORKS = {
     "eva02_tiny_patch14_224": (28, {"img_size": 28, "depth": 2, "num_classes": 10}),
     "swinv2_tiny_window8_256": (
         32,
-        {"img_size": 32, "window_size": 4, "embed_dim": 12, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 10},
+        {
+            "img_size": 32,
+            "window_size": 4,
+            "embed_dim": 12,
+            "depths": (1, 1),
+            "num_heads": (2, 2),
+            "num_classes": 10,
+        },
     ),
 }
 FORMS = {
@@ -64,7 +71,11 @@ def outputs(tmp_path_factory, request) -> tuple[dict[str, list[Tensor]], dict[st
     conftest = request.config.pluginmanager.get_plugin(str(HERE / "conftest.py"))
     here = {}
     for name, (size, arguments) in NETWORKS.items():
-        network = conftest.plain_network() if name == "plain" else timm.create_model(name, **arguments).eval()
+        network = (
+            conftest.plain_network()
+            if name == "plain"
+            else timm.create_model(name, **arguments).eval()
+        )
         for parameter in network.parameters():
             if not parameter.any():  # the norms of Swin-V2 start at zero, and then no block counts
                 torch.nn.init.normal_(parameter)
@@ -73,7 +84,10 @@ def outputs(tmp_path_factory, request) -> tuple[dict[str, list[Tensor]], dict[st
         anyprec.calibrate(model, [images])
         requests = _requests(model)
         for form, options in FORMS.items():
-            known = {"configs": {"last": requests[-1]}, "model_args": {} if name == "plain" else arguments}
+            known = {
+                "configs": {"last": requests[-1]},
+                "model_args": {} if name == "plain" else arguments,
+            }
             anyprec.save(model, folder / f"{name}.{form}", **known, **options)
         save_file({"images": images}, folder / f"{name}.images")
         plain = [one.to_json() if isinstance(one, anyprec.BitConfig) else one for one in requests]
@@ -83,7 +97,12 @@ def outputs(tmp_path_factory, request) -> tuple[dict[str, list[Tensor]], dict[st
             model.set_bits(precision)
             with torch.no_grad():
                 here[name].append(model(images))
-    script = [HERE / "load_in_new_process.py", folder, HERE / "conftest.py", torch.get_num_threads()]
+    script = [
+        HERE / "load_in_new_process.py",
+        folder,
+        HERE / "conftest.py",
+        torch.get_num_threads(),
+    ]
     subprocess.run([sys.executable, *map(str, script)], check=True, timeout=300)
     return here, load_file(folder / "outputs")
 
@@ -92,7 +111,9 @@ def outputs(tmp_path_factory, request) -> tuple[dict[str, list[Tensor]], dict[st
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_loaded_network_computes_the_same_bits_in_a_new_process(outputs, name, form):
     here, there = outputs
-    first = {"training": 0, "single": len(here[name]) - 1}.get(form, 1)  # a packed network has no floating point
+    first = {"training": 0, "single": len(here[name]) - 1}.get(
+        form, 1
+    )  # a packed network has no floating point
     for number in range(first, len(here[name])):
         assert torch.equal(here[name][number], there[f"{name} {form} {number}"]), number
 

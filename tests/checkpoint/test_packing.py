@@ -14,15 +14,20 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import anyprec
-from anyprec.packed import PackedWeight
-from anyprec.storage import read_file, write_file
+from anyprec.nn.packed import PackedWeight
+from anyprec.runtime.storage import read_file, write_file
 
 FORMS = ["fixed", "zstd"]
 
 
 @pytest.fixture
 def packed(tmp_path, model):
-    anyprec.save(model, tmp_path / "packed", packed=True, configs={"small": model.resolve_bits({"*": (2, 4)})})
+    anyprec.save(
+        model,
+        tmp_path / "packed",
+        packed=True,
+        configs={"small": model.resolve_bits({"*": (2, 4)})},
+    )
     return tmp_path / "packed"
 
 
@@ -49,23 +54,33 @@ def equal(left, right):
 @pytest.mark.parametrize("norm", ["per-pair", "shared"])
 def test_every_code_and_every_output_survive(tmp_path, plain, batch, coding, per_channel, norm):
     network = plain()
-    model = anyprec.convert(network, bits=(2, 3, 8), per_channel=per_channel, norm=norm, example_input=batch[:1])
+    model = anyprec.convert(
+        network, bits=(2, 3, 8), per_channel=per_channel, norm=norm, example_input=batch[:1]
+    )
     anyprec.calibrate(model, [batch])
     anyprec.save(model, tmp_path / "net", packed=True, coding=coding)
     loaded = anyprec.load(tmp_path / "net", plain())
     for path, layer in loaded.quantized_layers.items():
         for index in range(len(layer.candidates.weight)):
-            assert torch.equal(layer.weight_codes(index), model.quantized_layers[path].weight_codes(index))
-    assert equal(outputs(loaded, batch, (2, 3, 8, (2, 8))), outputs(model, batch, (2, 3, 8, (2, 8))))
+            assert torch.equal(
+                layer.weight_codes(index), model.quantized_layers[path].weight_codes(index)
+            )
+    assert equal(
+        outputs(loaded, batch, (2, 3, 8, (2, 8))), outputs(model, batch, (2, 3, 8, (2, 8)))
+    )
 
 
 def test_no_latent_weight_is_stored_or_held(packed, loaded):
     tensors, text = read_file(packed)
-    assert not [name for name in tensors if name in {"0.weight", "3.weight", "5.weight", "8.weight"}]
+    assert not [
+        name for name in tensors if name in {"0.weight", "3.weight", "5.weight", "8.weight"}
+    ]
     assert json.loads(text)["packing"]["latent"] == {}
     for layer in loaded.quantized_layers.values():
         assert isinstance(layer.weight, PackedWeight)
-        bytes_held = sum(buffer.numel() * buffer.element_size() for buffer in layer.packed.buffers())
+        bytes_held = sum(
+            buffer.numel() * buffer.element_size() for buffer in layer.packed.buffers()
+        )
         assert bytes_held <= 2 * layer.weight.numel() + 4 * 3 * layer.weight.shape[0]
 
 
@@ -77,12 +92,16 @@ def test_it_starts_at_its_highest_precision_and_keeps_its_configurations(loaded,
     assert loaded.bits == model.resolve_bits((2, 4))
 
 
-def test_a_single_quantized_weight_is_kept_and_computed_anew_after_a_switch(loaded, batch, monkeypatch):
+def test_a_single_quantized_weight_is_kept_and_computed_anew_after_a_switch(
+    loaded, batch, monkeypatch
+):
     layer = loaded[3]
     calls = []
     real = layer.packed.weight
     monkeypatch.setattr(
-        layer.packed, "weight", lambda index, *args, **kwargs: calls.append(index) or real(index, *args, **kwargs)
+        layer.packed,
+        "weight",
+        lambda index, *args, **kwargs: calls.append(index) or real(index, *args, **kwargs),
     )
     outputs(loaded, batch, (4, 4, 8, 8, 4))
     assert calls == [0, 1, 0]  # a depthwise layer has no candidate 2
@@ -119,12 +138,17 @@ def test_its_state_dict_fits_another_of_its_kind(loaded, packed, plain, batch):
 )
 def test_what_needs_latent_weights_raises_our_error(loaded, batch, use):
     state, bits = (
-        {name: tensor for name, tensor in loaded.state_dict().items() if type(tensor) is torch.Tensor},
+        {
+            name: tensor
+            for name, tensor in loaded.state_dict().items()
+            if type(tensor) is torch.Tensor
+        },
         loaded.bits,
     )
     state = {name: tensor.clone() for name, tensor in state.items()}
     with pytest.raises(
-        anyprec.PackedError, match=r"this network was loaded from a packed file .* Load the training form"
+        anyprec.PackedError,
+        match=r"this network was loaded from a packed file .* Load the training form",
     ):
         use(loaded, batch)
     assert loaded.bits == bits
@@ -134,7 +158,12 @@ def test_what_needs_latent_weights_raises_our_error(loaded, batch, use):
 def test_what_needs_no_latent_weights_works(loaded, batch):
     config = anyprec.recalibrate(loaded, [batch], 4)
     anyprec.calibrate_norms(loaded, [batch])
-    assert anyprec.search(loaded, [batch], "90%", objective="divergence", max_evaluations=6).utilisation <= 1
+    assert (
+        anyprec.search(
+            loaded, [batch], "90%", objective="divergence", max_evaluations=6
+        ).utilisation
+        <= 1
+    )
     assert anyprec.cost_of(loaded, config).size > 0
     images = batch.clone().requires_grad_()
     loaded(images).sum().backward()
@@ -145,18 +174,24 @@ def test_what_needs_no_latent_weights_works(loaded, batch):
 def test_a_packed_network_is_saved_again_as_the_same_file(tmp_path, loaded, packed):
     anyprec.save(loaded, tmp_path / "again", packed=True)
     assert (tmp_path / "again").read_bytes() == packed.read_bytes()
-    with pytest.raises(anyprec.PackedError, match=r"save\(..., packed=False\) needs latent weights"):
+    with pytest.raises(
+        anyprec.PackedError, match=r"save\(..., packed=False\) needs latent weights"
+    ):
         anyprec.save(loaded, tmp_path / "training")
     assert not (tmp_path / "training").exists()
 
 
-def test_a_converted_network_takes_a_packed_file_and_a_packed_network_takes_none(packed, path, model, loaded, batch):
+def test_a_converted_network_takes_a_packed_file_and_a_packed_network_takes_none(
+    packed, path, model, loaded, batch
+):
     expected = outputs(model, batch)
     assert anyprec.load(packed, model) is model
     assert model.is_packed
     assert equal(outputs(model, batch), expected)
     for file in (packed, path):
-        with pytest.raises(anyprec.CheckpointError, match="got a packed one: pass a float network, or none"):
+        with pytest.raises(
+            anyprec.CheckpointError, match="got a packed one: pass a float network, or none"
+        ):
             anyprec.load(file, loaded)
 
 
@@ -170,8 +205,14 @@ def test_an_uncalibrated_network_is_not_packed(tmp_path, plain, batch):
     ("options", "message"),
     [
         ({"packed": True, "coding": "zip"}, "coding='zip' is not known: use 'zstd' or 'fixed'"),
-        ({"latents": torch.int8}, "latents=torch.int8 cannot be: use torch.bfloat16 or torch.float16"),
-        ({"latents": torch.bfloat16, "packed": True}, "latents=torch.bfloat16 cannot be: .* with packed=False"),
+        (
+            {"latents": torch.int8},
+            "latents=torch.int8 cannot be: use torch.bfloat16 or torch.float16",
+        ),
+        (
+            {"latents": torch.bfloat16, "packed": True},
+            "latents=torch.bfloat16 cannot be: .* with packed=False",
+        ),
     ],
 )
 def test_options_that_mean_nothing_are_refused(tmp_path, model, options, message):
@@ -186,7 +227,9 @@ def test_options_that_mean_nothing_are_refused(tmp_path, model, options, message
 def reload(tmp_path, make, images, norm="per-pair"):
     """A network and what comes back from its packed file, with the file's account of layers that kept their weight."""
     torch.manual_seed(1)
-    model = anyprec.convert(make().eval(), bits=(2, 4), norm=norm, first_last_bits=None, example_input=images[:1])
+    model = anyprec.convert(
+        make().eval(), bits=(2, 4), norm=norm, first_last_bits=None, example_input=images[:1]
+    )
     anyprec.calibrate(model, [images])
     anyprec.save(model, tmp_path / "net", packed=True, coding="fixed")
     loaded = anyprec.load(tmp_path / "net", make().eval())
@@ -195,12 +238,16 @@ def reload(tmp_path, make, images, norm="per-pair"):
 
 
 def test_a_standardised_weight_is_stored_as_the_codes_of_what_was_standardised(tmp_path):
-    make = lambda: nn.Sequential(StdConv2d(3, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3))  # noqa: E731
+    def make():
+        return nn.Sequential(StdConv2d(3, 4, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(4, 3, 3))
+
     loaded, latent = reload(tmp_path, make, torch.randn(2, 3, 8, 8))
     assert latent == {}
     assert loaded[0].packed is not None
     assert loaded[2].weight_quantizer.axis == 1
-    with pytest.raises(anyprec.PackedError, match="convolution.default needs the values of a weight"):
+    with pytest.raises(
+        anyprec.PackedError, match="convolution.default needs the values of a weight"
+    ):
         StdConv2d.forward(loaded[0].switch(None) or loaded[0], torch.randn(1, 3, 8, 8))
 
 
@@ -246,7 +293,9 @@ class Shared(nn.Module):
 
     def forward(self, x):
         x = self.fourth(torch.relu(self.third(self.second(torch.relu(self.first(x))))))
-        return torch.cat([nn.functional.linear(x, rows) for rows in self.both.weight.chunk(2)], dim=1)
+        return torch.cat(
+            [nn.functional.linear(x, rows) for rows in self.both.weight.chunk(2)], dim=1
+        )
 
 
 def test_shared_weights_and_parts_of_weights_are_packed(tmp_path):
@@ -268,7 +317,9 @@ def test_a_weight_that_is_not_finite_is_kept(tmp_path, model, plain):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, per_channel):
-    model = anyprec.convert(plain(), bits=(2, 4, 8), per_channel=per_channel, example_input=batch[:1])
+    model = anyprec.convert(
+        plain(), bits=(2, 4, 8), per_channel=per_channel, example_input=batch[:1]
+    )
     anyprec.calibrate(model, [batch])
     model.to(dtype)
     anyprec.save(model, tmp_path / "net", packed=True)
@@ -282,18 +333,22 @@ def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, pe
 
 @pytest.mark.parametrize("form", ["training", *FORMS])
 @pytest.mark.parametrize("bits", ["mixed", (8, 4)])
-@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "per-width", "shared"])
+@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "shared"])
 def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, bits, norm):
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])
     mixed = anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], {"5": (4, 2), "3": (8, 4)})
     anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], 4)
     options = {} if form == "training" else {"packed": True, "coding": form}
-    anyprec.save(model, tmp_path / "net", configs={"mixed": mixed, "four": model.resolve_bits(4)}, **options)
+    anyprec.save(
+        model, tmp_path / "net", configs={"mixed": mixed, "four": model.resolve_bits(4)}, **options
+    )
     single = anyprec.load(tmp_path / "net", plain(), bits=bits)
     assert single.bits == model.resolve_bits(bits)
     assert all(len(one.weight) == len(one.activation) == 1 for one in single.candidates.values())
-    assert all(layer.packed.points.dtype == torch.int8 for layer in single.quantized_layers.values())
+    assert all(
+        layer.packed.points.dtype == torch.int8 for layer in single.quantized_layers.values()
+    )
     assert list(single.configs) == (["mixed"] if bits == "mixed" else [])
     with torch.no_grad():
         assert equal([single(batch)], outputs(model, batch, (bits,)))
@@ -308,7 +363,8 @@ def test_a_configuration_of_an_uncalibrated_file_is_refused(tmp_path, plain, bat
     network = plain()
     check = photograph(network)
     with pytest.raises(
-        anyprec.NotCalibratedError, match="4 layers .*: load it without bits, and call anyprec.calibrate"
+        anyprec.NotCalibratedError,
+        match="4 layers .*: load it without bits, and call anyprec.calibrate",
     ):
         anyprec.load(tmp_path / "net", network, bits=4)
     check()
@@ -319,7 +375,9 @@ def test_statistics_of_other_configurations_are_not_read(tmp_path, model, plain,
         anyprec.recalibrate(model, [batch], bits)
     anyprec.save(model, tmp_path / "net", packed=True, coding="fixed")
     content = bytearray((tmp_path / "net").read_bytes())
-    place = content.index(model.anyprec_record.statistics[model.resolve_bits(2)]["1"][0].numpy().tobytes())
+    place = content.index(
+        model.anyprec_record.statistics[model.resolve_bits(2)]["1"][0].numpy().tobytes()
+    )
     content[place] ^= 1
     (tmp_path / "net").write_bytes(content)
     anyprec.load(tmp_path / "net", plain(), bits=4)
@@ -334,7 +392,11 @@ def test_a_configuration_that_is_none_is_refused(packed, plain, photograph):
         anyprec.load(packed, network, bits="5MiB")
     check()
     with pytest.raises(anyprec.BitsError, match="a converted one has other candidates"):
-        anyprec.load(packed, anyprec.convert(plain(), bits=(2, 4, 8), example_input=torch.randn(1, 3, 8, 8)), bits=4)
+        anyprec.load(
+            packed,
+            anyprec.convert(plain(), bits=(2, 4, 8), example_input=torch.randn(1, 3, 8, 8)),
+            bits=4,
+        )
 
 
 # --- Forged files -------------------------------------------------------------------------------------------------
@@ -378,7 +440,9 @@ CELLS = "anyprec.packed.5.cells"
         (lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan), "a step size is not finite"),
     ],
 )  # fmt: skip
-def test_a_forged_packed_layer_is_refused_and_the_network_left(packed, plain, photograph, change, message):
+def test_a_forged_packed_layer_is_refused_and_the_network_left(
+    packed, plain, photograph, change, message
+):
     _forge(packed, change)
     network = plain()
     check = photograph(network)
@@ -420,7 +484,11 @@ def test_scores_and_costs_of_configurations_are_kept(tmp_path, model, plain, bat
     loaded = anyprec.load(tmp_path / "net", plain())
     assert loaded.configs["half"] == result.config
     note = loaded.anyprec_record.notes["half"]
-    assert (note.bitops, note.size, note.score) == (result.cost.bitops, result.cost.size, result.score)
+    assert (note.bitops, note.size, note.score) == (
+        result.cost.bitops,
+        result.cost.size,
+        result.score,
+    )
     assert note.found["by"] == "search"
     assert note.found["evaluations"] == result.evaluations
     assert loaded.anyprec_record.notes["four"].score is None

@@ -11,7 +11,7 @@ from torch import nn
 
 import anyprec
 from anyprec.checkpoint.document import Document
-from anyprec.storage import read_file, write_file
+from anyprec.runtime.storage import read_file, write_file
 
 
 def _outputs(model, images, precisions=(None, 4, (2, 8))):
@@ -37,7 +37,9 @@ def test_loading_into_a_float_network_converts_it_in_place(path, model, plain, b
     assert _equal(_outputs(loaded, batch), _outputs(model, batch))
 
 
-def test_loading_into_a_converted_network_with_the_same_settings_fills_it(path, model, plain, batch, same_state):
+def test_loading_into_a_converted_network_with_the_same_settings_fills_it(
+    path, model, plain, batch, same_state
+):
     other = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch)
     anyprec.calibrate(other, [batch])
     other.set_bits(2)
@@ -47,7 +49,9 @@ def test_loading_into_a_converted_network_with_the_same_settings_fills_it(path, 
     assert other.bits is None
     assert list(other.configs) == ["small"]
     assert same_state(other.state_dict(), model.state_dict())
-    assert _equal(_outputs(other, batch, (None, 4, (2, 8), 2)), _outputs(model, batch, (None, 4, (2, 8), 2)))
+    assert _equal(
+        _outputs(other, batch, (None, 4, (2, 8), 2)), _outputs(model, batch, (None, 4, (2, 8), 2))
+    )
 
 
 def test_a_given_network_keeps_its_mode(path, plain):
@@ -112,8 +116,16 @@ def test_configurations_put_into_the_model_are_saved(tmp_path, model, plain):
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("x", anyprec.BitConfig({"0": 8, "nothing": 4}), "configuration 'x' does not fit the model: path 'nothing'"),
-        ("x", anyprec.BitConfig({"3": 4}), "configuration 'x' does not fit .* leaves 3 layers unnamed"),
+        (
+            "x",
+            anyprec.BitConfig({"0": 8, "nothing": 4}),
+            "configuration 'x' does not fit the model: path 'nothing'",
+        ),
+        (
+            "x",
+            anyprec.BitConfig({"3": 4}),
+            "configuration 'x' does not fit .* leaves 3 layers unnamed",
+        ),
         ("x", 4, r"configuration 'x' is 4: name a BitConfig .* model.resolve_bits\(4\)"),
         (1, anyprec.BitConfig({"3": 4}), "configuration 1 is .*: name a BitConfig by a string"),
     ],
@@ -125,7 +137,9 @@ def test_a_configuration_that_does_not_fit_is_not_saved(tmp_path, model, name, c
     assert not list(tmp_path.iterdir())
 
 
-def test_an_uncalibrated_network_is_saved_and_stays_uncalibrated(tmp_path, plain, batch, same_state):
+def test_an_uncalibrated_network_is_saved_and_stays_uncalibrated(
+    tmp_path, plain, batch, same_state
+):
     model = anyprec.convert(plain(), bits=(2, 4), example_input=batch)
     anyprec.save(model, tmp_path / "net")
     loaded = anyprec.load(tmp_path / "net", plain())
@@ -166,7 +180,9 @@ class TiedNet(nn.Module):
             self.decode.weight = self.encode.weight
 
     def forward(self, x):
-        return self.decode(torch.relu(self.twice[1](torch.relu(self.twice[0](torch.relu(self.encode(x)))))))
+        return self.decode(
+            torch.relu(self.twice[1](torch.relu(self.twice[0](torch.relu(self.encode(x))))))
+        )
 
 
 @pytest.fixture
@@ -199,7 +215,8 @@ def test_a_file_with_ties_is_refused_by_a_network_without(tied, photograph):
     network.twice[1] = network.twice[0]
     check = photograph(network)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"holds 'decode.weight' apart, the checkpoint as one with 'encode"
+        anyprec.CheckpointError,
+        match=r"holds 'decode.weight' apart, the checkpoint as one with 'encode",
     ):
         anyprec.load(path, network)
     check()
@@ -213,7 +230,8 @@ def test_a_file_without_ties_is_refused_by_a_network_with(tmp_path, photograph):
     tied = TiedNet()
     check = photograph(tied)
     with pytest.raises(
-        anyprec.CheckpointError, match=r"'decode.weight' as one with 'encode.weight', the checkpoint apart"
+        anyprec.CheckpointError,
+        match=r"'decode.weight' as one with 'encode.weight', the checkpoint apart",
     ):
         anyprec.load(tmp_path / "net", tied)
     check()
@@ -235,13 +253,17 @@ def test_a_network_without_its_classifier_is_saved(tmp_path, converted):
 
 
 def test_a_float_network_is_not_saved(tmp_path, plain):
-    with pytest.raises(anyprec.ConversionError, match=r"save needs a converted model, got Sequential"):
+    with pytest.raises(
+        anyprec.ConversionError, match=r"save needs a converted model, got Sequential"
+    ):
         anyprec.save(plain(), tmp_path / "net")
 
 
 def test_a_network_with_a_replaced_layer_is_not_saved(tmp_path, model):
     model[8] = nn.Linear(6 * 8 * 8, 3)
-    with pytest.raises(anyprec.ConversionError, match=r"layer '8' was replaced by a Linear after conversion"):
+    with pytest.raises(
+        anyprec.ConversionError, match=r"layer '8' was replaced by a Linear after conversion"
+    ):
         anyprec.save(model, tmp_path / "net")
     assert not list(tmp_path.iterdir())
 
@@ -249,28 +271,32 @@ def test_a_network_with_a_replaced_layer_is_not_saved(tmp_path, model):
 def test_state_that_is_no_tensor_is_not_saved(tmp_path, model):
     type(model[0]).get_extra_state = lambda self: {"a": 1}
     try:
-        with pytest.raises(anyprec.CheckpointError, match=r"'0._extra_state' in the network's state is a dict"):
+        with pytest.raises(
+            anyprec.CheckpointError, match=r"'0._extra_state' in the network's state is a dict"
+        ):
             anyprec.save(model, tmp_path / "net")
     finally:
         del type(model[0]).get_extra_state
 
 
 def test_a_network_without_values_is_not_saved(tmp_path, model):
-    with pytest.raises(anyprec.CheckpointError, match=r"'0.weight' in the network's state is on the meta device"):
+    with pytest.raises(
+        anyprec.CheckpointError, match=r"'0.weight' in the network's state is on the meta device"
+    ):
         anyprec.save(model.to("meta"), tmp_path / "net")
 
 
-@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "per-width", "shared"])
+@pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "shared"])
 def test_floors_and_statistics_of_configurations_survive(tmp_path, plain, batch, norm, same_state):
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])
-    model.set_floors({"5": (4, 2)})
+    model.freeze({"5": (4, 2)})
     mixed = anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], {"5": (4, 2), "3": (8, 4)})
     anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], 4)
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
     loaded = anyprec.load(path, plain())
-    assert loaded.floors == model.floors
+    assert loaded.frozen == model.frozen
     assert loaded.anyprec_record.statistics.keys() == model.anyprec_record.statistics.keys()
     assert same_state(loaded.state_dict(), model.state_dict())
     precisions = (None, 4, 2, mixed)
@@ -282,14 +308,18 @@ def test_floors_and_statistics_of_configurations_survive(tmp_path, plain, batch,
 def test_damaged_statistics_and_floors_are_refused(tmp_path, plain, batch, photograph):
     model = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch[:1])
     anyprec.calibrate(model, [batch])
-    model.set_floors({"5": (4, 2)})
+    model.freeze({"5": (4, 2)})
     anyprec.recalibrate(model, [batch], 4)
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
     tensors, text = read_file(path)
     name = "anyprec.statistics.0.1.mean"
     changes = [
-        ({name: torch.zeros(7)}, text, r"is \(7,\) torch.float32, expected finite numbers of shape \(4,\)"),
+        (
+            {name: torch.zeros(7)},
+            text,
+            r"is \(7,\) torch.float32, expected finite numbers of shape \(4,\)",
+        ),
         ({name: tensors[name] / 0}, text, "expected finite numbers"),
         ({"anyprec.statistics.1.1.mean": torch.zeros(4)}, text, "not those of 1 configurations"),
         ({}, text.replace('"5": "W4A2"', '"5": "W3A2"'), "frozen candidates do not fit"),
@@ -309,5 +339,7 @@ def test_an_unknown_sharing_of_norms_is_refused(tmp_path, plain, batch):
     anyprec.save(model, path)
     tensors, text = read_file(path)
     write_file(path, tensors, text.replace('"shared"', '"by moon"'))
-    with pytest.raises(anyprec.CheckpointError, match="settings.norm is 'by moon', expected one of"):
+    with pytest.raises(
+        anyprec.CheckpointError, match="settings.norm is 'by moon', expected one of"
+    ):
         anyprec.load(path, plain())

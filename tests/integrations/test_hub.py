@@ -19,7 +19,10 @@ def model(converted):
 def same(left, right):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        return all(torch.equal(left.set_bits(b) or left(images), right.set_bits(b) or right(images)) for b in (2, 8))
+        return all(
+            torch.equal(left.set_bits(b) or left(images), right.set_bits(b) or right(images))
+            for b in (2, 8)
+        )
 
 
 @pytest.mark.parametrize("options", [{}, {"packed": True}])
@@ -65,7 +68,9 @@ def test_a_repository_is_downloaded_by_name(tmp_path, model, monkeypatch):
         return tmp_path / name
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
-    loaded = HubModel._from_pretrained(model_id="me/net", revision="v1", local_files_only=True, cache_dir=None)
+    loaded = HubModel._from_pretrained(
+        model_id="me/net", revision="v1", local_files_only=True, cache_dir=None
+    )
     assert same(loaded.model, model)
     assert asked == [("me/net", FILE_NAME, {"revision": "v1", "local_files_only": True})]
 
@@ -80,5 +85,7 @@ def test_a_repository_without_the_file_raises_our_error(monkeypatch):
 
 
 def test_only_converted_models_are_taken():
-    with pytest.raises(anyprec.ConversionError, match="HubModel needs a converted model, got Linear"):
+    with pytest.raises(
+        anyprec.ConversionError, match="HubModel needs a converted model, got Linear"
+    ):
         HubModel(torch.nn.Linear(2, 2))

@@ -34,7 +34,9 @@ class Classifier(lightning.LightningModule):
         return torch.optim.SGD(anyprec.param_groups(self.model, lr=0.1), lr=0.1)
 
 
-def fit(module: Classifier, loader: Any, folder: Path, *, epochs: int, resume: Path | None = None) -> Any:
+def fit(
+    module: Classifier, loader: Any, folder: Path, *, epochs: int, resume: Path | None = None
+) -> Any:
     trainer = lightning.Trainer(
         callbacks=[module.oneshot], max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
         default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -87,8 +89,12 @@ def test_automatic_optimization_is_refused(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, tmp_path: Path
 ) -> None:
     module = Classifier(net, OneShotCallback(net))
-    with pytest.raises(anyprec.TrainingError, match="knows the length of the training once the trainer fits"):
+    with pytest.raises(
+        anyprec.TrainingError, match="knows the length of the training once the trainer fits"
+    ):
         module.oneshot.oneshot.step()
     module.automatic_optimization = True
-    with pytest.raises(anyprec.TrainingError, match="set automatic_optimization = False in Classifier"):
+    with pytest.raises(
+        anyprec.TrainingError, match="set automatic_optimization = False in Classifier"
+    ):
         fit(module, loader(images, labels), tmp_path, epochs=1)

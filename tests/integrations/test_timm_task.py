@@ -18,7 +18,9 @@ pytest.importorskip("timm.task", reason="needs timm.task")
 OneShotTask = pytest.importorskip("anyprec.integrations.timm_task").OneShotTask
 
 
-def train(task: Any, images: Tensor, labels: Tensor, *, steps: int, accumulation: int = 1) -> list[float]:
+def train(
+    task: Any, images: Tensor, labels: Tensor, *, steps: int, accumulation: int = 1
+) -> list[float]:
     """The core of timm's train.py."""
     groups = anyprec.param_groups(task.oneshot.model)
     optimizer = timm.optim.create_optimizer_v2(groups, opt="sgd", lr=0.1, weight_decay=0.0)
@@ -36,7 +38,9 @@ def train(task: Any, images: Tensor, labels: Tensor, *, steps: int, accumulation
     return losses
 
 
-def test_the_task_takes_the_steps_of_ones_own_loop(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_the_task_takes_the_steps_of_ones_own_loop(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     other = copy.deepcopy(net)
     recipe = anyprec.Recipe(feature_weight=0.1, error_weight=0.1, error_start=0.0)
     task = OneShotTask(net, total_steps=3, recipe=recipe, seed=3, verbose=False)
@@ -58,7 +62,9 @@ def test_the_task_takes_the_steps_of_ones_own_loop(net: anyprec.ConvertedModel, 
 def test_it_learns_with_ema_accumulation_and_soft_targets(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
-    task = OneShotTask(net, total_steps=60, accumulation=2, criterion_kwargs={"smoothing": 0.1}, verbose=False)
+    task = OneShotTask(
+        net, total_steps=60, accumulation=2, criterion_kwargs={"smoothing": 0.1}, verbose=False
+    )
     task.setup_ema(decay=0.5)
     losses = train(task, images, labels, steps=60, accumulation=2)
     task.update_ema(step=60)
@@ -68,7 +74,9 @@ def test_it_learns_with_ema_accumulation_and_soft_targets(
         assert torch.isfinite(task.get_eval_model()(images)).all()
 
 
-def test_a_timm_checkpoint_continues_the_draws(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_a_timm_checkpoint_continues_the_draws(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     task = OneShotTask(net, total_steps=9, verbose=False)
     train(task, images, labels, steps=2)
     state = copy.deepcopy(task.get_checkpoint_state())
@@ -93,7 +101,9 @@ def test_losses_are_scaled_as_the_script_scales_them(
     torch.testing.assert_close(4 * gradients[0], gradients[1])
 
 
-def test_a_compiled_task_compiles_once(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_a_compiled_task_compiles_once(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     task = OneShotTask(net, total_steps=3, verbose=False)
@@ -117,5 +127,7 @@ def test_bad_settings_are_refused(
 
 
 def test_a_float_network_is_refused() -> None:
-    with pytest.raises(anyprec.ConversionError, match="OneShotTask needs a converted model, got Linear"):
+    with pytest.raises(
+        anyprec.ConversionError, match="OneShotTask needs a converted model, got Linear"
+    ):
         OneShotTask(nn.Linear(2, 2), total_steps=1)

@@ -32,7 +32,12 @@ def test_the_table_has_a_line_for_each_result_with_its_figures(results: list[Res
     assert "all of it" in text
     line = next(line for line in text.splitlines() if "searched W4A4" in line)
     cost = results[-1].cost
-    for figure in ("88.0", f"{cost.bitops / 1e9:.4g}", f"{cost.size / 8 / 2**20:.3f}", f"{cost.average_bits:.2f}"):
+    for figure in (
+        "88.0",
+        f"{cost.bitops / 1e9:.4g}",
+        f"{cost.size / 8 / 2**20:.3f}",
+        f"{cost.average_bits:.2f}",
+    ):
         assert figure in line
 
 
@@ -48,7 +53,9 @@ def test_the_plot_is_a_picture_with_a_series_for_each_kind(
 ) -> None:
     labels = []
     real = Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: labels.append((k["label"], a[0])) or real(self, *a, **k))
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **k: labels.append((k["label"], a[0])) or real(self, *a, **k)
+    )
     plot_accuracy(results, tmp_path / "plot.png", title="accuracy")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [label for label, _ in labels] == ["uniform", "searched"]

@@ -22,10 +22,14 @@ def main() -> None:
     """Search, and write what each process found."""
     torch.manual_seed(0)
     hidden = [nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU()]
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *hidden, nn.Flatten(), nn.Linear(96, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), *hidden, nn.Flatten(), nn.Linear(96, 4)
+    )
     batches = [(torch.randn(size, 3, 8, 8), torch.randint(4, (size,))) for size in (5, 4, 7)]
     model = anyprec.convert(net, bits=(2, 3, 4, 8), example_input=batches[0][0])
-    anyprec.calibrate(model, batches)  # before there are several processes: the same network everywhere
+    anyprec.calibrate(
+        model, batches
+    )  # before there are several processes: the same network everywhere
     several = "RANK" in os.environ
     if several:
         dist.init_process_group("gloo")
@@ -46,7 +50,9 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def interrupted(model: anyprec.ConvertedModel, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: Path) -> None:
+def interrupted(
+    model: anyprec.ConvertedModel, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: Path
+) -> None:
     """The second process alone gets a Ctrl-C; the search goes on from its file afterwards."""
     calls = 0
 
@@ -58,7 +64,9 @@ def interrupted(model: anyprec.ConvertedModel, batches: list[tuple[torch.Tensor,
         return sum(float(model(images).square().mean()) for images, _ in batches)
 
     for name in ("stopped", "resumed"):
-        result = anyprec.search(model, batches, "W3A3", objective=output, resume=folder / "interrupted.jsonl")
+        result = anyprec.search(
+            model, batches, "W3A3", objective=output, resume=folder / "interrupted.jsonl"
+        )
         result.save(folder / f"{name}-{dist.get_rank()}.json")
 
 

@@ -17,18 +17,25 @@ SCRIPT = Path(__file__).with_name("distributed_search.py")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # what torchrun gives each process; the last bit depends on it
+    threads = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # what torchrun gives each process; the last bit depends on it
     made = []
     for name, options in (("one", []), ("two", launcher)):
         made.append(tmp_path_factory.mktemp(name))
         command = [sys.executable, *options, str(SCRIPT), str(made[-1])]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=threads)
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=300, env=threads
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return made[0], made[1]
 
 
 @pytest.mark.parametrize("objective", ["loss", "error", "divergence"])
-def test_two_processes_find_what_one_finds_bit_for_bit(objective: str, folders: tuple[Path, Path]) -> None:
+def test_two_processes_find_what_one_finds_bit_for_bit(
+    objective: str, folders: tuple[Path, Path]
+) -> None:
     one = anyprec.SearchResult.load(folders[0] / f"{objective}-0.json")
     assert len(set(one.evaluated.values())) > 1
     for rank in (0, 1):
@@ -44,7 +51,9 @@ def test_the_search_file_is_written_once(folders: tuple[Path, Path]) -> None:
     assert one == two
 
 
-def test_an_interrupt_of_one_process_stops_both_at_the_same_place(folders: tuple[Path, Path]) -> None:
+def test_an_interrupt_of_one_process_stops_both_at_the_same_place(
+    folders: tuple[Path, Path],
+) -> None:
     stopped, resumed = (
         [anyprec.SearchResult.load(folders[1] / f"{name}-{rank}.json") for rank in (0, 1)]
         for name in ("stopped", "resumed")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import anyprec
 from anyprec.bits import BitConfig, Bits
-from anyprec.cost import cost_model
 from anyprec.errors import BitsError, BudgetError, NotCalibratedError, SearchError
-from anyprec.searching.evaluator import Evaluator
+from anyprec.model.cost import cost_model
+from anyprec.searching.measuring.evaluator import Evaluator
 
 
 @pytest.fixture
@@ -23,10 +23,15 @@ def batches(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(images[:5], labels[:5]), (images[5:], labels[5:])]
 
 
-@pytest.mark.parametrize("budget", ["W3A3", 0.5, anyprec.Budget(size=4000), "5.5 bits", "5 activation bits and W4A4"])
+@pytest.mark.parametrize(
+    "budget", ["W3A3", 0.5, anyprec.Budget(size=4000), "5.5 bits", "5 activation bits and W4A4"]
+)
 @pytest.mark.parametrize("objective", ["loss", "divergence", "error"])
 def test_the_result_fits_and_is_not_worse_than_uniform_configurations_that_fit(
-    budget: object, objective: str, net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
+    budget: object,
+    objective: str,
+    net: anyprec.ConvertedModel,
+    batches: list[tuple[Tensor, Tensor]],
 ) -> None:
     result = anyprec.search(net, batches, budget, objective=objective, max_evaluations=40)
     assert result.utilisation <= 1
@@ -48,8 +53,14 @@ def test_the_search_comes_close_to_the_best_of_all_configurations(
     result = anyprec.search(net, batches, "W3A3", objective="divergence")
     costs, limit = cost_model(net), result.budget.limits["bitops"]
     evaluator = Evaluator(net.eval(), batches, "divergence")
-    choices = [[Bits(w, a) for w in layer.weight for a in layer.activation] for layer in net.candidates.values()]
-    everything = (BitConfig(dict(zip(net.candidates, bits, strict=True))) for bits in itertools.product(*choices))
+    choices = [
+        [Bits(w, a) for w in layer.weight for a in layer.activation]
+        for layer in net.candidates.values()
+    ]
+    everything = (
+        BitConfig(dict(zip(net.candidates, bits, strict=True)))
+        for bits in itertools.product(*choices)
+    )
     fitting = [config for config in everything if costs.bitops(config) <= limit]
     scores = sorted(evaluator(config) for config in fitting[:: max(1, len(fitting) // 400)])
     # A few images make neighbouring configurations a matter of rounding: among the best percent is what counts.
@@ -77,7 +88,9 @@ def test_the_model_is_left_as_it_was_also_after_an_exception(
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_a_users_function_is_the_objective_and_nothing_is_evaluated_twice(net: anyprec.ConvertedModel) -> None:
+def test_a_users_function_is_the_objective_and_nothing_is_evaluated_twice(
+    net: anyprec.ConvertedModel,
+) -> None:
     seen: list[BitConfig] = []
 
     def objective(model: anyprec.ConvertedModel) -> float:
@@ -101,7 +114,10 @@ def test_a_users_function_is_the_objective_and_nothing_is_evaluated_twice(net: a
 
 
 def test_objectives_are_their_definitions(
-    net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]], images: Tensor, labels: Tensor
+    net: anyprec.ConvertedModel,
+    batches: list[tuple[Tensor, Tensor]],
+    images: Tensor,
+    labels: Tensor,
 ) -> None:
     config = net.resolve_bits(2)
     with torch.no_grad():
@@ -111,14 +127,22 @@ def test_objectives_are_their_definitions(
             reference = net(images)
     loss = nn.functional.cross_entropy(logits, labels)
     target = reference.softmax(dim=1)
-    divergence = (target * (reference.log_softmax(dim=1) - logits.log_softmax(dim=1))).sum(dim=1).mean()
+    divergence = (
+        (target * (reference.log_softmax(dim=1) - logits.log_softmax(dim=1))).sum(dim=1).mean()
+    )
     assert Evaluator(net, batches, "loss")(config) == pytest.approx(float(loss), rel=1e-5)
-    assert Evaluator(net, batches, "divergence")(config) == pytest.approx(float(divergence), rel=1e-4)
+    assert Evaluator(net, batches, "divergence")(config) == pytest.approx(
+        float(divergence), rel=1e-4
+    )
     error = float((logits.argmax(dim=1) != labels).float().mean())
     assert Evaluator(net, batches, "error")(config) == error
     without_labels = [images for images, _ in batches]
-    assert Evaluator(net, without_labels, "divergence")(config) == pytest.approx(float(divergence), rel=1e-4)
-    assert Evaluator(net, batches, "loss", max_batches=1)(config) != pytest.approx(float(loss), rel=1e-5)
+    assert Evaluator(net, without_labels, "divergence")(config) == pytest.approx(
+        float(divergence), rel=1e-4
+    )
+    assert Evaluator(net, batches, "loss", max_batches=1)(config) != pytest.approx(
+        float(loss), rel=1e-5
+    )
 
 
 def test_an_output_that_is_not_finite_counts_as_infinitely_bad(
@@ -133,7 +157,11 @@ def test_an_output_that_is_not_finite_counts_as_infinitely_bad(
     [
         ({"budget": "2 GBitFlops"}, BudgetError, "cannot read '2 GBitFlops' as a budget"),
         ({"budget": "W9A9"}, BudgetError, "weight bit-width 9 is not supported"),
-        ({"budget": "1 KBitOPs"}, BudgetError, "no configuration fits the budget 1 KBitOPs: achievable are"),
+        (
+            {"budget": "1 KBitOPs"},
+            BudgetError,
+            "no configuration fits the budget 1 KBitOPs: achievable are",
+        ),
         ({"objective": "accuracy"}, SearchError, "objective 'accuracy' is unknown: use one of"),
         ({"max_evaluations": 1}, SearchError, "max_evaluations=1 is too few"),
         ({"alpha": 0.0}, SearchError, "alpha=0.0"),
@@ -146,8 +174,16 @@ def test_an_output_that_is_not_finite_counts_as_infinitely_bad(
         ({"tied": "heads"}, SearchError, "tied='heads' is unknown"),
         ({"allowed": "W5A5"}, BitsError, "leaves nothing for layer"),
         ({"costs": {"latency": {}}}, BudgetError, "the cost table 'latency' lacks"),
-        ({"costs": {"size": lambda path, bits: 1.0}}, BudgetError, "would replace a cost that every network has"),
-        ({"costs": {"energy": lambda path, bits: -1.0}}, BudgetError, "use a number that is not negative"),
+        (
+            {"costs": {"size": lambda path, bits: 1.0}},
+            BudgetError,
+            "would replace a cost that every network has",
+        ),
+        (
+            {"costs": {"energy": lambda path, bits: -1.0}},
+            BudgetError,
+            "use a number that is not negative",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_refused_and_the_model_stays(
@@ -164,7 +200,9 @@ def test_what_cannot_be_searched_is_refused_and_the_model_stays(
     assert net.bits == before
 
 
-def test_an_uncalibrated_network_is_refused(float_net: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_an_uncalibrated_network_is_refused(
+    float_net: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
     model = anyprec.convert(float_net, example_input=batches[0][0])
     with pytest.raises(NotCalibratedError, match=r"anyprec\.calibrate"):
         anyprec.search(model, batches, "W4A4")
@@ -175,11 +213,18 @@ def test_an_uncalibrated_network_is_refused(float_net: nn.Module, batches: list[
 
 def cheap(model: anyprec.ConvertedModel) -> float:
     """Prefers bits of later layers."""
-    return sum((index + 1) * (4.0**-b.weight + 4.0**-b.activation) for index, b in enumerate(model.bits.values()))
+    return sum(
+        (index + 1) * (4.0**-b.weight + 4.0**-b.activation)
+        for index, b in enumerate(model.bits.values())
+    )
 
 
-@pytest.mark.parametrize(("allowed", "widths"), [((4, 8), {4, 8}), (("W4A4", "W8A8"), {4, 8}), ({"head": 3}, {3})])
-def test_only_what_is_allowed_is_evaluated(allowed: object, widths: set[int], net: anyprec.ConvertedModel) -> None:
+@pytest.mark.parametrize(
+    ("allowed", "widths"), [((4, 8), {4, 8}), (("W4A4", "W8A8"), {4, 8}), ({"head": 3}, {3})]
+)
+def test_only_what_is_allowed_is_evaluated(
+    allowed: object, widths: set[int], net: anyprec.ConvertedModel
+) -> None:
     if not isinstance(allowed, dict):
         allowed = {"pointwise": allowed, "head": allowed}
     result = anyprec.search(net, [], 0.6, objective=cheap, allowed=allowed)
@@ -189,7 +234,9 @@ def test_only_what_is_allowed_is_evaluated(allowed: object, widths: set[int], ne
         assert seen == {Bits(4, 4), Bits(8, 8)}
 
 
-def test_tied_layers_have_one_precision_in_everything_evaluated(net: anyprec.ConvertedModel) -> None:
+def test_tied_layers_have_one_precision_in_everything_evaluated(
+    net: anyprec.ConvertedModel,
+) -> None:
     result = anyprec.search(net, [], "W4A4", objective=cheap, tied=[("depthwise", "head")])
     assert all(config["depthwise"] == config["head"] for config in result.evaluated)
     assert any(config["depthwise"] != config["pointwise"] for config in result.evaluated)
@@ -220,20 +267,28 @@ def test_layers_of_the_same_input_or_sum_are_tied(tied: str, images: Tensor) -> 
 
 def test_own_costs_and_several_limits_hold(net: anyprec.ConvertedModel) -> None:
     table = {
-        path: {Bits(w, a): 1e-3 * max(w, a) for w in (2, 3, 4, 8) for a in (2, 3, 4, 8)} for path in net.candidates
+        path: {Bits(w, a): 1e-3 * max(w, a) for w in (2, 3, 4, 8) for a in (2, 3, 4, 8)}
+        for path in net.candidates
     }
     energy = lambda path, bits: float(bits.weight + bits.activation)  # noqa: E731
     result = anyprec.search(
-        net, [], "27 ms and 50 energy and W4A4", objective=cheap, costs={"latency": table, "energy": energy}
+        net,
+        [],
+        "27 ms and 50 energy and W4A4",
+        objective=cheap,
+        costs={"latency": table, "energy": energy},
     )
     assert sum(1e-3 * max(b.weight, b.activation) for b in result.config.values()) <= 0.027
     assert sum(b.weight + b.activation for b in result.config.values()) <= 50
     assert set(result.budget.limits) == {"bitops", "latency", "energy"}
 
 
-def test_norms_of_the_batch_are_used(net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_norms_of_the_batch_are_used(
+    net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
+) -> None:
     stored, batch = (
-        anyprec.search(net, batches, "W3A3", norms=norms, max_evaluations=12) for norms in ("stored", "batch")
+        anyprec.search(net, batches, "W3A3", norms=norms, max_evaluations=12)
+        for norms in ("stored", "batch")
     )
     assert batch.norms == "batch"
     shared = set(stored.evaluated) & set(batch.evaluated)
@@ -244,7 +299,9 @@ def test_norms_of_the_batch_are_used(net: anyprec.ConvertedModel, batches: list[
 
 def test_a_list_of_budgets_is_searched_together(net: anyprec.ConvertedModel) -> None:
     result = anyprec.search(net, [], ["W3A3", "W4A4", "5 bits"], objective=cheap)
-    assert result.budget == anyprec.search(net, [], "W3A3", objective=cheap, max_evaluations=4).budget
+    assert (
+        result.budget == anyprec.search(net, [], "W3A3", objective=cheap, max_evaluations=4).budget
+    )
     for budget in ("W3A3", "W4A4", "5 bits"):
         alone = anyprec.search(net, [], budget, objective=cheap)
         assert result.at(budget).score <= 1.01 * alone.score
@@ -263,9 +320,14 @@ def test_without_a_budget_the_whole_range_is_searched(net: anyprec.ConvertedMode
 # When it stops
 
 
-def test_time_that_is_used_up_ends_the_search(net: anyprec.ConvertedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_is_used_up_ends_the_search(
+    net: anyprec.ConvertedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("anyprec.searching.evaluations.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        "anyprec.searching.algorithms.registry.evaluations.time.monotonic",
+        lambda: float(next(clock)),
+    )
     result = anyprec.search(net, [], "W3A3", objective=cheap, max_seconds=15)
     assert result.stopped == "max_seconds"
     assert 5 < result.evaluations < 16
@@ -284,7 +346,9 @@ def test_an_interrupt_returns_the_best_so_far(net: anyprec.ConvertedModel) -> No
     result = anyprec.search(net, [], "W4A4", objective=objective)
     assert (result.stopped, result.evaluations) == ("interrupted", 9)
     limit = result.budget.bitops
-    assert result.score == min(s for c, s in result.evaluated.items() if cost_model(net).bitops(c) <= limit)
+    assert result.score == min(
+        s for c, s in result.evaluated.items() if cost_model(net).bitops(c) <= limit
+    )
     assert net.bits == bits
 
 
@@ -292,13 +356,17 @@ def test_an_interrupt_returns_the_best_so_far(net: anyprec.ConvertedModel) -> No
 
 
 @pytest.fixture
-def result(net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> anyprec.SearchResult:
+def result(
+    net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
+) -> anyprec.SearchResult:
     return anyprec.search(net, batches, "W3A3", report_loader=batches[::-1], max_evaluations=25)
 
 
 def test_the_frontier_holds_what_nothing_beats(result: anyprec.SearchResult) -> None:
     frontier = result.frontier
-    assert all(a.cost.bitops < b.cost.bitops and a.score > b.score for a, b in itertools.pairwise(frontier))
+    assert all(
+        a.cost.bitops < b.cost.bitops and a.score > b.score for a, b in itertools.pairwise(frontier)
+    )
     for config, score in result.evaluated.items():
         bitops = result.costs.model.bitops(config)
         assert any(found.cost.bitops <= bitops and found.score <= score for found in frontier)
@@ -307,9 +375,13 @@ def test_the_frontier_holds_what_nothing_beats(result: anyprec.SearchResult) -> 
 def test_another_budget_is_answered_from_what_was_evaluated(result: anyprec.SearchResult) -> None:
     found = result.at("W4A4")
     limit = result.costs.model.bitops(result.at("W4A4").config.replace({}))
-    assert found.score == min(s for c, s in result.evaluated.items() if result.costs.model.bitops(c) <= limit)
+    assert found.score == min(
+        s for c, s in result.evaluated.items() if result.costs.model.bitops(c) <= limit
+    )
     assert result.at(result.budget).config == result.config
-    with pytest.raises(BudgetError, match="no configuration fits the budget 1 KBitOPs: achievable are"):
+    with pytest.raises(
+        BudgetError, match="no configuration fits the budget 1 KBitOPs: achievable are"
+    ):
         result.at("1 KBitOPs")
 
 
@@ -334,7 +406,9 @@ def test_a_result_is_saved_and_loaded_whole(result: anyprec.SearchResult, tmp_pa
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_own_costs_and_infinite_scores_are_saved_too(net: anyprec.ConvertedModel, tmp_path: Path) -> None:
+def test_own_costs_and_infinite_scores_are_saved_too(
+    net: anyprec.ConvertedModel, tmp_path: Path
+) -> None:
     result = anyprec.search(
         net,
         [],
@@ -351,13 +425,17 @@ def test_own_costs_and_infinite_scores_are_saved_too(net: anyprec.ConvertedModel
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": "other"}', "cut", "config"])
-def test_a_damaged_result_is_refused(damage: str, result: anyprec.SearchResult, tmp_path: Path) -> None:
+def test_a_damaged_result_is_refused(
+    damage: str, result: anyprec.SearchResult, tmp_path: Path
+) -> None:
     path = tmp_path / "r"
     result.save(path)
     text = path.read_text()
     document = json.loads(text)
     document["config"][0] = [2, 3]
-    path.write_text({"cut": text[: len(text) // 2], "config": json.dumps(document)}.get(damage, damage))
+    path.write_text(
+        {"cut": text[: len(text) // 2], "config": json.dumps(document)}.get(damage, damage)
+    )
     with pytest.raises(SearchError, match="is no search result, or is damaged"):
         anyprec.SearchResult.load(path)
     with pytest.raises(SearchError, match="cannot read the search result"):
@@ -371,7 +449,10 @@ def test_pictures_and_table(result: anyprec.SearchResult, tmp_path: Path) -> Non
     result.plot(tmp_path / "frontier.png", title="t")
     result.plot_bits(tmp_path / "bits.png")
     result.plot_bits(tmp_path / "other.png", budget="W4A4")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("frontier.png", "bits.png", "other.png"))
+    assert all(
+        (tmp_path / name).stat().st_size > 5000
+        for name in ("frontier.png", "bits.png", "other.png")
+    )
     table = result.table()
     assert "top-1 %" in [column.header for column in table.columns]
     names = list(table.columns[0].cells)

@@ -56,8 +56,12 @@ def share(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 def make(*, batch_norm: bool) -> tuple[anyprec.ConvertedModel, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     batches = [(torch.randn(8, 3, 10, 10).double(), torch.randint(3, (8,))) for _ in range(4)]
-    network = Network(batch_norm=batch_norm).double()  # so that a sum in another order flips no rounding
-    return anyprec.convert(network, bits=(2, 4, 8), example_input=batches[0][0][:1]).double(), batches
+    network = Network(
+        batch_norm=batch_norm
+    ).double()  # so that a sum in another order flips no rounding
+    return anyprec.convert(
+        network, bits=(2, 4, 8), example_input=batches[0][0][:1]
+    ).double(), batches
 
 
 def own_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> int:
@@ -89,7 +93,9 @@ def own_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
     return reductions
 
 
-def sharded_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def sharded_loop(
+    model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
     """A user's loop with parameters sharded over the processes (FSDP2); returns the whole state."""
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -106,14 +112,17 @@ def sharded_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tens
         oneshot.step()
     state = model.state_dict()
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone() for name, value in state.items()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+        for name, value in state.items()
     }
 
 
 def main(result: Path) -> None:
     found: dict[str, Any] = {}
     ready, batches = make(batch_norm=False)
-    anyprec.calibrate(ready, batches)  # every process by itself on everything: all runs start from the same step sizes
+    anyprec.calibrate(
+        ready, batches
+    )  # every process by itself on everything: all runs start from the same step sizes
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     for name in ("group norm", "batch norm"):
@@ -124,7 +133,7 @@ def main(result: Path) -> None:
         found[f"{name}, calibrated"] = clone(model)
         history = anyprec.fit(model, share(batches), epochs=3, recipe=RECIPE, seed=3)
         found[name] = clone(model)
-        found[f"{name}, floors"] = {path: str(bits) for path, bits in model.floors.items()}
+        found[f"{name}, floors"] = {path: str(bits) for path, bits in model.frozen.items()}
         found[f"{name}, losses"] = history[-1].losses
         anyprec.recalibrate(model, share(batches), 2)
         (statistics,) = model.anyprec_record.statistics.values()
@@ -153,7 +162,9 @@ def clone(model: nn.Module) -> dict[str, Tensor]:
 
 def equal(left: Any, right: Any) -> bool:
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(equal(value, right[name]) for name, value in left.items())
+        return left.keys() == right.keys() and all(
+            equal(value, right[name]) for name, value in left.items()
+        )
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(equal, left, right))
     return torch.equal(left, right) if isinstance(left, Tensor) else left == right

@@ -69,7 +69,11 @@ def main(snapshot: Path, result: Path, kill_at: int | None, *, own_generator: bo
         model, loader, epochs=3, recipe=recipe, criterion=criterion, accumulation=1, snapshot=snapshot,
         snapshot_steps=2, on_epoch_end=lambda _: drawn.append(float(torch.rand(()))), norm_batches=2,
     )  # fmt: skip
-    state = {"model": dict(model.state_dict()), "losses": [record.losses for record in history], "floors": model.floors}
+    state = {
+        "model": dict(model.state_dict()),
+        "losses": [record.losses for record in history],
+        "floors": model.frozen,
+    }
     state["after"] = torch.rand(3)
     torch.save(state, result)
 
@@ -78,4 +82,6 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     own = "--own-generator" in arguments
     paths = [argument for argument in arguments if not argument.startswith("--")]
-    main(Path(paths[0]), Path(paths[1]), int(paths[2]) if len(paths) > 2 else None, own_generator=own)
+    main(
+        Path(paths[0]), Path(paths[1]), int(paths[2]) if len(paths) > 2 else None, own_generator=own
+    )

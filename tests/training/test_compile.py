@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import anyprec
-from anyprec.functional import fake_quantize, fake_quantize_with
+from anyprec.nn.functional import fake_quantize, fake_quantize_with
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,9 @@ def test_limits_as_data_give_the_same_values_and_gradients(bits: int, axis: int 
         values, step = start.clone().requires_grad_(), steps.double().clone().requires_grad_()
         if use_data:
             limits = {"qmin": torch.tensor([float(low)]), "qmax": torch.tensor([float(high)])}
-            result = fake_quantize_with(values, step, axis=axis, gradient_scale=torch.tensor([0.1]), **limits)
+            result = fake_quantize_with(
+                values, step, axis=axis, gradient_scale=torch.tensor([0.1]), **limits
+            )
         else:
             result = fake_quantize(values, step, qmin=low, qmax=high, axis=axis, gradient_scale=0.1)
         (result * torch.arange(result.numel()).reshape(result.shape)).sum().backward()
@@ -66,11 +68,15 @@ def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
             optimizer.step()
             optimizer.zero_grad()
             oneshot.step()
-    assert net.floors == eager.floors
+    assert net.frozen == eager.frozen
     for name, value in net.state_dict().items():
         # Sums in another order, and the roundings that they flip.
-        torch.testing.assert_close(value, eager.state_dict()[name], rtol=1e-2, atol=1e-3, equal_nan=True)
-    assert counter.frame_count == 2  # the max path, which keeps features, and the others, which are compared with it
+        torch.testing.assert_close(
+            value, eager.state_dict()[name], rtol=1e-2, atol=1e-3, equal_nan=True
+        )
+    assert (
+        counter.frame_count == 2
+    )  # the max path, which keeps features, and the others, which are compared with it
     oneshots[0].close()
     net.eval()
     with torch.no_grad():
@@ -83,12 +89,23 @@ def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
         for bits in (2, 3, 8, (2, 8), 4, {"head": (4, 3)}, 2):
             net.set_bits(bits)
             torch.testing.assert_close(compiled(images), net(images))
-    assert counter.frame_count == 3  # statistics of uniform bit-widths, which stand beside the copies, are data too
+    assert (
+        counter.frame_count == 3
+    )  # statistics of uniform bit-widths, which stand beside the copies, are data too
 
 
-def test_fit_trains_compiled_networks(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_fit_trains_compiled_networks(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     counter = CompileCounterWithBackend("aot_eager")
-    history = anyprec.fit(net, [(images, labels)], epochs=4, compiled={"backend": counter}, lr=0.1, feature_weight=0.01)
+    history = anyprec.fit(
+        net,
+        [(images, labels)],
+        epochs=4,
+        compiled={"backend": counter},
+        lr=0.1,
+        feature_weight=0.01,
+    )
     assert counter.frame_count == 2
     assert sum(history[-1].losses) < sum(history[0].losses)
     assert all(norm.observer is None for norm in (net.stem_norm, net.pointwise_norm))

@@ -15,7 +15,13 @@ DECAY = 0.1
 
 
 def step(
-    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, make: Any, *, decay: float, exempt: bool
+    net: anyprec.ConvertedModel,
+    images: Tensor,
+    labels: Tensor,
+    make: Any,
+    *,
+    decay: float,
+    exempt: bool,
 ) -> dict[str, Tensor]:
     """Weights after one optimizer step from the same start."""
     start = {name: value.clone() for name, value in net.state_dict().items()}
@@ -47,15 +53,17 @@ def test_weights_inside_the_lowest_range_are_not_decayed_and_those_beyond_are(
 ) -> None:
     with torch.no_grad():
         net.pointwise.weight[0, 0] = 5.0  # far beyond the range of 2 bits
-    net.set_floors({"head": (4, 2)})
+    net.freeze({"head": (4, 2)})
     decayed = step(net, images, labels, make, decay=DECAY, exempt=False)
     plain = step(net, images, labels, make, decay=0.0, exempt=False)
     spared = step(net, images, labels, make, decay=DECAY, exempt=True)
     for path, layer in net.quantized_layers.items():
-        floor = net.floors.get(path, layer.candidates.lowest).weight
+        floor = net.frozen.get(path, layer.candidates.lowest).weight
         index = layer.candidates.weight.index(floor)
         low, high = layer.weight_quantizer.limits(index)
-        scale = layer.weight_quantizer.step[index].detach().reshape(-1, *[1] * (layer.weight.ndim - 1))
+        scale = (
+            layer.weight_quantizer.step[index].detach().reshape(-1, *[1] * (layer.weight.ndim - 1))
+        )
         inside = (layer.weight >= low * scale) & (layer.weight <= high * scale)
         expected = torch.where(inside, plain[path], decayed[path])
         torch.testing.assert_close(spared[path], expected, rtol=1e-5, atol=1e-7)
@@ -69,6 +77,8 @@ def test_an_unknown_optimizer_is_asked_about(net: anyprec.ConvertedModel) -> Non
 
     oneshot = anyprec.OneShot(net, total_steps=1)
     optimizer = Own(net.parameters(), {"lr": 0.1})
-    with pytest.raises(ValueError, match="cannot tell how Own decays weights: say decoupled=True if"):
+    with pytest.raises(
+        ValueError, match="cannot tell how Own decays weights: say decoupled=True if"
+    ):
         oneshot.exempt_from_decay(optimizer)
     oneshot.exempt_from_decay(optimizer, decoupled=True)

@@ -28,7 +28,11 @@ def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[s
     one, two = runs["one"]["group norm"], runs["two"]["group norm"]
     assert one.keys() == two.keys()
     start = runs["one"]["group norm, calibrated"]
-    moved = max(float((one[name] - start[name]).abs().max()) for name in one if one[name].is_floating_point())
+    moved = max(
+        float((one[name] - start[name]).abs().max())
+        for name in one
+        if one[name].is_floating_point()
+    )
     assert moved > 0.05
     for name, value in one.items():
         # Gradients are summed in another order. In float64 that is below 1e-15 at each of the 12 steps, too little to
@@ -40,22 +44,31 @@ def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[s
 def test_sharded_parameters_end_as_whole_ones_do(runs: dict[str, Any]) -> None:
     one, two = runs["one"]["sharded"], runs["two"]["sharded"]
     assert one.keys() == two.keys()
-    assert any(not torch.equal(value, runs["one"]["group norm, calibrated"][name]) for name, value in one.items())
+    assert any(
+        not torch.equal(value, runs["one"]["group norm, calibrated"][name])
+        for name, value in one.items()
+    )
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10)
 
 
-def test_calibration_and_norm_statistics_see_the_images_of_all_processes(runs: dict[str, Any]) -> None:
+def test_calibration_and_norm_statistics_see_the_images_of_all_processes(
+    runs: dict[str, Any],
+) -> None:
     one, two = runs["one"]["batch norm, calibrated"], runs["two"]["batch norm, calibrated"]
     for name, value in one.items():
         if "bank.running" in name:
-            torch.testing.assert_close(two[name], value, rtol=0.05, atol=0.02)  # step sizes come from another sample
+            torch.testing.assert_close(
+                two[name], value, rtol=0.05, atol=0.02
+            )  # step sizes come from another sample
     steps = [name for name in one if name.endswith("input_quantizer.step")]
     assert steps
     for name in steps:
         torch.testing.assert_close(two[name], one[name], rtol=0.1, atol=0.0)
     for path, statistics in runs["one"]["group norm, statistics"].items():
-        for here, there in zip(statistics, runs["two"]["group norm, statistics"][path], strict=True):
+        for here, there in zip(
+            statistics, runs["two"]["group norm, statistics"][path], strict=True
+        ):
             torch.testing.assert_close(here, there)
 
 

@@ -50,7 +50,9 @@ def outputs(model: nn.Module, images: Tensor, names: list[str]) -> dict[str, Ten
     found: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_hook(
-            lambda _module, _args, output, name=name: found.__setitem__(name, output.detach().clone())
+            lambda _module, _args, output, name=name: found.__setitem__(
+                name, output.detach().clone()
+            )
         )
         for name in names
     ]
@@ -87,7 +89,12 @@ def test_features_are_norm_activation_or_own_output_before_anything_changes_them
 def test_only_layers_at_their_lowest_bit_width_are_pulled(network: anyprec.ConvertedModel) -> None:
     images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
     oneshot = anyprec.OneShot(
-        network, total_steps=1, random_paths=1, random_weight=1.0, feature_weight=0.5, distillation=0.0
+        network,
+        total_steps=1,
+        random_paths=1,
+        random_weight=1.0,
+        feature_weight=0.5,
+        distillation=0.0,
     )
     config = network.resolve_bits({"*": 8, "conv": (2, 8), "second": (4, 8), "third": (8, 2)})
     oneshot.random_configs = lambda count: [config] * count
@@ -112,8 +119,10 @@ def test_only_layers_at_their_lowest_bit_width_are_pulled(network: anyprec.Conve
     assert network.conv.weight.grad.any()
 
 
-def test_a_frozen_lowest_bit_width_makes_the_next_one_the_lowest(network: anyprec.ConvertedModel) -> None:
-    network.set_floors({"conv": (4, 2)})
+def test_a_frozen_lowest_bit_width_makes_the_next_one_the_lowest(
+    network: anyprec.ConvertedModel,
+) -> None:
+    network.freeze({"conv": (4, 2)})
     oneshot = anyprec.OneShot(network, total_steps=1, random_paths=1, feature_weight=1.0)
     config = network.resolve_bits({"*": 8, "conv": (4, 8)})
     oneshot.random_configs = lambda count: [config] * count
@@ -123,24 +132,35 @@ def test_a_frozen_lowest_bit_width_makes_the_next_one_the_lowest(network: anypre
 
 
 def test_nothing_stays_behind(network: anyprec.ConvertedModel) -> None:
-    oneshot = anyprec.OneShot(network, total_steps=1, feature_weight=1.0, error_weight=1.0, error_start=0.0)
+    oneshot = anyprec.OneShot(
+        network, total_steps=1, feature_weight=1.0, error_weight=1.0, error_start=0.0
+    )
     with pytest.raises(RuntimeError, match="stop"):
         for path in oneshot.paths():
             path.loss(network(torch.randn(4, 3, 8, 8)), torch.arange(4), F.cross_entropy)
             if path.index == 2:
                 raise RuntimeError("stop")
     assert not any(module._forward_hooks for module in network.modules())
-    assert all(layer.observer is None and layer.output_observer is None for layer in network.quantized_layers.values())
+    assert all(
+        layer.observer is None and layer.output_observer is None
+        for layer in network.quantized_layers.values()
+    )
     assert network.norm.observer is None
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet_gn", "test_resnet", "test_nfnet"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", "test_convnext", "test_efficientnet_gn", "test_resnet", "test_nfnet"]
+)
 def test_networks_of_every_norm_have_features(name: str) -> None:
     size = 160 if name == "test_vit" else 64
     images = torch.randn(4, 3, size, size)
-    model = anyprec.convert(timm.create_model(name, num_classes=5), bits=(2, 8), example_input=images[:1])
+    model = anyprec.convert(
+        timm.create_model(name, num_classes=5), bits=(2, 8), example_input=images[:1]
+    )
     anyprec.calibrate(model, [images])
-    oneshot = anyprec.OneShot(model, total_steps=1, random_paths=1, feature_weight=0.01, sampler="sandwich")
+    oneshot = anyprec.OneShot(
+        model, total_steps=1, random_paths=1, feature_weight=0.01, sampler="sandwich"
+    )
     for path in oneshot.paths():
         path.loss(model(images), torch.arange(4), F.cross_entropy).backward()
     assert 0 < float(oneshot.parts["features"]) < float("inf")

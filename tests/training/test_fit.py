@@ -18,12 +18,18 @@ from anyprec.errors import TrainingError
 from anyprec.training.fit import _cosine
 
 
-def accuracy(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]], bits: object) -> float:
+def accuracy(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]], bits: object
+) -> float:
     with net.using_bits(bits), torch.no_grad():
-        return sum(float((net(x).argmax(dim=1) == y).float().mean()) for x, y in loader) / len(loader)
+        return sum(float((net(x).argmax(dim=1) == y).float().mean()) for x, y in loader) / len(
+            loader
+        )
 
 
-def test_fit_teaches_every_bit_width(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_fit_teaches_every_bit_width(
+    float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     net = anyprec.convert(float_net, bits=(2, 3, 4, 8), example_input=loader[0][0])
     seen = []
     history = anyprec.fit(net, loader, epochs=8, lr=0.1, on_epoch_end=seen.append)
@@ -74,10 +80,14 @@ def test_a_users_optimizer_and_criterion_are_used(
     assert not torch.equal(net.fc.weight, fc)
 
 
-def test_gradients_are_clipped_by_value(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_gradients_are_clipped_by_value(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     before = net.fc.weight.clone()
     optimizer = torch.optim.SGD([net.fc.weight], lr=1.0)
-    anyprec.fit(net, loader[:1], epochs=1, optimizer=optimizer, clip_value=1e-3, norm_batches=0, warmup=0.0)
+    anyprec.fit(
+        net, loader[:1], epochs=1, optimizer=optimizer, clip_value=1e-3, norm_batches=0, warmup=0.0
+    )
     change = (net.fc.weight - before).abs().max()
     assert 0 < change <= 1e-3 * (1 + 1e-5)
 
@@ -90,7 +100,9 @@ def test_the_schedule_warms_up_and_falls_on_a_cosine() -> None:
         schedule.step_update(step + 0.5)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[:4] == pytest.approx([2 * (step + 0.5) / 4 for step in range(4)])
-    assert rates[4:] == pytest.approx([1 + math.cos(math.pi * (step + 0.5) / 16) for step in range(16)])
+    assert rates[4:] == pytest.approx(
+        [1 + math.cos(math.pi * (step + 0.5) / 16) for step in range(16)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,11 @@ def test_the_schedule_warms_up_and_falls_on_a_cosine() -> None:
         ({"accumulation": 0}, ValueError, "accumulation=0 must be at least 1"),
         ({"lr": 0.0}, ValueError, "lr=0.0 must be positive"),
         ({"ema_decay": 1.0}, ValueError, "ema_decay=1.0 must be from 0, below 1"),
-        ({"learning_rate": 0.1}, ValueError, "no setting 'learning_rate' in a recipe; settings are random_paths, "),
+        (
+            {"learning_rate": 0.1},
+            ValueError,
+            "no setting 'learning_rate' in a recipe; settings are random_paths, ",
+        ),
         ({"autocast": torch.float16}, ValueError, "autocast=torch.float16 is not supported"),
         ({"warmup": 1.0}, ValueError, "warmup=1.0 is a fraction"),
         ({"random_paths": -1}, ValueError, "random_paths=-1"),
@@ -127,7 +143,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
 ) -> None:
     before = {name: value.clone() for name, value in net.named_parameters()}
     images, labels = loader[0]
-    with pytest.raises(TrainingError, match="the loss of the max path is nan at step 0: lower the learning rate"):
+    with pytest.raises(
+        TrainingError, match="the loss of the max path is nan at step 0: lower the learning rate"
+    ):
         anyprec.fit(net, [(images * math.nan, labels)], epochs=1)
     assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -135,13 +153,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
 
 
 def test_parameter_groups_go_by_what_a_parameter_is(net: anyprec.ConvertedModel) -> None:
-    groups = {group["name"]: group for group in anyprec.param_groups(net, lr=0.1, weight_decay=0.01, step_lr_scale=0.5)}
+    groups = {
+        group["name"]: group
+        for group in anyprec.param_groups(net, lr=0.1, weight_decay=0.01, step_lr_scale=0.5)
+    }
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     found = {name: {names[id(p)] for p in group["params"]} for name, group in groups.items()}
     assert found["weights"] == {f"{path}.weight" for path in net.quantized_layers}
     assert all("quantizer.step" in name for name in found["step sizes"])
     assert len(found["step sizes"]) == 2 * len(net.quantized_layers)
-    expected = {f"{norm}.bank.{part}" for norm in net.anyprec_record.norms for part in ("weight", "bias")}
+    expected = {
+        f"{norm}.bank.{part}" for norm in net.anyprec_record.norms for part in ("weight", "bias")
+    }
     assert found["norms and biases"] == expected | {"head.bias", "fc.bias"}
     assert [groups[name]["weight_decay"] for name in found] == [0.01, 0.0, 0.0]
     assert [groups[name]["lr"] for name in found] == [0.1, 0.1, 0.05]
@@ -150,17 +173,25 @@ def test_parameter_groups_go_by_what_a_parameter_is(net: anyprec.ConvertedModel)
 def test_parameters_that_timm_exempts_from_decay_and_frozen_ones_are_respected() -> None:
     model = anyprec.convert(timm.create_model("test_vit", img_size=48))
     model.head.weight.requires_grad_(False)
-    groups = {group["name"]: group["params"] for group in anyprec.param_groups(model, weight_decay=0.01)}
+    groups = {
+        group["name"]: group["params"] for group in anyprec.param_groups(model, weight_decay=0.01)
+    }
     assert any(parameter is model.pos_embed for parameter in groups["norms and biases"])
-    assert not any(parameter is model.head.weight for group in groups.values() for parameter in group)
+    assert not any(
+        parameter is model.head.weight for group in groups.values() for parameter in group
+    )
     with pytest.raises(ValueError, match="step_lr_scale=0.1 needs lr="):
         anyprec.param_groups(model, step_lr_scale=0.1)
 
 
-def test_accumulated_batches_are_one_step(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_accumulated_batches_are_one_step(
+    float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     """Three batches of a group give the gradients of one that holds them all, where no norm mixes samples."""
     weights = []
-    whole = [tuple(torch.cat(parts) for parts in zip(*loader[i : i + 3], strict=True)) for i in (0, 3)]
+    whole = [
+        tuple(torch.cat(parts) for parts in zip(*loader[i : i + 3], strict=True)) for i in (0, 3)
+    ]
     for batches, accumulation in ((loader, 3), (whole, 1)):
         torch.manual_seed(1)
         net = anyprec.convert(
@@ -168,13 +199,25 @@ def test_accumulated_batches_are_one_step(float_net: nn.Module, loader: list[tup
             bits=(2, 4), example_input=loader[0][0],
         )  # fmt: skip
         anyprec.calibrate(net, whole[:1], step_batches=1)
-        anyprec.fit(net, batches, epochs=1, accumulation=accumulation, warmup=0.0, clip_value=None, random_paths=0)
+        anyprec.fit(
+            net,
+            batches,
+            epochs=1,
+            accumulation=accumulation,
+            warmup=0.0,
+            clip_value=None,
+            random_paths=0,
+        )
         weights.append(net.state_dict())
     for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)  # sums in another order
+        torch.testing.assert_close(
+            value, weights[1][name], rtol=1e-4, atol=1e-6
+        )  # sums in another order
 
 
-def test_averaged_weights_are_what_remains(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_averaged_weights_are_what_remains(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     plain, averaged = copy.deepcopy(net), copy.deepcopy(net)
     seen = []
     keep = lambda model: lambda _: seen.append(model.fc.weight.detach().clone())  # noqa: E731
@@ -182,18 +225,30 @@ def test_averaged_weights_are_what_remains(net: anyprec.ConvertedModel, loader: 
     anyprec.fit(averaged, loader[:1], epochs=3, ema_decay=0.5, norm_batches=0)
     expected = net.fc.weight.detach()
     # timm's warm-up: the first update copies, the later ones decay by at most ema_decay.
-    decays = [ModelEmaV3(nn.Linear(1, 1), decay=0.5, use_warmup=True).get_decay(step) for step in (1, 2, 3)]
+    decays = [
+        ModelEmaV3(nn.Linear(1, 1), decay=0.5, use_warmup=True).get_decay(step)
+        for step in (1, 2, 3)
+    ]
     for weight, decay in zip(seen, decays, strict=True):
         expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(averaged.fc.weight, expected)
     assert not torch.equal(averaged.fc.weight, plain.fc.weight)
 
 
-def test_the_norm_of_gradients_is_clipped(net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_the_norm_of_gradients_is_clipped(
+    net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     before = net.fc.weight.clone()
     optimizer = torch.optim.SGD([net.fc.weight], lr=1.0)
     anyprec.fit(
-        net, loader[:1], epochs=1, optimizer=optimizer, clip_value=None, clip_norm=1e-3, norm_batches=0, warmup=0.0
+        net,
+        loader[:1],
+        epochs=1,
+        optimizer=optimizer,
+        clip_value=None,
+        clip_norm=1e-3,
+        norm_batches=0,
+        warmup=0.0,
     )
     # The schedule is read in the middle of the only step, at half of the learning rate.
     assert (net.fc.weight - before).norm().item() == pytest.approx(0.5e-3, rel=1e-2)
@@ -202,7 +257,9 @@ def test_the_norm_of_gradients_is_clipped(net: anyprec.ConvertedModel, loader: l
 def test_a_recipe_hands_over_every_setting_that_oneshot_shares_with_it() -> None:
     taken = inspect.signature(anyprec.OneShot).parameters
     shared = {
-        field.name: taken[field.name].default for field in dataclasses.fields(anyprec.Recipe) if field.name in taken
+        field.name: taken[field.name].default
+        for field in dataclasses.fields(anyprec.Recipe)
+        if field.name in taken
     }
     assert "random_weight" in shared
     assert anyprec.Recipe().oneshot == shared  # the same defaults, too
@@ -211,13 +268,17 @@ def test_a_recipe_hands_over_every_setting_that_oneshot_shares_with_it() -> None
 def test_the_papers_recipe_trains_with_every_part_of_the_method(
     float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    recipe = anyprec.paper()
+    recipe = anyprec.Recipe.paper()
     net = anyprec.convert(float_net, example_input=loader[0][0], **recipe.conversion)
     assert net.head.weight_quantizer.step.shape == (5, 1)
     assert net.anyprec_record.settings.norm == "per-pair"
     assert (recipe.sampler, recipe.random_weight) == ("uniform", recipe.random_paths)
-    history = anyprec.fit(net, loader, epochs=8, recipe=recipe, lr=0.025, ema_decay=0.5, step_lr=1e-3)
-    assert history[-1].frozen == len(net.floors) == 0  # 3 layers have a choice, and 0.2 of them is none
+    history = anyprec.fit(
+        net, loader, epochs=8, recipe=recipe, lr=0.025, ema_decay=0.5, step_lr=1e-3
+    )
+    assert (
+        history[-1].frozen == len(net.frozen) == 0
+    )  # 3 layers have a choice, and 0.2 of them is none
     assert history[0].frozen == 1
     assert sum(history[-1].losses) < 0.7 * sum(history[0].losses)
     for bits in (2, 4, 6, None):
@@ -227,9 +288,24 @@ def test_the_papers_recipe_trains_with_every_part_of_the_method(
 def test_step_sizes_may_have_an_optimizer_of_their_own(
     net: anyprec.ConvertedModel, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    before = {path: layer.weight_quantizer.step.detach().clone() for path, layer in net.quantized_layers.items()}
-    anyprec.fit(net, loader[:1], epochs=1, lr=10.0, clip_value=1e-6, step_lr=1e-3, warmup=0.0, norm_batches=0)
-    changes = [(net.quantized_layers[path].weight_quantizer.step - step).abs().max() for path, step in before.items()]
+    before = {
+        path: layer.weight_quantizer.step.detach().clone()
+        for path, layer in net.quantized_layers.items()
+    }
+    anyprec.fit(
+        net,
+        loader[:1],
+        epochs=1,
+        lr=10.0,
+        clip_value=1e-6,
+        step_lr=1e-3,
+        warmup=0.0,
+        norm_batches=0,
+    )
+    changes = [
+        (net.quantized_layers[path].weight_quantizer.step - step).abs().max()
+        for path, step in before.items()
+    ]
     # Adam's first step is its learning rate, whatever the gradient; the schedule is read in the middle of the only step.
     assert all(change.item() == pytest.approx(0.5e-3, rel=0.02) for change in changes)
 
@@ -246,14 +322,20 @@ def test_a_teacher_mixup_and_own_terms_take_part(
         return output.square().mean()
 
     mixup = timm.data.Mixup(mixup_alpha=0.4, label_smoothing=0.1, num_classes=5)
-    history = anyprec.fit(net, loader[:2], epochs=1, teacher=teacher, mixup=mixup, terms=[smallness], random_paths=1)
+    history = anyprec.fit(
+        net, loader[:2], epochs=1, teacher=teacher, mixup=mixup, terms=[smallness], random_paths=1
+    )
     assert math.isfinite(sum(history[0].losses))
     assert teacher.training
     assert [is_max for is_max, _, _ in seen] == [True, False] * 2
-    assert all(shape == (16, 5) and torch.allclose(total, torch.ones(16)) for _, shape, total in seen)
+    assert all(
+        shape == (16, 5) and torch.allclose(total, torch.ones(16)) for _, shape, total in seen
+    )
 
 
-def test_forward_passes_may_run_in_bfloat16(float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]) -> None:
+def test_forward_passes_may_run_in_bfloat16(
+    float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
+) -> None:
     net = anyprec.convert(float_net, bits=(2, 4, 8), example_input=loader[0][0])
     seen = set()
     net.fc.register_forward_hook(lambda _module, _args, output: seen.add(output.dtype))

@@ -17,7 +17,9 @@ def test_quantization_error_counts_codes_that_the_lowest_bit_width_has(
     weight = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     step = torch.tensor(0.3) if axis is None else 0.2 + 0.1 * torch.arange(weight.shape[axis]) / 6
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    shared = {code * 2 ** (bits - lowest) for code in range(-(2 ** (lowest - 1)), 2 ** (lowest - 1))}
+    shared = {
+        code * 2 ** (bits - lowest) for code in range(-(2 ** (lowest - 1)), 2 ** (lowest - 1))
+    }
     values = weight.detach()
     total, gradient = 0.0, torch.zeros(4, 6, dtype=torch.float64)
     for row in range(4):
@@ -30,7 +32,9 @@ def test_quantization_error_counts_codes_that_the_lowest_bit_width_has(
                 total += (clipped - code * s) ** 2
                 gradient[row, column] = 2 * (clipped - code * s)
     rest = 24 / (6 if axis == 1 else 4)
-    found = quantization_error(weight, step, qmin=low, qmax=high, axis=axis, coarser=2 ** (bits - lowest))
+    found = quantization_error(
+        weight, step, qmin=low, qmax=high, axis=axis, coarser=2 ** (bits - lowest)
+    )
     assert found.item() == pytest.approx(total / rest, rel=1e-5)
     found.backward()
     torch.testing.assert_close(weight.grad, gradient / rest, rtol=1e-4, atol=1e-7)
@@ -43,7 +47,10 @@ def test_the_quantization_error_moves_no_step_size() -> None:
 
 
 def test_feature_distance_is_a_mean_squared_error_to_a_fixed_target() -> None:
-    feature, target = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4, requires_grad=True)
+    feature, target = (
+        torch.randn(2, 3, 4, requires_grad=True),
+        torch.randn(2, 3, 4, requires_grad=True),
+    )
     plain = feature_distance(feature, target, relative=False)
     torch.testing.assert_close(plain, F.mse_loss(feature, target))
     scaled = feature_distance(feature, target, relative=True)

@@ -14,7 +14,9 @@ from anyprec.errors import TrainingError
 from anyprec.training.losses import distillation_loss
 
 
-def run_step(net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tensor, labels: Tensor) -> list[float]:
+def run_step(
+    net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tensor, labels: Tensor
+) -> list[float]:
     losses = []
     for path in oneshot.paths():
         loss = path.loss(net(images), labels, F.cross_entropy)
@@ -65,7 +67,9 @@ def test_draws_are_uniform_and_independent_over_the_candidates(net: anyprec.Conv
     assert len(together) == 16
 
 
-def test_the_same_seed_draws_the_same_paths_and_a_state_goes_on_where_it_stood(net: anyprec.ConvertedModel) -> None:
+def test_the_same_seed_draws_the_same_paths_and_a_state_goes_on_where_it_stood(
+    net: anyprec.ConvertedModel,
+) -> None:
     one, two = (anyprec.OneShot(net, total_steps=9, seed=5) for _ in range(2))
     torch.rand(3)  # the global generator does not matter
     assert one.random_configs(3) == two.random_configs(3)
@@ -81,7 +85,9 @@ def test_the_same_seed_draws_the_same_paths_and_a_state_goes_on_where_it_stood(n
 def test_losses_are_task_then_task_and_distillation_each_with_its_weight(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
-    oneshot = anyprec.OneShot(net, total_steps=1, random_paths=2, random_weight=1.4, distillation=0.3, temperature=2.0)
+    oneshot = anyprec.OneShot(
+        net, total_steps=1, random_paths=2, random_weight=1.4, distillation=0.3, temperature=2.0
+    )
     net.eval()
     outputs, losses = [], []
     for path in oneshot.paths():
@@ -90,7 +96,9 @@ def test_losses_are_task_then_task_and_distillation_each_with_its_weight(
     target = torch.softmax(outputs[0] / 2, dim=1)
     for index, (output, loss) in enumerate(zip(outputs, losses, strict=True)):
         task = -torch.log_softmax(output, dim=1)[torch.arange(8), labels].mean()
-        mimic = 4 * (target * (target.log() - torch.log_softmax(output / 2, dim=1))).sum(dim=1).mean()
+        mimic = (
+            4 * (target * (target.log() - torch.log_softmax(output / 2, dim=1))).sum(dim=1).mean()
+        )
         expected = task if index == 0 else 0.7 * (0.7 * task + 0.3 * mimic)
         torch.testing.assert_close(loss, expected)
 
@@ -112,7 +120,11 @@ def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_as_much
         net.zero_grad()
         net.eval()
         oneshot = anyprec.OneShot(
-            net, total_steps=1, random_paths=random_paths, random_weight=random_weight, distillation=0.0
+            net,
+            total_steps=1,
+            random_paths=random_paths,
+            random_weight=random_weight,
+            distillation=0.0,
         )
         oneshot.random_configs = lambda count: [highest] * count
         run_step(net, oneshot, images, labels)
@@ -121,7 +133,9 @@ def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_as_much
         torch.testing.assert_close(found, times * gradients[0])
 
 
-def test_random_paths_share_their_weight_however_many_a_sampler_draws(net: anyprec.ConvertedModel) -> None:
+def test_random_paths_share_their_weight_however_many_a_sampler_draws(
+    net: anyprec.ConvertedModel,
+) -> None:
     oneshot = anyprec.OneShot(net, total_steps=1, random_paths=3, random_weight=1.5)
     drawn = oneshot.random_configs(2)
     oneshot.random_configs = lambda count: drawn
@@ -142,12 +156,16 @@ def test_a_step_reaches_every_layer_and_only_norm_copies(
     assert net.stem_norm.bank.weight.grad.any()
 
 
-def test_hooks_out_of_order_are_refused(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_hooks_out_of_order_are_refused(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     oneshot = anyprec.OneShot(net, total_steps=1)
     paths = oneshot.paths()
     next(paths)
     second = next(paths)
-    with pytest.raises(TrainingError, match="call loss\\(\\) on every path in order, or set distillation=0"):
+    with pytest.raises(
+        TrainingError, match="call loss\\(\\) on every path in order, or set distillation=0"
+    ):
         second.loss(net(images), labels, F.cross_entropy)
     paths.close()
     oneshot.step()
@@ -155,7 +173,9 @@ def test_hooks_out_of_order_are_refused(net: anyprec.ConvertedModel, images: Ten
         oneshot.step()
 
 
-def test_a_network_with_several_outputs_is_told_what_distillation_needs(net: anyprec.ConvertedModel) -> None:
+def test_a_network_with_several_outputs_is_told_what_distillation_needs(
+    net: anyprec.ConvertedModel,
+) -> None:
     oneshot = anyprec.OneShot(net, total_steps=1)
     paths = oneshot.paths()
     outputs = (torch.zeros(2, 3), torch.zeros(2, 3))
@@ -175,12 +195,16 @@ def test_a_network_with_several_outputs_is_told_what_distillation_needs(net: any
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
     ],
 )
-def test_settings_out_of_range_are_refused(arguments: dict[str, float], text: str, net: anyprec.ConvertedModel) -> None:
+def test_settings_out_of_range_are_refused(
+    arguments: dict[str, float], text: str, net: anyprec.ConvertedModel
+) -> None:
     with pytest.raises(ValueError, match=text):
         anyprec.OneShot(net, **{"total_steps": 1, **arguments})
 
 
-def test_a_users_own_loop_learns(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
+def test_a_users_own_loop_learns(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
     optimizer = torch.optim.SGD(anyprec.param_groups(net, lr=0.2), lr=0.2, momentum=0.9)
     oneshot = anyprec.OneShot(net, total_steps=40)
     net.train()

@@ -24,21 +24,35 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(value, right[key]) for key, value in left.items())
+        return left.keys() == right.keys() and all(
+            same(value, right[key]) for key, value in left.items()
+        )
     if isinstance(left, (list, tuple)):
         return type(left) is type(right) and len(left) == len(right) and all(map(same, left, right))
     return left == right
 
 
 def without_times(snapshot: dict[str, Any]) -> dict[str, Any]:
-    history = [{**record, "seconds": 0, "images_per_second": 0} for record in snapshot["position"]["history"]]
+    history = [
+        {**record, "seconds": 0, "images_per_second": 0}
+        for record in snapshot["position"]["history"]
+    ]
     return {**snapshot, "position": {**snapshot["position"], "history": history}}
 
 
-@pytest.mark.parametrize("options", [(), ("--own-generator",)], ids=["global randomness", "the loader's own generator"])
-def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options", [(), ("--own-generator",)], ids=["global randomness", "the loader's own generator"]
+)
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
     def run(name: str, *arguments: str) -> int:
-        command = [sys.executable, str(SCRIPT), str(tmp_path / f"{name}.run"), str(tmp_path / f"{name}.pt")]
+        command = [
+            sys.executable,
+            str(SCRIPT),
+            str(tmp_path / f"{name}.run"),
+            str(tmp_path / f"{name}.pt"),
+        ]
         return subprocess.run([*command, *arguments, *options], check=False).returncode
 
     assert run("whole") == 0
@@ -50,8 +64,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(tmp_path: Path, options:
     whole, killed = (read_snapshot(tmp_path / f"{name}.run") for name in ("whole", "killed"))
     assert whole["oneshot"]["steps_done"] == 15
     assert same(without_times(whole), without_times(killed))
-    results = [torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("whole", "killed")]
-    results[0].pop("after")  # a run that was resumed has not drawn what the script drew before `fit`
+    results = [
+        torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("whole", "killed")
+    ]
+    results[0].pop(
+        "after"
+    )  # a run that was resumed has not drawn what the script drew before `fit`
     results[1].pop("after")
     assert same(*results)
 
@@ -70,14 +88,17 @@ def test_a_finished_run_is_not_trained_again(net: anyprec.ConvertedModel, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"), [({"epochs": 2}, "epochs"), ({"lr": 0.5}, "recipe"), ({"seed": 3, "accumulation": 2}, "seed")]
+    ("changes", "what"),
+    [({"epochs": 2}, "epochs"), ({"lr": 0.5}, "recipe"), ({"seed": 3, "accumulation": 2}, "seed")],
 )
 def test_the_snapshot_of_another_run_is_refused(
     net: anyprec.ConvertedModel, tmp_path: Path, changes: dict[str, Any], what: str
 ) -> None:
     small_run(net, tmp_path / "run")
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(TrainingError, match=rf"is that of another run, which differs in .*{what}.*: delete it"):
+    with pytest.raises(
+        TrainingError, match=rf"is that of another run, which differs in .*{what}.*: delete it"
+    ):
         small_run(net, tmp_path / "run", **changes)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -90,7 +111,9 @@ def test_damaged_snapshots_are_refused(net: anyprec.ConvertedModel, tmp_path: Pa
     with pytest.raises(CheckpointError, match="is damaged, or no safetensors file"):
         small_run(net, path)
     path.write_bytes(content[:-3] + b"abc")
-    with pytest.raises(CheckpointError, match="does not match its digest; delete it to train from the beginning"):
+    with pytest.raises(
+        CheckpointError, match="does not match its digest; delete it to train from the beginning"
+    ):
         small_run(net, path)
     anyprec.save(net, path, rebuildable=False)
     with pytest.raises(CheckpointError, match="was not written by anyprec"):
@@ -102,7 +125,11 @@ def test_damaged_snapshots_are_refused(net: anyprec.ConvertedModel, tmp_path: Pa
 def test_any_tree_of_plain_values_and_tensors_survives(tmp_path: Path) -> None:
     tree = {
         0: (1, 2.5, None, True, "text", float("inf"), -0.1),
-        "nested": [{"a": torch.arange(3), "b": ()}, torch.tensor(2.0, dtype=torch.float64), torch.zeros(0)],
+        "nested": [
+            {"a": torch.arange(3), "b": ()},
+            torch.tensor(2.0, dtype=torch.float64),
+            torch.zeros(0),
+        ],
         "flags": torch.tensor([True, False]),
         "state": torch.get_rng_state(),
     }
@@ -114,9 +141,14 @@ def test_any_tree_of_plain_values_and_tensors_survives(tmp_path: Path) -> None:
 
 
 def test_a_forged_snapshot_is_refused(tmp_path: Path) -> None:
-    from anyprec.storage import write_file  # noqa: PLC0415
+    from anyprec.runtime.storage import write_file  # noqa: PLC0415
 
-    for text in ({"state": {"dict": 3}}, {"state": {"tensor": "missing"}}, {"nothing": 0}, {"state": {"a": 1, "b": 2}}):
+    for text in (
+        {"state": {"dict": 3}},
+        {"state": {"tensor": "missing"}},
+        {"nothing": 0},
+        {"state": {"a": 1, "b": 2}},
+    ):
         write_file(tmp_path / "forged", {}, json.dumps(text), key="anyprec.training")
         with pytest.raises(CheckpointError, match="is no state of a training run"):
             read_snapshot(tmp_path / "forged")

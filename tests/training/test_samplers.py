@@ -10,7 +10,12 @@ import torch
 
 import anyprec
 from anyprec.bits import Bits, LayerCandidates
-from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler, sampler_of
+from anyprec.training.samplers import (
+    InstabilitySampler,
+    SandwichSampler,
+    UniformSampler,
+    sampler_of,
+)
 
 CANDIDATES = {"a": LayerCandidates((2, 3, 4), (4, 8)), "b": LayerCandidates((3, 8), (8,))}
 DRAWS = 6000
@@ -45,7 +50,9 @@ def test_the_sandwich_begins_with_the_lowest_precision() -> None:
 
 def test_a_single_path_of_the_sandwich_is_the_lowest_precision_in_half_of_the_steps() -> None:
     drawn = generator()
-    draws = [SandwichSampler().draw(CANDIDATES, 1, generator=drawn, instability={}) for _ in range(DRAWS)]
+    draws = [
+        SandwichSampler().draw(CANDIDATES, 1, generator=drawn, instability={}) for _ in range(DRAWS)
+    ]
     assert all(len(paths) == 1 for paths in draws)
     lowest = anyprec.BitConfig({"a": Bits(2, 4), "b": Bits(3, 8)})
     of_uniform_draws = 1 / 12
@@ -54,7 +61,9 @@ def test_a_single_path_of_the_sandwich_is_the_lowest_precision_in_half_of_the_st
 
 def test_the_instability_sampler_draws_unstable_bit_widths_less_often() -> None:
     instability = {"a": {2: 0.4, 3: 0.3, 4: 0.2, 8: 0.25}, "b": {3: 0.3, 8: 0.1}}
-    draws = InstabilitySampler(2.0).draw(CANDIDATES, DRAWS, generator=generator(), instability=instability)
+    draws = InstabilitySampler(2.0).draw(
+        CANDIDATES, DRAWS, generator=generator(), instability=instability
+    )
     unrest = {2: 0.2, 3: 0.1, 4: 0.05}
     mean = sum(unrest.values()) / 3
     shares = {bits: math.exp(-2 * value / mean) for bits, value in unrest.items()}
@@ -72,7 +81,10 @@ def test_without_measured_instability_it_draws_uniformly() -> None:
 def test_samplers_have_names() -> None:
     assert sampler_of("sandwich") == SandwichSampler()
     assert sampler_of(InstabilitySampler(3.0)) == InstabilitySampler(3.0)
-    with pytest.raises(ValueError, match=r"sampler='sandwhich' is not known: use one of \['instability', 'sandwich'"):
+    with pytest.raises(
+        ValueError,
+        match=r"sampler='sandwhich' is not known: use one of \['instability', 'sandwich'",
+    ):
         sampler_of("sandwhich")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="or an object with a method draw"):
         sampler_of(7)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import anyprec
 from anyprec.bits import Bits, LayerCandidates
-from anyprec.quantizer import WeightQuantizer
+from anyprec.nn.quantizers import WeightQuantizer
 from anyprec.training.scheduler import BitWidthScheduler, layer_instability, unstable_fractions
 
 
@@ -78,14 +78,26 @@ def test_the_ratio_falls_on_a_cosine() -> None:
 
 def test_the_most_unstable_layers_lose_their_lowest_bit_width() -> None:
     wide, narrow = LayerCandidates((2, 3, 4), (2, 3, 4)), LayerCandidates((3, 4), (3, 4))
-    candidates = {"first": LayerCandidates((8,), (8,)), "a": wide, "b": narrow, "c": wide, "d": wide, "e": wide}
+    candidates = {
+        "first": LayerCandidates((8,), (8,)),
+        "a": wide,
+        "b": narrow,
+        "c": wide,
+        "d": wide,
+        "e": wide,
+    }
     unrest = {"a": 0.1, "b": 0.3, "c": 0.3, "d": 0.2, "e": 0.3}
-    instability = {path: dict.fromkeys(candidates[path].weight, value) for path, value in unrest.items()}
+    instability = {
+        path: dict.fromkeys(candidates[path].weight, value) for path, value in unrest.items()
+    }
     # Five layers have a choice; half of them, rounded down, are two. Lower bits weigh more, so c comes before b.
-    assert BitWidthScheduler().floors(instability, candidates, 0.0) == {"c": Bits(3, 2), "e": Bits(3, 2)}
-    assert BitWidthScheduler().floors(instability, candidates, 1.0) == {"c": Bits(3, 2)}
+    assert BitWidthScheduler().frozen(instability, candidates, 0.0) == {
+        "c": Bits(3, 2),
+        "e": Bits(3, 2),
+    }
+    assert BitWidthScheduler().frozen(instability, candidates, 1.0) == {"c": Bits(3, 2)}
     both = BitWidthScheduler(activations=True, first_ratio=1.0)
-    assert both.floors(instability, candidates, 0.0) == {
+    assert both.frozen(instability, candidates, 0.0) == {
         "a": Bits(3, 3), "b": Bits(4, 4), "c": Bits(3, 3), "d": Bits(3, 3), "e": Bits(3, 3),
     }  # fmt: skip
 
@@ -104,7 +116,13 @@ def test_settings_out_of_range_are_refused(arguments: dict[str, float], text: st
         BitWidthScheduler(**arguments)
 
 
-def run(net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tensor, labels: Tensor, steps: int) -> None:
+def run(
+    net: anyprec.ConvertedModel,
+    oneshot: anyprec.OneShot,
+    images: Tensor,
+    labels: Tensor,
+    steps: int,
+) -> None:
     for _ in range(steps):
         for path in oneshot.paths():
             path.loss(net(images), labels, torch.nn.functional.cross_entropy).backward()
@@ -114,10 +132,12 @@ def run(net: anyprec.ConvertedModel, oneshot: anyprec.OneShot, images: Tensor, l
 def test_frozen_candidates_are_not_drawn_and_decided_anew_at_each_event(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
-    scheduler = BitWidthScheduler(start=0.0, period=0.5, late=1.0, first_ratio=0.67, last_ratio=0.67)
+    scheduler = BitWidthScheduler(
+        start=0.0, period=0.5, late=1.0, first_ratio=0.67, last_ratio=0.67
+    )
     oneshot = anyprec.OneShot(net, total_steps=2, scheduler=scheduler, seed=1)
     run(net, oneshot, images, labels, 1)
-    frozen = net.floors
+    frozen = net.frozen
     assert len(frozen) == 2  # of depthwise, pointwise and head
     for path, floor in frozen.items():
         assert floor.weight == net.candidates[path].weight[1]
@@ -125,17 +145,19 @@ def test_frozen_candidates_are_not_drawn_and_decided_anew_at_each_event(
         drawn = {config[path].weight for config in oneshot.random_configs(200)}
         assert drawn == set(net.candidates[path].weight[1:])
     (free,) = {"depthwise", "pointwise", "head"} - frozen.keys()
-    with torch.no_grad():  # all weights of the free layer between two codes of every bit-width, of the others on codes
+    with (
+        torch.no_grad()
+    ):  # all weights of the free layer between two codes of every bit-width, of the others on codes
         for path in ("depthwise", "pointwise", "head"):
             net.get_submodule(path).weight_quantizer.step.fill_(0.5)
             net.get_submodule(path).weight.fill_(0.24 if path == free else 0.0)
-    net.set_floors({})
+    net.freeze({})
     run(net, oneshot, images, labels, 1)
-    assert free in net.floors
+    assert free in net.frozen
 
 
 def test_the_floors_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None:
-    net.set_floors({"head": (3, 2), "depthwise": "W4A8"})
+    net.freeze({"head": (3, 2), "depthwise": "W4A8"})
     text = str(net.summary())
     rows = {line.split()[0]: line.split() for line in text.splitlines()[2:]}
     assert rows["head"][4:6] == ["(2),3,4,8", "2,3,4,8"]
@@ -143,21 +165,30 @@ def test_the_floors_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None
     assert rows["pointwise"][4:6] == ["2,3,4,8", "2,3,4,8"]
 
 
-def test_floors_that_do_not_fit_are_refused_and_nothing_changes(net: anyprec.ConvertedModel) -> None:
-    net.set_floors({"head": 3})
-    with pytest.raises(anyprec.BitsError, match="no quantized layer 'heads' that could have a floor"):
-        net.set_floors({"heads": 3})
+def test_floors_that_do_not_fit_are_refused_and_nothing_changes(
+    net: anyprec.ConvertedModel,
+) -> None:
+    net.freeze({"head": 3})
+    with pytest.raises(
+        anyprec.BitsError, match="no quantized layer 'heads' that could have a floor"
+    ):
+        net.freeze({"heads": 3})
     with pytest.raises(anyprec.BitsError, match="W5A5 is not a candidate of layer 'head'"):
-        net.set_floors({"head": 5})
-    assert net.floors == {"head": Bits(3, 3)}
-    net.set_floors({"head": 2})
-    assert net.floors == {}
+        net.freeze({"head": 5})
+    assert net.frozen == {"head": Bits(3, 3)}
+    net.freeze({"head": 2})
+    assert net.frozen == {}
 
 
-def test_search_does_not_go_below_the_floors(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> None:
-    net.set_floors({"head": 4, "pointwise": (3, 2)})
+def test_search_does_not_go_below_the_floors(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    net.freeze({"head": 4, "pointwise": (3, 2)})
     result = anyprec.search(net, [(images, labels)], "W4A4")
-    assert all(config["head"].weight >= 4 and config["pointwise"].weight >= 3 for config in result.evaluated)
+    assert all(
+        config["head"].weight >= 4 and config["pointwise"].weight >= 3
+        for config in result.evaluated
+    )
     with pytest.raises(anyprec.BudgetError):
         anyprec.search(net, [(images, labels)], "W2A2")
     net.set_bits(2)  # a frozen candidate has its step sizes all the same

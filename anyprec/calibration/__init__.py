@@ -1,0 +1,1 @@
+"""Data passes without gradients: step sizes and norm statistics."""

@@ -1,0 +1,249 @@
+"""Weight and input quantizers: the step sizes of one layer, one entry (or row) per candidate bit-width.
+
+All step sizes exist after `__init__`; how they are estimated from data is in `calibration/`, the rounding itself in
+`functional.py`. Step sizes are those of LSQ (Esser et al., ICLR 2020), with gradients of a scale of our own above 2 bits
+(`gradient_scale`); zero points follow LSQ+ (Bhalgat et al., CVPR 2020), but are integers fixed by calibration, so that real
+zero (padding, ReLU) is always a code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
+    """Factor on the gradient of a step size.
+
+    LSQ scales by `1 / sqrt(values x largest)` (Esser et al. 2020, section 2.2), which suits step sizes that shrink with the
+    square root of the largest code. Those of least squared error shrink with the code itself: at 8 bits one optimizer step
+    can then move them by many times their size, and the layer is lost. Here it is the range `step x spans` that learns, at
+    every bit-width about as fast as LSQ has it at 2 bits: its gradient is that of the step size over `spans`, and the step
+    size follows it over `spans` again.
+
+    Args:
+        values: That one step size quantizes: weights, or features of one image.
+        largest: Magnitude of a code, at most.
+        spans: Steps between the lowest and the highest code, `2^b - 1`.
+    """
+    # `largest` grows with `spans`: two powers of it, all told.
+    scale: Number = (values * largest) ** -0.5 * (3 / spans) ** 1.5
+    return scale
+
+
+class _Switchable(nn.Module):
+    """The active candidate of a quantizer: as a number for eager mode, and as data for compiled networks."""
+
+    choice: Tensor
+    widths: Tensor
+
+    def __init__(self, candidates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.candidates = candidates
+        self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
+        self.register_buffer("widths", torch.tensor(candidates), persistent=False)
+
+    def restore_constants(self) -> None:
+        """Write the candidates again, after the quantizer got memory of its own."""
+        self.widths.copy_(torch.tensor(self.candidates))
+
+    def select(self, index: int) -> None:
+        """Make the candidate at `index` the one that `forward_selected` takes."""
+        self.choice.fill_(index)
+
+    def _selected_top(self) -> Tensor:
+        """`2^b` of the active candidate, shape `(1,)`."""
+        return torch.exp2(self.widths.index_select(0, self.choice).float())
+
+
+class WeightQuantizer(_Switchable):
+    """Symmetric quantizer of one weight, with step sizes for every candidate bit-width.
+
+    The grid of b bits is `[-2^(b-1), 2^(b-1) - 1]`.
+
+    Args:
+        candidates: Bit-widths, ascending.
+        channels: Number of output channels for per-channel step sizes, or None for per-tensor ones.
+        axis: The output-channel axis of the weight.
+
+    Attributes:
+        step: Learned step sizes, shape `(len(candidates), channels or 1)`.
+    """
+
+    def __init__(self, candidates: tuple[int, ...], *, channels: int | None, axis: int = 0) -> None:
+        super().__init__(candidates)
+        self.axis = None if channels is None else axis
+        self.step = nn.Parameter(torch.full((len(candidates), channels or 1), math.nan))
+
+    def limits(self, index: int) -> tuple[int, int]:
+        """Lowest and highest code of the candidate at `index`."""
+        half = 2 ** (self.candidates[index] - 1)
+        return -half, half - 1
+
+    def forward(self, weight: Tensor, index: int) -> Tensor:
+        """Fake-quantize `weight` with the candidate at `index`; differentiable in both weight and step size."""
+        qmin, qmax = self.limits(index)
+        group = weight.numel() // self.step.shape[1]
+        return fake_quantize(
+            weight,
+            self.step[index],
+            qmin=qmin,
+            qmax=qmax,
+            axis=self.axis,
+            gradient_scale=gradient_scale(group, qmax, qmax - qmin),
+        )
+
+    def forward_selected(self, weight: Tensor) -> Tensor:
+        """`forward` with the selected candidate, where a change of bit-width changes no program."""
+        half = self._selected_top() / 2
+        group = weight.numel() // self.step.shape[1]
+        return fake_quantize_with(
+            weight,
+            self.step.index_select(0, self.choice).squeeze(0),
+            qmin=-half,
+            qmax=half - 1,
+            axis=self.axis,
+            gradient_scale=gradient_scale(group, half - 1, 2 * half - 1),
+        )
+
+    def codes(self, weight: Tensor, index: int) -> Tensor:
+        """Integer codes of `weight` at the candidate at `index`, int32, in the shape of `weight`."""
+        qmin, qmax = self.limits(index)
+        return integer_codes(weight, self.step[index], qmin=qmin, qmax=qmax, axis=self.axis)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor) -> None:
+        """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (Esser et al. 2020, section 2.1)."""
+        if weight.is_meta:
+            return  # there are no values, and torch takes its time to find that out
+        magnitude = self.per_channel(weight.float().abs()).mean(dim=1)
+        for index in range(len(self.candidates)):
+            qmax = self.limits(index)[1]
+            self.step[index] = usable_steps(2 * magnitude / math.sqrt(qmax), weight)
+
+    def per_channel(self, weight: Tensor) -> Tensor:
+        """`weight` as a matrix with a row per step size, shape `(channels or 1, rest)`."""
+        return (
+            weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0).flatten(1)
+        )
+
+    def extra_repr(self) -> str:
+        """Candidates and granularity, for `print(model)`."""
+        return f"bits={self.candidates}, {'per tensor' if self.axis is None else 'per channel'}"
+
+
+class InputQuantizer(_Switchable):
+    """Per-tensor quantizer of a layer's input, with a step size and a zero point for every candidate bit-width.
+
+    The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that cannot be negative,
+    `2^(b-1)` for symmetric ones, anything between for lopsided ones (SiLU, GELU, hard-swish).
+
+    Args:
+        candidates: Bit-widths, ascending.
+        nonnegative: The graph proves that the input is never negative, so the zero point is 0.
+
+    Attributes:
+        step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated.
+        zero_point: Integer zero points, shape `(len(candidates),)`.
+        calibrated: Whether step sizes have been set.
+    """
+
+    zero_point: Tensor
+
+    def __init__(self, candidates: tuple[int, ...], *, nonnegative: bool) -> None:
+        super().__init__(candidates)
+        self.nonnegative = nonnegative
+        self.calibrated = False
+        self.step = nn.Parameter(torch.full((len(candidates),), math.nan))
+        start = [0 if nonnegative else 2 ** (bits - 1) for bits in candidates]
+        self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
+        self._zero_points = tuple(
+            start
+        )  # the same as Python numbers: reading the buffer would stall a GPU
+
+    @property
+    def kind(self) -> str:
+        """`"unsigned"`, `"signed"` or `"affine"`, as the zero points say."""
+        if all(zero == 0 for zero in self._zero_points):
+            return "unsigned"
+        if all(
+            zero == 2 ** (bits - 1)
+            for zero, bits in zip(self._zero_points, self.candidates, strict=True)
+        ):
+            return "signed"
+        return "affine"
+
+    def limits(self, index: int) -> tuple[int, int]:
+        """Lowest and highest multiple of the step size at the candidate at `index` (zero point subtracted)."""
+        zero = self._zero_points[index]
+        return -zero, 2 ** self.candidates[index] - 1 - zero
+
+    def forward(self, values: Tensor, index: int) -> Tensor:
+        """Fake-quantize `values` with the candidate at `index`; differentiable in both values and step size."""
+        qmin, qmax = self.limits(index)
+        features = values[0].numel() if values.ndim > 1 else values.numel()
+        scale = gradient_scale(max(1, features), max(qmax, -qmin, 1), qmax - qmin)
+        return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
+
+    def forward_selected(self, values: Tensor) -> Tensor:
+        """`forward` with the selected candidate, where a change of bit-width changes no program."""
+        zero = self.zero_point.index_select(0, self.choice).float()
+        qmax = self._selected_top() - 1 - zero
+        features = values[0].numel() if values.ndim > 1 else values.numel()
+        largest = torch.maximum(qmax, zero).clamp_min(1)
+        return fake_quantize_with(
+            values,
+            self.step.index_select(0, self.choice),
+            qmin=-zero,
+            qmax=qmax,
+            axis=None,
+            gradient_scale=gradient_scale(max(1, features), largest, self._selected_top() - 1),
+        )
+
+    @torch.no_grad()
+    def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:
+        """Take over calibrated step sizes and zero points, each of shape `(len(candidates),)`."""
+        self.step.copy_(steps)
+        self.zero_point.copy_(zero_points)
+        self._refresh()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Go back to the state before calibration."""
+        self.step.fill_(math.nan)
+        self.calibrated = False
+
+    def extra_repr(self) -> str:
+        """Candidates and kind, for `print(model)`."""
+        return f"bits={self.candidates}, {self.kind}{'' if self.calibrated else ', not calibrated'}"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        if not self.zero_point.is_meta:
+            self._zero_points = tuple(int(zero) for zero in self.zero_point.tolist())
+            self.calibrated = bool(torch.isfinite(self.step).all())
+
+
+def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
+    """Step sizes with those of dead (all-zero) channels replaced, so that such a channel can still learn.
+
+    A dead channel takes the mean of the living ones; a dead layer takes the standard deviation that a
+    He-initialised weight of its fan-in would have.
+    """
+    dead = steps <= STEP_FLOOR
+    living = (~dead).sum()
+    fan_in = max(1, weight[0].numel())
+    mean = torch.where(dead, 0, steps).sum() / living.clamp_min(1)
+    # No branch on the values: they may be on a device that answers late, or on the meta device.
+    fill = torch.where(living > 0, mean, math.sqrt(2 / fan_in)).to(steps.dtype)
+    return torch.where(dead, fill, steps)

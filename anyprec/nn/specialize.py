@@ -1,0 +1,84 @@
+"""Give an existing module a subclass of its own class, in place.
+
+`convert` must leave a network the user's own: `isinstance` checks, attributes, parameter names, `deepcopy` and pickle
+keep working. So a converted `Conv2dSame` becomes an object of a class derived from `Conv2dSame` and one of our mixins,
+made on demand; nothing is wrapped and no parameter is renamed. What the mixins do is in `layers.py`, `norms.py` and
+`model.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Specialized(nn.Module):
+    """Base of the mixins. Knows the class that an object had before, and how to pickle an object of a made-up class."""
+
+    class_prefix: ClassVar[str]
+    """Put before the name of the original class."""
+
+    original_class: ClassVar[type[nn.Module]]
+    """The user's own class, below every mixin."""
+
+    _class_before: ClassVar[type[nn.Module]]
+    """The class before the last `specialize`."""
+
+    _mixins: ClassVar[tuple[type[Specialized], ...]]
+    """All mixins, the last one first."""
+
+    _transient: ClassVar[dict[str, Any]] = {}
+    """Attributes that are neither copied nor pickled, with the value that a copy starts from."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and copy by mixin and original class, since the class itself has no importable name."""
+        state = {
+            **self.__dict__,
+            **{name: type(start)() for name, start in self._transient.items()},
+        }
+        return _empty, (self._mixins, self.original_class), state
+
+
+def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
+    """Change the class of `module` to one derived from `mixin` and its present class."""
+    cls: Any = specialized_class(mixin, type(module))
+    module.__class__ = cls
+
+
+def despecialize(module: Specialized) -> None:
+    """Undo the last `specialize` of `module`. What the mixin added to it is the caller's to remove."""
+    cls: Any = module._class_before  # noqa: SLF001 (same file)
+    module.__class__ = cls
+
+
+def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> type[Specialized]:
+    """The class derived from `mixin` and `original`, made once."""
+    key: Any = (
+        mixin,
+        original,
+    )  # Any, since nn.Module's annotations hide from mypy that a class is hashable
+    made: type[Specialized] = _make_class(*key)
+    return made
+
+
+@functools.cache
+def _make_class(mixin: Any, original: Any) -> Any:
+    own_class = original.original_class if issubclass(original, Specialized) else original
+    body = {
+        "original_class": own_class,
+        "_class_before": original,
+        "_mixins": (mixin, *(original._mixins if issubclass(original, Specialized) else ())),  # noqa: SLF001 (same file)
+        "__module__": mixin.__module__,
+        "__doc__": original.__doc__,
+    }
+    return type(f"{mixin.class_prefix}{original.__name__}", (mixin, original), body)
+
+
+def _empty(mixins: tuple[type[Specialized], ...], original: type[nn.Module]) -> nn.Module:
+    """An object of the class that `mixins`, the outermost first, make of `original`."""
+    cls = original
+    for mixin in reversed(mixins):
+        cls = specialized_class(mixin, cls)
+    return cls.__new__(cls)

@@ -1,0 +1,1 @@
+"""What every room needs to run: batches, processes, modes, progress, files."""

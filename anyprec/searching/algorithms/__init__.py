@@ -1,0 +1,1 @@
+"""Search algorithms on plain numbers: they know no torch."""

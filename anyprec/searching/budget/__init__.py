@@ -1,0 +1,1 @@
+"""What a configuration may cost, and what it costs."""

@@ -1,0 +1,1 @@
+"""What a configuration is worth: forward passes on a fixed set of batches."""

@@ -1,0 +1,1 @@
+"""What anyprec is worth and what it costs, measured."""

@@ -1,0 +1,1 @@
+"""Sizes and times of checkpoints, and damaged ones."""

@@ -1,0 +1,1 @@
+"""Images, weights, records and pages that several benchmarks share."""

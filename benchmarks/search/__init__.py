@@ -1,0 +1,1 @@
+"""Search algorithms compared at equal evaluations, and the work that they save."""

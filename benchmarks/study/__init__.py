@@ -1,0 +1,1 @@
+"""One-shot training against dedicated networks, its parts and its variants."""

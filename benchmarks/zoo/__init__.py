@@ -1,0 +1,1 @@
+"""Every timm model converted and tried."""
