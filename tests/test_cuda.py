@@ -1,4 +1,4 @@
-"""The whole life of a network on an accelerator: converted, calibrated, trained, searched, saved and loaded there."""
+"""The whole life of a network on an accelerator: converted, trained, searched, saved, loaded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_what_is_made_on_the_accelerator_stays_there_and_equals_the_processors(
         assert torch.equal(logits(made[device], images, None), before.cpu())
     there, here = made["cuda"].state_dict(), made["cpu"].state_dict()
     for name, value in here.items():
-        # Steps are found by search over a grid: sums in another order can tip one between two neighbours.
+        # Steps are found by search over a grid: sums in another order can tip one between two
+        # neighbours.
         torch.testing.assert_close(there[name].cpu(), value, rtol=0.05, atol=1e-4, msg=name)
 
 

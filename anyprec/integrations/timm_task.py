@@ -1,12 +1,14 @@
 """`OneShotTask`: one-shot training as a task of timm's training script (`timm.task.TrainingTask`).
 
-A task returns one loss, on which the script calls `backward`. So the task itself runs and back-propagates all paths of a
-step but the last, and returns the last one's loss; their gradients add up to those of the whole step.
+A task returns one loss, on which the script calls `backward`. So the task itself runs and
+back-propagates all paths of a step but the last, and returns the last one's loss. Their gradients
+add up to those of the whole step.
 
     model = anyprec.convert(timm.create_model(...))
     anyprec.calibrate(model, loader)
     task = OneShotTask(model, total_steps=updates, device=device)
-    optimizer = timm.optim.create_optimizer_v2(anyprec.param_groups(model), opt="sgd", lr=0.02, weight_decay=2.5e-5)
+    groups = anyprec.param_groups(model, weight_decay=2.5e-5)
+    optimizer = timm.optim.create_optimizer_v2(groups, opt="sgd", lr=0.02)
     task.follow(optimizer)
     for input, target in loader:
         result = task(input, target)
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.training.oneshot import OneShot
-from anyprec.training.recipe import Recipe
+from anyprec.training.recipe import Recipe, resolve_recipe
 
 
 class OneShotTask(ClassificationTask):
@@ -36,10 +39,13 @@ class OneShotTask(ClassificationTask):
         model: A converted and calibrated model.
         criterion: As for timm's task.
         total_steps: Optimizer steps of the whole training.
-        recipe: The settings of the method; those of the optimizer are the script's.
+        recipe: The settings of the method, as for `OneShot`; those of the optimizer are the
+            script's.
         teacher: See `OneShot`.
-        accumulation: Batches per optimizer step; the script divides the loss that it gets by as many.
-        scale: What the script does to a loss before `backward`, e.g. `scaler.scale` of a `torch.amp.GradScaler`.
+        accumulation: Batches per optimizer step; the script divides the loss that it gets by as
+            many.
+        scale: What the script does to a loss before `backward`, e.g. `scaler.scale` of a
+            `torch.amp.GradScaler`.
         seed: Of the generator that draws the bit-widths.
         **arguments: As for timm's task: `criterion_kwargs`, `device`, `dtype`, `verbose`.
 
@@ -48,7 +54,7 @@ class OneShotTask(ClassificationTask):
 
     Raises:
         ConversionError: `model` is not converted.
-        ValueError: A number is out of range.
+        ValueError: `recipe` is no `Recipe`, or a number is out of range.
     """
 
     def __init__(
@@ -68,19 +74,24 @@ class OneShotTask(ClassificationTask):
         if accumulation < 1:
             msg = f"accumulation={accumulation} must be at least 1"
             raise ValueError(msg)
-        self._settings = {"total_steps": total_steps, "seed": seed, **(recipe or Recipe()).oneshot}
-        self._teacher = (teacher,)  # held so that nn.Module does not take it for a part of the task
+        # In a partial the teacher is no submodule, so nn.Module does not count it to the task.
+        self._make_oneshot = partial(
+            OneShot,
+            model,
+            total_steps=total_steps,
+            recipe=resolve_recipe(recipe),
+            teacher=teacher,
+            seed=seed,
+        )
         self._accumulation = accumulation
         self._scale = scale
-        self.oneshot = OneShot(model, teacher=teacher, **self._settings)
+        self.oneshot = self._make_oneshot()
 
-    def compile(
+    def compile(  # type: ignore[override]  # as timm's
         self, backend: Any = "inductor", mode: str | None = None, **arguments: Any
-    ) -> nn.Module:  # type: ignore[override]  # timm's
+    ) -> nn.Module:
         """Compile the network, once for all bit-widths; see timm's task."""
-        self.oneshot = OneShot(
-            self.oneshot.model, teacher=self._teacher[0], compiled=True, **self._settings
-        )
+        self.oneshot = self._make_oneshot(compiled=True)
         compiled: nn.Module = super().compile(backend=backend, mode=mode, **arguments)
         return compiled
 
@@ -100,27 +111,32 @@ class OneShotTask(ClassificationTask):
         """Run and back-propagate all paths but the last, and run that one.
 
         Returns:
-            `loss`, of the last path, to call `backward` on; `output`, the max path's logits; the unweighted loss of every
-            path (`loss_max`, `loss_1`, ...), detached.
+            `loss`, of the last path, to call `backward` on; `output`, the max path's logits; the
+            unweighted loss of every path (`loss_max`, `loss_1`, ...), detached.
         """
         result: dict[str, Tensor] = {}
         for path in self.oneshot.paths(input):
-            with contextlib.nullcontext() if path.is_last else self.no_sync():  # type: ignore[no-untyped-call]  # timm's
+            with self._synchronising(is_last=path.is_last):
                 output = self.trainable_module(input)
                 loss = path.loss(output, target, self.criterion)
                 if not path.is_last:
-                    part = loss / self._accumulation
-                    (part if self._scale is None else self._scale(part)).backward()
+                    self._backward(loss)
+            if path.is_max:
+                result["output"] = output
+            name = "loss_max" if path.is_max else f"loss_{path.index}"
+            result[name] = loss.detach() / path.weight
             result["loss"] = loss
-            result.setdefault("output", output)
-            result["loss_max" if path.is_max else f"loss_{path.index}"] = (
-                loss.detach() / path.weight
-            )
         return result
 
-    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:  # noqa: ARG002, FBT001, FBT002 (timm's signature)
+    def get_task_state(
+        self,
+        module: nn.Module | None = None,  # noqa: ARG002 (timm's signature, as below)
+        ema: bool = False,  # noqa: FBT001, FBT002
+    ) -> dict[str, Any]:
         """What continues the draws and schedules, for timm's checkpoints."""
-        return {} if ema else self.oneshot.state_dict()
+        if ema:
+            return {}
+        return self.oneshot.state_dict()
 
     def load_task_state(
         self,
@@ -132,3 +148,17 @@ class OneShotTask(ClassificationTask):
         """Take over what `get_task_state` returned."""
         if state and not ema:
             self.oneshot.load_state_dict(state)
+
+    def _synchronising(self, *, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Reduce gradients over the processes in the last backward pass of a step only."""
+        if is_last:
+            return contextlib.nullcontext()
+        block: contextlib.AbstractContextManager[Any] = self.no_sync()  # type: ignore[no-untyped-call]  # timm's
+        return block
+
+    def _backward(self, loss: Tensor) -> None:
+        """What the script does with the loss that it gets."""
+        loss = loss / self._accumulation
+        if self._scale is not None:
+            loss = self._scale(loss)
+        loss.backward()

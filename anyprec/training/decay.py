@@ -1,12 +1,13 @@
 """Weight decay that spares the weights that the lowest bit-width represents (RFQuant, section 3.3).
 
-Decay draws weights to zero, which at few bits is one of three or four codes. So weights inside the range of their
-layer's lowest current bit-width are not decayed; those beyond it, which it clips, are.
+Decay draws weights to zero, which at few bits is one of three or four codes. So weights inside the
+range of their layer's lowest current bit-width are not decayed; those beyond it, which it clips,
+are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,17 +30,19 @@ def exempt_from_decay(
     optimizer: torch.optim.Optimizer,
     model: ConvertedModel,
     *,
-    spared: Callable[[], Collection[str]],
+    exempt: Callable[[], Mapping[str, QuantizedLayer]],
     decoupled: bool | None = None,
 ) -> Any:
-    """Cancel an optimizer's weight decay for weights inside their layer's lowest range, exactly once a step.
+    """Cancel an optimizer's weight decay for weights inside their layer's lowest range.
+
+    It is cancelled exactly once a step.
 
     Args:
         optimizer: Its weights are prepared before each of its steps.
         model: The network that it trains.
-        spared: Called at each step: the paths of the layers that are spared.
-        decoupled: Whether the optimizer shrinks weights by `1 - lr * weight_decay` (AdamW) instead of adding
-            `weight_decay * weight` to the gradient (SGD); None recognises torch's own.
+        exempt: Called at each step: the layers whose weights are exempt, by path.
+        decoupled: Whether the optimizer shrinks weights by `1 - lr * weight_decay` (AdamW) instead
+            of adding `weight_decay * weight` to the gradient (SGD); None recognises torch's own.
 
     Returns:
         A handle; its `remove()` ends the exemption.
@@ -51,17 +54,21 @@ def exempt_from_decay(
         decoupled = _is_decoupled(optimizer)
 
     def prepare(running: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        layers = model.quantized_layers
-        by_weight = {id(layers[path].weight): (path, layers[path]) for path in spared()}
+        candidates = model.current_candidates
+        # An optimizer knows its parameters by identity only.
+        ranges = {}
+        for path, layer in exempt().items():
+            ranges[id(layer.weight)] = (layer, candidates[path].lowest.weight)
         for group in running.param_groups:
             decay = group.get("weight_decay", 0.0)
-            for weight in group["params"] if decay else ():
-                path, layer = by_weight.get(id(weight), ("", None))
-                if layer is not None and weight.grad is not None:
-                    floor = model.frozen.get(path, layer.candidates.lowest).weight
-                    _cancel(
-                        weight, _inside(layer, floor), decay, group["lr"] if decoupled else None
-                    )
+            for weight in group["params"]:
+                if decay == 0 or weight.grad is None or id(weight) not in ranges:
+                    continue
+                inside = _inside(*ranges[id(weight)])
+                if decoupled:
+                    _undo_shrinking(weight, inside, float(group["lr"]) * decay)
+                else:
+                    _undo_gradient(weight.grad, weight, inside, decay)
 
     return optimizer.register_step_pre_hook(prepare)
 
@@ -77,11 +84,15 @@ def _inside(layer: QuantizedLayer, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def _cancel(weight: Tensor, inside: Tensor, decay: float, rate: float | None) -> None:
-    if rate is None:
-        weight.grad.sub_(torch.where(inside, weight, 0), alpha=decay)  # type: ignore[union-attr]  # the caller looked
-    else:
-        weight.div_(torch.where(inside, 1 - float(rate) * decay, 1.0))
+def _undo_shrinking(weight: Tensor, inside: Tensor, shrinking: float) -> None:
+    """Divide by the factor `1 - shrinking` that the optimizer is about to multiply by."""
+    weight.div_(torch.where(inside, 1 - shrinking, 1.0))
+
+
+@torch.no_grad()
+def _undo_gradient(gradient: Tensor, weight: Tensor, inside: Tensor, decay: float) -> None:
+    """Subtract from the gradient what the optimizer is about to add to it."""
+    gradient.sub_(torch.where(inside, weight, 0), alpha=decay)
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer) -> bool:
@@ -91,6 +102,7 @@ def _is_decoupled(optimizer: torch.optim.Optimizer) -> bool:
         return True
     if type(optimizer) in _ADDED_TO_GRADIENT:
         return False
-    msg = f"cannot tell how {type(optimizer).__name__} decays weights: say decoupled=True if it shrinks them by "
-    msg += "1 - lr * weight_decay, False if it adds weight_decay * weight to their gradients"
+    msg = f"cannot tell how {type(optimizer).__name__} decays weights: say decoupled=True if it "
+    msg += "shrinks them by 1 - lr * weight_decay, False if it adds weight_decay * weight to their "
+    msg += "gradients"
     raise ValueError(msg)

@@ -1,19 +1,23 @@
-"""Features of layers during a training step, for information distortion mitigation (RFQuant, section 3.4).
+"""Features of layers during a training step, for information distortion mitigation.
 
-The feature of a layer is, whichever comes first: the output of the BatchNorm that it feeds, before any activation; the
-output of another norm or of the activation right behind it; the output of its own operator. It is taken the moment it
-exists, before an in-place operation (ReLU, residual sum) can change it: the max path's is copied, and the distance of a
-random path's to it is computed on the spot.
+Method of RFQuant (Tang et al., CVPR 2024), section 3.4.
 
-A compiled network must not change its program from step to step. There the features of all layers are taken in every
-step, and which of them count is data.
+The feature of a layer is, whichever comes first: the output of the BatchNorm that it feeds, before
+any activation; the output of another norm or of the activation right behind it; the output of its
+own operator. It is taken the moment it exists, before an in-place operation (ReLU, residual sum)
+can change it: the max path's is copied, and the distance of a random path's to it is computed on
+the spot.
+
+A compiled network must not change its program from step to step. There the features of all layers
+are taken in every step, and which of them count is data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,48 +34,56 @@ class FeatureDistances:
 
     Args:
         model: A converted model.
-        compiled: It runs compiled: features are taken always, of all layers that have several weight bit-widths, until
-            `close`.
+        compiled: It runs compiled: features are taken always, of all layers that have several
+            weight bit-widths, until `close`.
     """
 
     def __init__(self, model: ConvertedModel, *, compiled: bool = False) -> None:
         self._model = model
         self._taps: dict[str, _Tap] = {}
-        self._always = ExitStack()
+        self._compiled = compiled
+        self._until_closed = ExitStack()
         if compiled:
             several = {path for path, layer in model.candidates.items() if len(layer.weight) > 1}
-            for path, place in self._places(several):
-                tap = self._taps[path] = _Tap(place, counts=torch.ones((), device=device_of(model)))
-                self._always.callback(_watch(place, tap))
-        self._compiled = compiled
+            for path, module in self._modules(several):
+                # Whether a distance counts is data, so that the compiled program stays the same.
+                tap = _Tap(module, counts=torch.ones((), device=device_of(model)))
+                self._taps[path] = tap
+                self._until_closed.callback(_watch(module, tap))
 
     @contextmanager
     def keeping(self, paths: Set[str]) -> Iterator[None]:
-        """Keep the features of these layers from the forward passes in the block, detached, in their own dtype."""
+        """Keep the features of these layers from the forward passes in the block.
+
+        They are detached and stay in their own dtype.
+        """
         self.forget()
-        with ExitStack() as undo:
+        with ExitStack() as watched:
             if not self._compiled:
-                for path, place in self._places(paths):
-                    tap = self._taps[path] = _Tap(place)
-                    undo.callback(_watch(place, tap))
-            undo.enter_context(self._in_mode("keep", self._taps.keys()))
+                for path, module in self._modules(paths):
+                    self._taps[path] = _Tap(module)
+                    watched.callback(_watch(module, self._taps[path]))
+            watched.enter_context(self._in_mode("keep"))
             yield
 
     @contextmanager
     def measuring(self, paths: Set[str]) -> Iterator[Callable[[], list[Tensor]]]:
-        """Yield a function that returns the distances from the forward passes in the block, one per call of a layer."""
+        """Measure the distances of these layers' features from those that were kept.
+
+        Yields:
+            A function that returns the distances from the forward passes in the block, one for each
+            call of a layer.
+        """
         counting = self._taps.keys() & paths
-        with ExitStack() as undo:
+        with ExitStack() as watched:
             for path, tap in self._taps.items():
                 tap.distances.clear()
                 if tap.counts is not None:
                     tap.counts.fill_(float(path in counting))
                 elif path in counting:
-                    undo.callback(_watch(tap.place, tap))
-            undo.enter_context(self._in_mode("measure", self._taps.keys()))
-            yield lambda: [
-                distance for path in sorted(counting) for distance in self._taps[path].distances
-            ]
+                    watched.callback(_watch(tap.module, tap))
+            watched.enter_context(self._in_mode("measure"))
+            yield partial(self._distances, sorted(counting))
 
     def forget(self) -> None:
         """Drop the features that are kept."""
@@ -83,12 +95,18 @@ class FeatureDistances:
 
     def close(self) -> None:
         """Take features of a compiled network no more."""
-        self._always.close()
+        self._until_closed.close()
         self._taps.clear()
 
+    def _distances(self, paths: Sequence[str]) -> list[Tensor]:
+        distances: list[Tensor] = []
+        for path in paths:
+            distances += self._taps[path].distances
+        return distances
+
     @contextmanager
-    def _in_mode(self, mode: str, paths: Set[str]) -> Iterator[None]:
-        taps = [self._taps[path] for path in paths]
+    def _in_mode(self, mode: Literal["keep", "measure"]) -> Iterator[None]:
+        taps = list(self._taps.values())
         for tap in taps:
             tap.mode = mode
         try:
@@ -97,27 +115,28 @@ class FeatureDistances:
             for tap in taps:
                 tap.mode = "off"
 
-    def _places(self, paths: Set[str]) -> Iterator[tuple[str, nn.Module]]:
+    def _modules(self, paths: Set[str]) -> Iterator[tuple[str, nn.Module]]:
         """For each of these layers the module whose output is its feature."""
         record = self._model.anyprec_record
-        fed = {feeding: norm for norm, feeding in record.norms.items()}
+        norms = {layer: norm for norm, layer in record.norms.items()}
         for path in sorted(paths):
-            yield (
-                path,
-                self._model.get_submodule(
-                    fed.get(path) or record.facts.layers[path].feature or path
-                ),
-            )
+            module_path = norms.get(path) or record.facts.layers[path].feature or path
+            yield path, self._model.get_submodule(module_path)
 
 
 class _Tap:
-    """What is called with the features of one layer."""
+    """What is called with the features of one layer.
 
-    def __init__(self, place: nn.Module, counts: Tensor | None = None) -> None:
-        self.place = place
-        self.counts = counts  # 0 or 1, of a layer whose distances are always taken
-        self.relative = not isinstance(place, NORM_TYPES)
-        self.mode = "off"
+    Args:
+        module: Its output is the feature.
+        counts: 0 or 1, if distances are always taken; they are multiplied by it.
+    """
+
+    def __init__(self, module: nn.Module, counts: Tensor | None = None) -> None:
+        self.module = module
+        self.counts = counts
+        self.relative = not isinstance(module, NORM_TYPES)
+        self.mode: Literal["off", "keep", "measure"] = "off"
         self.targets: list[Tensor] = []
         self.distances: list[Tensor] = []
 
@@ -126,22 +145,24 @@ class _Tap:
             self.targets.append(feature.detach().clone())
         elif self.mode == "measure":
             call = len(self.distances)
-            # A layer that the max path did not reach as often (layer drop) has nothing to be compared with.
+            # With layer drop the max path may have called the layer less often, or on fewer images.
             if call < len(self.targets) and self.targets[call].shape == feature.shape:
                 distance = feature_distance(feature, self.targets[call], relative=self.relative)
-                self.distances.append(distance if self.counts is None else distance * self.counts)
+                if self.counts is not None:
+                    distance = distance * self.counts
+                self.distances.append(distance)
 
 
-def _watch(place: nn.Module, tap: _Tap) -> Callable[[], None]:
-    """Call `tap` with every feature that `place` makes, until the function that is returned is called."""
-    if isinstance(place, SwitchableNorm):
-        place.observer = tap
-        return lambda: setattr(place, "observer", None)
-    if isinstance(place, QuantizedLayer):
-        place.output_observer = tap
-        return lambda: setattr(place, "output_observer", None)
+def _watch(module: nn.Module, tap: _Tap) -> Callable[[], None]:
+    """Call `tap` with every feature that `module` makes, until the returned function is called."""
+    if isinstance(module, SwitchableNorm):
+        module.observer = tap
+        return lambda: setattr(module, "observer", None)
+    if isinstance(module, QuantizedLayer):
+        module.output_observer = tap
+        return lambda: setattr(module, "output_observer", None)
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
         tap(output)
 
-    return place.register_forward_hook(hook).remove
+    return module.register_forward_hook(hook).remove

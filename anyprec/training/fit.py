@@ -1,4 +1,8 @@
-"""`fit`: the one-shot loop, ready to use, with a progress bar. What a step is stands in `oneshot.py`."""
+"""`fit`: the one-shot loop, ready to use, with a progress bar.
+
+Here the run is set up and finished. `loop.py` holds the loop, `learner.py` an optimizer step,
+`oneshot.py` the method.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anyprec.calibration.step_sizes import calibrate, calibrate_norms, hand_over_affine
 from anyprec.errors import TrainingError
@@ -19,10 +23,12 @@ from anyprec.model.converted import ConvertedModel, require_converted, require_l
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
 from anyprec.runtime.progress import progress_bar
+from anyprec.training.learner import Learner, Mixup, RunSettings
 from anyprec.training.loop import EpochRecord, Run
-from anyprec.training.oneshot import Criterion, OneShot, Term
-from anyprec.training.parameters import param_groups
-from anyprec.training.recipe import Recipe
+from anyprec.training.oneshot import OneShot
+from anyprec.training.parameters import STEP_SIZES, param_groups
+from anyprec.training.recipe import Recipe, resolve_recipe
+from anyprec.training.training_path import Criterion, Term
 
 
 def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
@@ -34,7 +40,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     criterion: Criterion | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     teacher: nn.Module | None = None,
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    mixup: Mixup | None = None,
     terms: Sequence[Term] = (),
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
@@ -49,37 +55,42 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
 ) -> list[EpochRecord]:
     """Train all bit-widths of `model` at once.
 
-    SGD with Nesterov momentum on `param_groups`, a linear warm-up and a cosine schedule over all steps, clipped
-    gradients. A model that is not calibrated yet is calibrated first. Afterwards norm statistics are re-estimated on
-    training images, for every precision and for floating point; the model is left in eval mode and at the precision
-    that it came with, with averaged weights if the recipe averages.
+    SGD with Nesterov momentum on `param_groups`, a linear warm-up and a cosine schedule over all
+    steps, clipped gradients. A model that is not calibrated yet is calibrated first. Afterwards
+    norm statistics are re-estimated on training images, for every precision and for floating point.
+    The model is left in eval mode and at the precision that it came with, with averaged weights if
+    the recipe averages.
 
-    Under `torchrun`, with a process group, every process trains on its own batches (give the loader a
-    `DistributedSampler`); gradients are averaged once a step, and all processes end with the same model.
+    Under `torchrun`, with a process group, every process trains on its own batches (give the loader
+    a `DistributedSampler`); gradients are averaged once a step, and all processes end with the same
+    model.
 
     Args:
         model: A converted model; its weights, step sizes and norms are changed.
         train_loader: Batches of (images, labels), iterated anew each epoch.
         epochs: Passes over the loader, at least 1.
-        recipe: All settings; `Recipe()` by default, `Recipe.paper()` for the paper's.
+        recipe: A `Recipe`, all settings in one value: `anyprec.Recipe()` by default,
+            `anyprec.Recipe.paper()` for the paper's.
         criterion: Task loss; cross-entropy by default.
-        optimizer: Instead of the built-in one; the schedule scales its learning rates, and the recipe's `lr`, `momentum`,
-            `weight_decay` and `step_lr` are not used.
+        optimizer: Instead of the built-in one; the schedule scales its learning rates, and the
+            recipe's `lr`, `momentum`, `weight_decay` and `step_lr` are not used.
         teacher: See `OneShot`.
         mixup: Called with the images and labels of each batch, e.g. timm's `Mixup`.
         terms: See `OneShot`.
         accumulation: Batches per optimizer step.
         autocast: `torch.bfloat16` runs forward passes in mixed precision.
-        compiled: Run the network through `torch.compile`, or through it with these arguments. It is compiled once for
-            the max path and once for all others, never for other bit-widths.
-        norm_batches: Training batches for the norm statistics at the end; 0 leaves the running ones, and the float
-            network's as they were.
+        compiled: Run the network through `torch.compile`, or through it with these arguments. It is
+            compiled once for the max path and once for all others, never for other bit-widths.
+        norm_batches: Training batches for the norm statistics at the end; 0 leaves the running
+            ones, and the float network's as they were.
         seed: Of the generator that draws the bit-widths.
-        snapshot: File for the state of the run. If it exists, the run goes on from there, exactly as it would have:
-            weights, optimizer, schedules and random generators, on the same batches.
+        snapshot: File for the state of the run. If it exists, the run goes on from there, exactly
+            as it would have: weights, optimizer, schedules and random generators, on the same
+            batches.
         snapshot_steps: Optimizer steps between two snapshots.
         show_progress: Show a bar on a terminal.
-        on_epoch_end: Called after each epoch, e.g. to log or evaluate; it may switch precision and mode.
+        on_epoch_end: Called after each epoch, e.g. to log or evaluate; it may switch precision and
+            mode.
         **changes: Settings of the recipe to change, e.g. `lr=0.05`.
 
     Returns:
@@ -88,10 +99,10 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     Raises:
         ConversionError: `model` is not converted.
         PackedError: It is packed.
-        TrainingError: The loader is empty, the loss is no longer finite (the message names the step), or the snapshot is
-            that of another run.
+        TrainingError: The loader is empty, the loss is no longer finite (the message names the
+            step), or the snapshot is that of another run.
         CheckpointError: The snapshot cannot be read or written.
-        ValueError: A setting is unknown or out of range.
+        ValueError: `recipe` is no `Recipe`, or a setting is unknown or out of range.
 
     Example:
         >>> import timm, torch, anyprec
@@ -102,76 +113,52 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         4
     """
     require_latents(require_converted(model, purpose="fit"), purpose="fit")
-    recipe = (recipe or Recipe()).changed(**changes)
-    for name, value in (
-        ("epochs", epochs),
-        ("accumulation", accumulation),
-        ("snapshot_steps", snapshot_steps),
-    ):
-        if value < 1:
-            msg = f"{name}={value} must be at least 1"
-            raise ValueError(msg)
-    if autocast not in {None, torch.bfloat16}:
-        msg = f"autocast={autocast} is not supported: use torch.bfloat16 or None"
-        raise ValueError(msg)
+    recipe = resolve_recipe(recipe, changes)
+    settings = RunSettings(
+        epochs=epochs,
+        accumulation=accumulation,
+        seed=seed,
+        criterion=nn.functional.cross_entropy if criterion is None else criterion,
+        mixup=mixup,
+        autocast=autocast,
+        snapshot=None if snapshot is None else Path(snapshot),
+        snapshot_steps=snapshot_steps,
+    )
     batches = _count_batches(train_loader)
     total_steps = math.ceil(batches / accumulation) * epochs
     oneshot = OneShot(
         model,
         total_steps=total_steps,
+        recipe=recipe,
         teacher=teacher,
         terms=terms,
         compiled=compiled is not False,
         seed=seed,
-        **recipe.oneshot,
     )
-    path = None if snapshot is None else Path(snapshot)
-    resuming = path is not None and path.exists()
-    if not resuming and not all(
-        layer.input_quantizer.calibrated for layer in model.quantized_layers.values()
-    ):
+    resumed_from = _existing(settings.snapshot)
+    if resumed_from is None and not _is_calibrated(model):
         calibrate(model, train_loader)
     optimizers = _optimizers(model, recipe) if optimizer is None else [optimizer]
     with contextlib.ExitStack() as leaving:
         leaving.callback(oneshot.close)
         if recipe.spare_decay:
             leaving.callback(oneshot.exempt_from_decay(optimizers[0]).remove)
-        run = Run(
+        learner = Learner(
             model=model,
             network=_distributed(_compiled(model, compiled), device_of(model)),
             oneshot=oneshot,
             optimizers=optimizers,
-            schedules=[
-                _cosine(one, total_steps, round(recipe.warmup * total_steps)) for one in optimizers
-            ],
-            recipe=recipe,
-            criterion=nn.functional.cross_entropy if criterion is None else criterion,
-            mixup=mixup,
-            autocast=autocast,
-            accumulation=accumulation,
-            batches=batches,
-            loader=train_loader,
+            schedules=_schedules(optimizers, total_steps, recipe),
             average=_average(model, recipe),
-            identity={
-                "epochs": epochs,
-                "batches": batches,
-                "accumulation": accumulation,
-                "seed": seed,
-            },
-            snapshot=path,
-            snapshot_steps=snapshot_steps,
+            settings=settings,
         )
-        if resuming:
-            run.resume()
+        run = Run(learner, train_loader, batches)
+        if resumed_from is not None:
+            run.resume(resumed_from)
         with progress_bar("one-shot training", total_steps, show=show_progress) as bar:
-            bar.advance(oneshot.steps_done)
-            while run.position.epoch < epochs:
-                record = run.run_epoch(bar)
-                if on_epoch_end is not None:
-                    on_epoch_end(record)
-                run.write()  # after the callback, which may draw random numbers
-    if run.average is not None:
-        model.load_state_dict(run.average.module.state_dict())
+            run.train(bar, on_epoch_end)
+    if learner.average is not None:
+        model.load_state_dict(learner.average.module.state_dict())
     if norm_batches:
         calibrate_norms(model, train_loader, batches=norm_batches, include_float=True)
     else:
@@ -180,27 +167,49 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     return run.position.history
 
 
+def _count_batches(loader: Iterable[Batch]) -> int:
+    try:
+        count = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in loader)
+    if count == 0:
+        msg = "the training loader yields no batch"
+        raise TrainingError(msg)
+    return count
+
+
+def _existing(snapshot: Path | None) -> Path | None:
+    if snapshot is None or not snapshot.exists():
+        return None
+    return snapshot
+
+
+def _is_calibrated(model: ConvertedModel) -> bool:
+    return all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values())
+
+
 def _optimizers(model: ConvertedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """SGD for all parameters, or Adam for step sizes and SGD for the others."""
     groups = param_groups(model, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    apart = (
-        []
-        if recipe.step_lr is None
-        else [group for group in groups if group["name"] == "step sizes"]
-    )
-    rest = (
-        groups
-        if recipe.step_lr is None
-        else [group for group in groups if group["name"] != "step sizes"]
-    )
+    for_sgd, for_adam = [], []
+    for group in groups:
+        if group["name"] == STEP_SIZES and recipe.step_lr is not None:
+            for_adam.append({**group, "lr": recipe.step_lr})
+        else:
+            for_sgd.append(group)
     sgd = torch.optim.SGD(
-        rest, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
+        for_sgd, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0
     )
     if recipe.step_lr is None:
         return [sgd]
-    return [
-        sgd,
-        torch.optim.Adam([{**group, "lr": recipe.step_lr} for group in apart], lr=recipe.step_lr),
-    ]
+    return [sgd, torch.optim.Adam(for_adam, lr=recipe.step_lr)]
+
+
+def _schedules(
+    optimizers: Iterable[torch.optim.Optimizer], total_steps: int, recipe: Recipe
+) -> list[Any]:
+    warmup_steps = round(recipe.warmup * total_steps)
+    return [_cosine(optimizer, total_steps, warmup_steps) for optimizer in optimizers]
 
 
 def _cosine(optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int) -> Any:
@@ -225,7 +234,10 @@ def _average(model: ConvertedModel, recipe: Recipe) -> Any:
     return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
 
 
-def _compiled(model: nn.Module, compiled: bool | Mapping[str, Any]) -> nn.Module:  # noqa: FBT001 (the argument of `fit`)
+def _compiled(
+    model: nn.Module,
+    compiled: bool | Mapping[str, Any],  # noqa: FBT001 (the argument of `fit`)
+) -> nn.Module:
     if compiled is False:
         return model
     arguments: dict[str, Any] = {} if compiled is True else dict(compiled)
@@ -238,21 +250,10 @@ def _distributed(network: nn.Module, device: torch.device) -> nn.Module:
     if process_count() == 1:
         return network
     ids = [device.index] if device.type == "cuda" else None
-    # Running statistics differ between processes until the end of the epoch, where they are averaged.
-    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    option = (
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    )  # its name before 2.14
+    # Buffers are not synchronised: running statistics differ between processes until the end of the
+    # epoch, where they are averaged.
+    option = "broadcast_buffers"  # the name before torch 2.14
+    if "forward_sync_buffers" in inspect.signature(nn.parallel.DistributedDataParallel).parameters:
+        option = "forward_sync_buffers"
     options: dict[str, Any] = {"device_ids": ids, option: False}
     return nn.parallel.DistributedDataParallel(network, **options)
-
-
-def _count_batches(loader: Iterable[Batch]) -> int:
-    try:
-        count = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        count = sum(1 for _ in loader)
-    if count == 0:
-        msg = "the training loader yields no batch"
-        raise TrainingError(msg)
-    return count

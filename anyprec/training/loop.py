@@ -1,22 +1,17 @@
-"""The loop of a training run: epochs, optimizer steps, snapshots. `fit.py` sets it up."""
+"""The loop of a training run: epochs, records, snapshots. `fit.py` sets it up."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from anyprec.errors import TrainingError
 from anyprec.model.converted import ConvertedModel
-from anyprec.runtime.batches import Batch, device_of, images_of, labels_of
+from anyprec.runtime.batches import Batch, images_of
 from anyprec.runtime.processes import (
     is_first_process,
     of_all_processes,
@@ -24,14 +19,9 @@ from anyprec.runtime.processes import (
     process_rank,
 )
 from anyprec.runtime.progress import Bar
-from anyprec.training.oneshot import Criterion, OneShot
-from anyprec.training.recipe import Recipe
-from anyprec.training.snapshot import (
-    capture_randomness,
-    read_snapshot,
-    restore_randomness,
-    write_snapshot,
-)
+from anyprec.training.learner import Learner
+from anyprec.training.randomness import RandomStates
+from anyprec.training.snapshot import read_snapshot, write_snapshot
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,8 @@ class EpochRecord:
     Attributes:
         epoch: From 0.
         losses: Mean unweighted loss of the max path, then of each random path.
-        images_per_second: Images trained, each on all paths, per second; of this process in a distributed run.
+        images_per_second: Images trained, each on all paths, per second; of this process in a
+            distributed run.
         seconds: Time of the epoch.
         frozen: Layers whose lowest candidates are frozen at its end.
     """
@@ -55,208 +46,165 @@ class EpochRecord:
 
 @dataclass
 class Position:
-    """How far a run is."""
+    """How far a run is.
+
+    Attributes:
+        epoch: From 0.
+        batches: Of this epoch, trained already.
+        totals: Of the losses of each path in this epoch.
+        steps: In this epoch.
+        history: Of the epochs that are done.
+    """
 
     epoch: int = 0
-    batches: int = 0  # of the epoch, trained already
-    totals: list[float] = field(default_factory=list)  # of the losses in this epoch
-    steps: int = 0  # in this epoch
+    batches: int = 0
+    totals: list[float] = field(default_factory=list)
+    steps: int = 0
     history: list[EpochRecord] = field(default_factory=list)
 
+    def add_step(self, losses: list[float], batches: int) -> None:
+        """Count an optimizer step on some batches."""
+        totals = self.totals or [0.0] * len(losses)
+        self.totals = [total + loss for total, loss in zip(totals, losses, strict=True)]
+        self.batches += batches
+        self.steps += 1
 
-@dataclass
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Position:
+        """The position that had this `state_dict`."""
+        history = [EpochRecord(**record) for record in state["history"]]
+        return cls(**{**state, "history": history})
+
+
 class Run:
-    """One call of `fit`."""
+    """One call of `fit`.
 
-    model: ConvertedModel
-    network: nn.Module
-    oneshot: OneShot
-    optimizers: list[torch.optim.Optimizer]
-    schedules: list[Any]
-    recipe: Recipe
-    criterion: Criterion
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
-    autocast: torch.dtype | None
-    accumulation: int
-    batches: int
-    loader: Iterable[Batch]
-    average: Any
-    identity: dict[str, Any]
-    snapshot: Path | None
-    snapshot_steps: int
-    position: Position = field(default_factory=Position)
-    epoch_start: dict[str, Any] | None = None
-    """Random states at the beginning of the present epoch."""
-    resumed: dict[str, Any] | None = None
-    """Random states where a resumed run goes on."""
+    Args:
+        learner: What is trained.
+        loader: Batches, iterated anew each epoch.
+        batches: Their number.
 
-    def run_epoch(self, bar: Bar) -> EpochRecord:
-        """Train to the end of the present epoch."""
-        self.model.train()
-        position = self.position
-        images_seen, start = 0, time.perf_counter()
-        for group in self._groups():
-            losses = self.run_step(group)
-            images_seen += sum(len(images_of(batch)) for batch in group)
-            position.batches += len(group)
-            position.totals = [
-                a + b for a, b in zip(position.totals or [0.0] * len(losses), losses, strict=True)
-            ]
-            position.steps += 1
-            speed = images_seen / (time.perf_counter() - start)
-            bar.advance(note=_note(position.epoch, losses, speed, len(self.model.frozen)))
-            if self.oneshot.steps_done % self.snapshot_steps == 0:
-                self.write()
-        seconds = time.perf_counter() - start
-        means = tuple(total / position.steps for total in position.totals)
-        record = EpochRecord(
-            position.epoch, means, images_seen / seconds, seconds, len(self.model.frozen)
-        )
-        _reduce_norms(self.model)
-        self.position = Position(position.epoch + 1, history=[*position.history, record])
-        self.epoch_start = None
-        return record
+    Attributes:
+        position: How far the run is.
+    """
 
-    def run_step(self, group: Sequence[Batch]) -> list[float]:
-        """One optimizer step on some batches; returns the unweighted loss of every path, mean over the batches."""
-        # The schedule is read in the middle of each step, so that neither the first nor the last one is lost.
-        for schedule in self.schedules:
-            schedule.step_update(self.oneshot.steps_done + 0.5)
-        losses = []
-        for number, batch in enumerate(group):
-            images, labels = self._prepared(batch)
-            for path in self.oneshot.paths(images):
-                last = path.is_last and number == len(group) - 1
-                with self._synchronising(last=last):
-                    with self._autocasting(images.device):
-                        loss = path.loss(self.network(images), labels, self.criterion)
-                    (loss / len(group)).backward()
-                losses.append(loss.detach() / path.weight / len(group))
-        means = torch.stack(losses).double().reshape(len(group), -1).sum(dim=0).tolist()
-        self._require_finite(means)
-        self.recipe.clip_gradients(*self.optimizers)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.oneshot.step()
-        if self.average is not None:
-            self.average.update(self.model, step=self.oneshot.steps_done)
-        return means
+    def __init__(self, learner: Learner, loader: Iterable[Batch], batches: int) -> None:
+        self.position = Position()
+        self._learner = learner
+        self._model = learner.model
+        self._settings = learner.settings
+        self._loader = loader
+        self._batches = batches
+        self._randomness = RandomStates(loader)
 
-    def write(self) -> None:
-        """Write a snapshot, if one is wanted; all processes take part, and the first one writes."""
-        if self.snapshot is None:
-            return
-        _reduce_norms(self.model)
-        now = capture_randomness(self._generators())
-        state = {
-            "identity": self._identity(),
-            "position": {
-                **vars(self.position),
-                "history": [asdict(record) for record in self.position.history],
-            },
-            "model": dict(self.model.state_dict()),
-            "average": None if self.average is None else dict(self.average.module.state_dict()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "oneshot": self.oneshot.state_dict(),
-            "randomness": of_all_processes({"start": self.epoch_start, "now": now}),
-        }
-        if is_first_process():
-            write_snapshot(self.snapshot, state)
+    def train(self, bar: Bar, on_epoch_end: Callable[[EpochRecord], None] | None) -> None:
+        """Train to the end of the last epoch."""
+        bar.advance(self._learner.oneshot.steps_done)
+        while self.position.epoch < self._settings.epochs:
+            record = self._run_epoch(bar)
+            if on_epoch_end is not None:
+                on_epoch_end(record)
+            self._write()  # after the callback, which may draw random numbers
 
-    def resume(self) -> None:
-        """Go on from the snapshot.
+    def resume(self, file: Path) -> None:
+        """Go on from a snapshot.
 
         Raises:
             TrainingError: It is that of another run.
+            CheckpointError: It cannot be read.
         """
-        state = read_snapshot(self.snapshot)  # type: ignore[arg-type]  # the caller looked
-        own, found = self._identity(), state.get("identity") if isinstance(state, dict) else None
-        if own != found:
-            differing = sorted(
-                key for key in own if not isinstance(found, dict) or found.get(key) != own[key]
-            )
-            msg = f"the snapshot {str(self.snapshot)!r} is that of another run, which differs in {', '.join(differing)}: "
-            msg += "delete it to begin anew, or name another file"
+        state = read_snapshot(file)
+        identity = state.get("identity") if isinstance(state, dict) else None
+        differing = _differing_keys(self._identity(), identity)
+        if differing:
+            msg = f"the snapshot {str(file)!r} is that of another run, which differs in "
+            msg += f"{', '.join(differing)}: delete it to begin anew, or name another file"
             raise TrainingError(msg)
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(one)
-        self.oneshot.load_state_dict(state["oneshot"])
-        position = state["position"]
-        history = [
-            EpochRecord(**{**record, "losses": tuple(record["losses"])})
-            for record in position["history"]
-        ]
-        self.position = Position(**{**position, "history": history})
-        randomness = state["randomness"][process_rank()]
-        self.epoch_start, self.resumed = randomness["start"], randomness["now"]
+        self._learner.load_state_dict(state)
+        self.position = Position.from_state_dict(state["position"])
+        self._randomness.load_state_dict(state["randomness"][process_rank()])
+
+    def _run_epoch(self, bar: Bar) -> EpochRecord:
+        """Train to the end of the present epoch."""
+        self._model.train()
+        images, start = 0, time.perf_counter()
+        for group in self._groups():
+            losses = self._learner.step(group)
+            self.position.add_step(losses, len(group))
+            images += sum(len(images_of(batch)) for batch in group)
+            speed = images / (time.perf_counter() - start)
+            bar.advance(note=_note(self.position.epoch, losses, speed, len(self._model.frozen)))
+            if self._learner.oneshot.steps_done % self._settings.snapshot_steps == 0:
+                self._write()
+        seconds = time.perf_counter() - start
+        _reduce_norms(self._model)
+        return self._end_epoch(seconds, images / seconds)
+
+    def _end_epoch(self, seconds: float, speed: float) -> EpochRecord:
+        done = self.position
+        means = tuple(total / done.steps for total in done.totals)
+        record = EpochRecord(done.epoch, means, speed, seconds, len(self._model.frozen))
+        self.position = Position(done.epoch + 1, history=[*done.history, record])
+        self._randomness.leave_epoch()
+        return record
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The batches of the rest of the epoch, those of one optimizer step together."""
-        sampler: Any = getattr(self.loader, "sampler", None)
+        sampler: Any = getattr(self._loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.position.epoch)
-        if self.epoch_start is not None:
-            restore_randomness(self.epoch_start, self._generators())
-        elif self.resumed is not None:
-            restore_randomness(self.resumed, self._generators())
-            self.resumed = None
-        self.epoch_start = capture_randomness(self._generators())
-        iterator = iter(self.loader)
+        self._randomness.enter_epoch()
+        iterator = iter(self._loader)
         for _ in itertools.islice(iterator, self.position.batches):
             pass  # trained before the run was resumed
-        if self.resumed is not None:
-            restore_randomness(self.resumed, self._generators())
-            self.resumed = None
-        while group := list(itertools.islice(iterator, self.accumulation)):
+        self._randomness.go_on()
+        while group := list(itertools.islice(iterator, self._settings.accumulation)):
             yield group
 
-    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        device = device_of(self.model)
-        images, labels = images_of(batch).to(device), labels_of(batch).to(device)
-        return (images, labels) if self.mixup is None else self.mixup(images, labels)
-
-    def _autocasting(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
-
-    def _synchronising(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients are reduced over the processes in the last backward pass of a step only."""
-        no_sync = getattr(self.network, "no_sync", None)
-        return contextlib.nullcontext() if last or no_sync is None else no_sync()
-
-    def _require_finite(self, losses: list[float]) -> None:
-        broken = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not broken:
+    def _write(self) -> None:
+        """Write a snapshot, if one is wanted; all processes take part, and the first one writes."""
+        if self._settings.snapshot is None:
             return
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        which = f"random path {broken[0]}" if broken[0] else "max path"
-        msg = f"the loss of the {which} is {losses[broken[0]]} at step {self.oneshot.steps_done}: lower the learning "
-        msg += "rate, or check the data; the weights are those of the last finite step"
-        raise TrainingError(msg)
-
-    def _generators(self) -> list[torch.Generator]:
-        """Generators that the loader draws from."""
-        owners = (self.loader, getattr(self.loader, "sampler", None))
-        found = [getattr(owner, "generator", None) for owner in owners]
-        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+        _reduce_norms(self._model)
+        state = {
+            "identity": self._identity(),
+            "position": self.position.state_dict(),
+            **self._learner.state_dict(),
+            "randomness": of_all_processes(self._randomness.state_dict()),
+        }
+        if is_first_process():
+            write_snapshot(self._settings.snapshot, state)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to be resumed."""
-        settings = {
-            name: _plain(value) for name, value in vars(self.recipe).items() if name != "conversion"
+        recipe = {}
+        for name, value in vars(self._learner.oneshot.recipe).items():
+            if name != "conversion":
+                is_plain = value is None or isinstance(value, (int, float, str))
+                recipe[name] = value if is_plain else repr(value)
+        candidates = self._model.candidates
+        return {
+            "epochs": self._settings.epochs,
+            "batches": self._batches,
+            "accumulation": self._settings.accumulation,
+            "seed": self._settings.seed,
+            "processes": process_count(),
+            "recipe": recipe,
+            "layers": {path: str(layer) for path, layer in candidates.items()},
         }
-        layers = {path: str(candidates) for path, candidates in self.model.candidates.items()}
-        return {**self.identity, "processes": process_count(), "recipe": settings, "layers": layers}
 
 
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, (int, float, str)) else repr(value)
+def _differing_keys(expected: dict[str, Any], identity: Any) -> list[str]:
+    if identity == expected:
+        return []
+    if not isinstance(identity, dict):
+        return sorted(expected)
+    keys = expected.keys() | identity.keys()
+    return sorted(key for key in keys if identity.get(key) != expected.get(key))
 
 
 def _reduce_norms(model: ConvertedModel) -> None:
@@ -268,6 +216,10 @@ def _reduce_norms(model: ConvertedModel) -> None:
 
 
 def _note(epoch: int, losses: list[float], speed: float, frozen: int) -> str:
-    random = f", random {sum(losses[1:]) / len(losses[1:]):.3f}" if len(losses) > 1 else ""
-    some = f", {frozen} layers frozen" if frozen else ""
-    return f"epoch {epoch + 1}, loss max {losses[0]:.3f}{random}{some}, {speed:.0f} images/s"
+    """What the progress bar says."""
+    note = f"epoch {epoch + 1}, loss max {losses[0]:.3f}"
+    if len(losses) > 1:
+        note += f", random {sum(losses[1:]) / len(losses[1:]):.3f}"
+    if frozen > 0:
+        note += f", {frozen} layers frozen"
+    return f"{note}, {speed:.0f} images/s"

@@ -10,9 +10,10 @@ from anyprec.nn.functional import along, effective_step
 
 
 def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence of the softened predictions from the target's, mean over the batch.
+    """Kullback-Leibler divergence of the softened predictions from the target's.
 
-    `T^2 * KL(softmax(target / T) || softmax(logits / T))` (Hinton et al. 2015; in place: Yu and Huang 2019).
+    `T^2 * KL(softmax(target / T) || softmax(logits / T))`, mean over the batch (Hinton et al. 2015;
+    in place: Yu and Huang 2019).
 
     Args:
         logits: Predictions that learn, shape `(batch, classes)`.
@@ -32,9 +33,10 @@ def quantization_error(
 ) -> Tensor:
     """How far weights are from those codes that the lowest bit-width of their layer has too.
 
-    Squared distance of each weight inside the range to its quantized value, counted where the code is a multiple of
-    `coarser`, `2^(b - b_min)`; summed over output channels, mean over the rest (RFQuant, Tang et al. 2024, section 3.3).
-    It draws weights to points that all bit-widths share, and so away from rounding thresholds.
+    Squared distance of each weight inside the range to its quantized value, counted where the code
+    is a multiple of `coarser`, `2^(b - b_min)`; summed over output channels, mean over the rest
+    (RFQuant, Tang et al. 2024, section 3.3). It draws weights to points that all bit-widths share,
+    and so away from rounding thresholds.
 
     Args:
         weight: The weight as it is quantized; the gradient goes here, and not to `step`.
@@ -50,27 +52,36 @@ def quantization_error(
     scale = along(effective_step(step), axis, weight.ndim)
     ratio = weight.detach() / scale
     codes = ratio.round()
-    counted = (ratio >= qmin) & (ratio <= qmax) & (codes.remainder(coarser) == 0)
-    distance = torch.where(counted, weight - codes * scale, 0)
+    is_inside = (ratio >= qmin) & (ratio <= qmax)
+    is_shared = codes.remainder(coarser) == 0  # the lowest bit-width has this code too
+    distance = torch.where(is_inside & is_shared, weight - codes * scale, 0)
     return distance.square().sum() * (weight.shape[axis or 0] / weight.numel())
 
 
 def feature_distance(feature: Tensor, target: Tensor, *, relative: bool) -> Tensor:
-    """Mean squared error between a feature and what it is at the highest precision (RFQuant, section 3.4).
+    """Mean squared error between a feature and what it is at the highest precision.
+
+    RFQuant, section 3.4.
 
     Args:
         feature: Output of a layer at a low precision, of any shape.
         target: The same at the highest precision, of the same shape; no gradient flows into it.
-        relative: Divide by the mean square of the target, for features that no norm brought to a common scale.
+        relative: Divide by the mean square of the target, for features that no norm brought to a
+            common scale.
 
     Returns:
         A scalar.
     """
-    # The difference is a tensor of its own: `feature` may be changed in place before the backward pass.
-    error = (widened(feature) - widened(target.detach())).square().mean()
-    return error / widened(target.detach()).square().mean().clamp_min(1e-12) if relative else error
+    target = widened(target.detach())
+    # The difference is another tensor: `feature` may be changed in place before the backward pass.
+    squared_error = (widened(feature) - target).square().mean()
+    if not relative:
+        return squared_error
+    return squared_error / target.square().mean().clamp_min(1e-12)
 
 
 def widened(values: Tensor) -> Tensor:
     """`values` in at least 32 bits: sums in bfloat16 are too coarse for a loss."""
-    return values.float() if values.element_size() < 4 else values
+    if values.element_size() < 4:
+        return values.float()
+    return values

@@ -1,4 +1,4 @@
-"""Optimizer parameter groups of a converted network, found by what a parameter is, never by its name."""
+"""Optimizer parameter groups of a converted network: by what a parameter is, never by its name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from anyprec.model.converted import ConvertedModel, require_converted, require_l
 from anyprec.nn.norms import NormBank, SwitchableNorm
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
+STEP_SIZES = "step sizes"
+"""Name of the group of step sizes."""
+
 
 def param_groups(
     model: ConvertedModel,
@@ -20,16 +23,18 @@ def param_groups(
     weight_decay: float = 0.0,
     step_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Three parameter groups: weights; norms and biases (no weight decay); step sizes (no weight decay).
+    """Three parameter groups: weights, norms and biases, step sizes.
 
-    Left out are parameters that are frozen, and the float network's own affine parameters of norms that have copies,
-    which no quantized path uses. Parameters that the network names in timm's `no_weight_decay()` get none.
+    Only weights have weight decay, except those that the network names in timm's
+    `no_weight_decay()`. Left out are parameters that require no gradient, and the float network's
+    own affine parameters of norms that have copies, which no quantized path uses.
 
     Args:
         model: A converted model.
         lr: Learning rate of all groups; None leaves it to the optimizer.
         weight_decay: For the weights.
-        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled (`anyprec.nn.quantizers.gradient_scale`).
+        step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled
+            (`anyprec.nn.quantizers.gradient_scale`).
 
     Returns:
         Groups with a `name` each, for any `torch.optim` optimizer.
@@ -43,51 +48,36 @@ def param_groups(
     if lr is None and step_lr_scale != 1.0:
         msg = f"step_lr_scale={step_lr_scale} needs lr="
         raise ValueError(msg)
-    steps = _parameters_of(model, (WeightQuantizer, InputQuantizer))
-    copies = _parameters_of(model, (NormBank,))
-    unused = {id(parameter) for parameter in unused_parameters(model)}
-    undecayed = _undecayed(model)
-    groups: dict[str, list[nn.Parameter]] = {
-        "weights": [],
-        "norms and biases": [],
-        "step sizes": [],
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or id(parameter) in unused:
-            continue
-        if id(parameter) in steps:
-            groups["step sizes"].append(parameter)
-        elif parameter.ndim <= 1 or name in undecayed or id(parameter) in copies:
-            groups["norms and biases"].append(parameter)
-        else:
-            groups["weights"].append(parameter)
-    settings: dict[str, dict[str, Any]] = {
-        name: {"name": name, "weight_decay": 0.0} for name in groups
-    }
-    settings["weights"]["weight_decay"] = weight_decay
-    if lr is not None:
-        for name, setting in settings.items():
-            setting["lr"] = lr * (step_lr_scale if name == "step sizes" else 1.0)
-    return [
-        {**settings[name], "params": parameters}
-        for name, parameters in groups.items()
-        if parameters
+    weights, undecayed, step_sizes = _sort_parameters(model)
+    groups: list[dict[str, Any]] = [
+        {"name": "weights", "weight_decay": weight_decay, "params": weights},
+        {"name": "norms and biases", "weight_decay": 0.0, "params": undecayed},
+        {"name": STEP_SIZES, "weight_decay": 0.0, "params": step_sizes},
     ]
+    groups = [group for group in groups if group["params"]]
+    if lr is not None:
+        for group in groups:
+            group["lr"] = lr * step_lr_scale if group["name"] == STEP_SIZES else lr
+    return groups
 
 
 def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that no quantized path uses: the float affine of norms that have copies."""
-    return [
-        parameter
-        for norm in model.modules()
-        if isinstance(norm, SwitchableNorm) and norm.bank is not None
-        for parameter in norm.parameters(recurse=False)
-    ]
+    unused: list[nn.Parameter] = []
+    for module in model.modules():
+        if isinstance(module, SwitchableNorm) and module.bank is not None:
+            unused.extend(module.parameters(recurse=False))
+    return unused
 
 
 def touch(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """`loss`, whose backward pass also gives each of these parameters that asks for a gradient a zero one."""
-    return _Touch.apply(loss, *(parameter for parameter in parameters if parameter.requires_grad))  # type: ignore[no-any-return]
+    """`loss`, whose backward pass also gives each of these parameters a gradient of zero.
+
+    Those that require no gradient get none.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    touched: Tensor = _Touch.apply(loss, *trained)
+    return touched
 
 
 class _Touch(torch.autograd.Function):
@@ -101,16 +91,40 @@ class _Touch(torch.autograd.Function):
         return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
-def _parameters_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
-    return {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, kinds)
-        for p in module.parameters()
-    }
+def _sort_parameters(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Weights; norms, biases and what else takes no weight decay; step sizes."""
+    weights: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    step_sizes: list[nn.Parameter] = []
+    of_quantizers = _ids_of_parameters(model, WeightQuantizer, InputQuantizer)
+    of_norm_copies = _ids_of_parameters(model, NormBank)
+    unused = {id(parameter) for parameter in unused_parameters(model)}
+    undecayed_names = _undecayed_names(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or id(parameter) in unused:
+            continue
+        if id(parameter) in of_quantizers:
+            step_sizes.append(parameter)
+        elif parameter.ndim <= 1 or name in undecayed_names or id(parameter) in of_norm_copies:
+            undecayed.append(parameter)
+        else:
+            weights.append(parameter)
+    return weights, undecayed, step_sizes
 
 
-def _undecayed(model: nn.Module) -> set[str]:
+def _ids_of_parameters(model: nn.Module, *module_types: type[nn.Module]) -> set[int]:
+    ids: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, module_types):
+            ids.update(map(id, module.parameters()))
+    return ids
+
+
+def _undecayed_names(model: nn.Module) -> set[str]:
     """Names for which timm says that they take no weight decay."""
     no_weight_decay = getattr(model, "no_weight_decay", None)
-    return set(no_weight_decay()) if callable(no_weight_decay) else set()
+    if not callable(no_weight_decay):
+        return set()
+    return set(no_weight_decay())

@@ -1,13 +1,13 @@
 """The settings of a training run in one value: our defaults, and the paper's.
 
-The settings of the method itself are explained at `OneShot`, those of the loop at `fit`; docs/differences.md says where
-the two recipes differ, and why.
+`OneShot` takes the settings of the method from it, `fit` those of the loop as well.
+docs/differences.md says where the two recipes differ, and why.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -15,30 +15,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyprec.training.samplers import SamplerLike
+from anyprec.training.samplers import SamplerLike, sampler_of
 from anyprec.training.scheduler import BitWidthScheduler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of `OneShot` and `fit`.
+    """Settings of `OneShot` (those of the method) and of `fit` (all of them).
 
     Attributes:
-        random_paths, random_weight, distillation, temperature: See `OneShot`.
-        feature_weight, error_weight, error_start, scheduler, sampler: See `OneShot`.
-        spare_decay: Weights inside their layer's lowest range are not decayed, see `OneShot.exempt_from_decay`.
+        random_paths: Number K of random paths in a step, besides the max path.
+        random_weight: Weight of the random paths together, next to the max path's 1. Each has
+            `random_weight / K`, so a learning rate means the same whatever K is. More serves the
+            lowest bit-widths, less the highest. The published code of the paper sums all
+            gradients, which is K.
+        distillation: Share of the distillation term in the loss; the task loss has the rest.
+        temperature: Of the distillation.
+        feature_weight: Weight of information distortion mitigation. For every layer that a random
+            path draws at its lowest weight bit-width, this is the mean squared error between its
+            feature and the max path's. `training/features.py` says what a feature is. 0 turns the
+            term off.
+        error_weight: Weight of the quantization-error term at the end of training; it rises to
+            that on a cosine, from 0 at `error_start`. 0 turns the term off.
+        error_start: Time from 0 to 1, see `error_weight`.
+        scheduler: When to freeze the lowest bit-width of unstable layers; None never does.
+        sampler: The law of the random paths: `"sandwich"` (the lowest precision, then uniform
+            draws), `"uniform"` (the paper's), `"instability"` (unstable bit-widths less often), or
+            an object with a method `draw`.
+        spare_decay: Weights inside their layer's lowest range are not decayed, see
+            `OneShot.exempt_from_decay`. Like all settings below, `fit` uses it, `OneShot` does not.
         lr: Peak learning rate of SGD, per optimizer step.
         momentum: Of SGD, with Nesterov.
         weight_decay: For weights only.
-        step_lr: Peak learning rate of step sizes in an Adam of their own; None trains them in the SGD, at `lr`.
+        step_lr: Peak learning rate of step sizes in an Adam of their own; None trains them in the
+            SGD, at `lr`.
         warmup: Fraction of all steps with a rising learning rate.
         clip_value: Largest magnitude of a gradient element; None does not clip.
-        clip_norm: Largest norm of all gradients together; None does not clip.
+        clip_norm: Largest magnitude of all gradients together; None does not clip.
         ema_decay: Of the moving average of weights, with timm's warm-up; None takes none.
         conversion: Arguments of `convert` that belong to the recipe.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range, or the sampler is not known.
     """
 
     random_paths: int = 3
@@ -62,26 +80,28 @@ class Recipe:
     conversion: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
-        for name in ("lr", "step_lr", "clip_value", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                msg = f"{name}={value} must be positive"
-                raise ValueError(msg)
-        if not 0 <= self.warmup < 1:
-            msg = f"warmup={self.warmup} is a fraction of all steps: from 0, below 1"
-            raise ValueError(msg)
+        for name in ("random_weight", "temperature", "lr", "step_lr", "clip_value", "clip_norm"):
+            self._require(name, lambda value: value > 0, "must be positive")
+        for name in ("random_paths", "feature_weight", "error_weight"):
+            self._require(name, lambda value: value >= 0, "must not be negative")
         for name in ("momentum", "ema_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                msg = f"{name}={value} must be from 0, below 1"
-                raise ValueError(msg)
+            self._require(name, lambda value: 0 <= value < 1, "must be from 0, below 1")
+        self._require("distillation", lambda value: 0 <= value <= 1, "must be from 0 to 1")
+        self._require("error_start", lambda value: 0 <= value < 1, "is a time: from 0, below 1")
+        self._require(
+            "warmup",
+            lambda value: 0 <= value < 1,
+            "is a fraction of all steps: from 0, below 1",
+        )
+        sampler_of(self.sampler)
 
     @classmethod
     def paper(cls) -> Recipe:
-        """The settings of the paper (Tang et al., CVPR 2024, sections 3 and 4, and its published code).
+        """The settings of the paper (Tang et al., CVPR 2024, sections 3 and 4, and its code).
 
-        They are meant for 150 epochs of ImageNet at batch size 512. `convert(network, **recipe.conversion)`
-        makes the network as the paper's, `fit(model, loader, epochs=150, recipe=recipe)` trains it.
+        They are meant for 150 epochs of ImageNet at batch size 512. `convert(network,
+        **recipe.conversion)` makes the network as the paper's, `fit(model, loader, epochs=150,
+        recipe=recipe)` trains it.
 
         Example:
             >>> import timm, anyprec
@@ -106,43 +126,56 @@ class Recipe:
             ),
         )
 
-    @property
-    def oneshot(self) -> dict[str, Any]:
-        """The arguments of `OneShot` among the settings."""
-        return {name: getattr(self, name) for name in _ONESHOT}
-
-    def clip_gradients(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Clip the gradients of all parameters of these optimizers together, as the settings say."""
-        parameters = [
-            p for one in optimizers for group in one.param_groups for p in group["params"]
-        ]
-        if self.clip_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_value)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-
     def changed(self, **changes: Any) -> Recipe:
         """A recipe with other values of some settings.
 
         Raises:
             ValueError: There is no such setting, or a number is out of range.
         """
-        known = [entry.name for entry in dataclasses.fields(self)]
-        unknown = sorted(set(changes) - set(known))
+        names = [setting.name for setting in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(names))
         if unknown:
-            msg = f"no setting {unknown[0]!r} in a recipe; settings are {', '.join(known)}"
+            msg = f"no setting {unknown[0]!r} in a recipe; settings are {', '.join(names)}"
             raise ValueError(msg)
         return dataclasses.replace(self, **changes)
 
+    def clip_gradients(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Clip the gradients of all parameters of these optimizers together."""
+        parameters: list[nn.Parameter] = []
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                parameters.extend(group["params"])
+        if self.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.clip_value)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
 
-_ONESHOT = (
-    "random_paths",
-    "random_weight",
-    "distillation",
-    "temperature",
-    "feature_weight",
-    "error_weight",
-    "error_start",
-    "scheduler",
-    "sampler",
-)
+    def _require(self, name: str, is_valid: Callable[[Any], bool], rule: str) -> None:
+        value = getattr(self, name)
+        if value is None and name in _MAY_BE_NONE:
+            return
+        if value is None or not is_valid(value):
+            msg = f"{name}={value} {rule}"
+            raise ValueError(msg)
+
+
+_MAY_BE_NONE = frozenset({"step_lr", "clip_value", "clip_norm", "ema_decay"})
+
+
+def resolve_recipe(recipe: object, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that an argument `recipe=` asks for, with some settings changed.
+
+    Args:
+        recipe: A `Recipe`, or None for `Recipe()`.
+        changes: Settings by name.
+
+    Raises:
+        ValueError: `recipe` is something else, or a setting is unknown or out of range.
+    """
+    if recipe is None:
+        recipe = Recipe()
+    elif not isinstance(recipe, Recipe):
+        msg = f"recipe={recipe!r} is not a recipe: use anyprec.Recipe() for the default settings "
+        msg += "or anyprec.Recipe.paper() for the paper's"
+        raise ValueError(msg)
+    return recipe.changed(**(changes or {}))

@@ -1,6 +1,7 @@
 """Which random paths a one-shot step takes: the laws from which configurations are drawn.
 
-A sampler sees candidates and a generator, no network: with the same generator every process draws the same paths.
+A sampler sees candidates and a generator, no network: with the same generator every process draws
+the same paths.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class UniformSampler:
-    """Weight and activation bit-widths of every layer, each drawn independently and uniformly (the paper's)."""
+    """Weight and activation bit-widths of every layer, drawn independently and uniformly.
+
+    This is the paper's.
+    """
 
     def draw(
         self,
@@ -57,10 +61,11 @@ class UniformSampler:
 
 @dataclass(frozen=True)
 class SandwichSampler:
-    """The lowest precision first, then uniform draws: with the max path, both ends are trained in every step.
+    """The lowest precision first, then uniform draws.
 
-    The rule of Yu and Huang, "Universally slimmable networks" (ICCV 2019). A single path is the lowest precision in half
-    of the steps, and a uniform draw in the others.
+    With the max path, both ends are trained in every step: the rule of Yu and Huang, "Universally
+    slimmable networks" (ICCV 2019). A single path is the lowest precision in half of the steps, and
+    a uniform draw in the others.
     """
 
     def draw(
@@ -73,19 +78,21 @@ class SandwichSampler:
     ) -> list[BitConfig]:
         """See `Sampler`."""
         lowest = lowest_config(candidates)
-        if count == 1:
-            is_lowest = bool(torch.rand((), generator=generator) < 0.5)
-            return [lowest if is_lowest else _draw_uniformly(candidates, generator)]
-        return [lowest, *(_draw_uniformly(candidates, generator) for _ in range(count - 1))][:count]
+        if count == 0:
+            return []
+        if count == 1 and torch.rand((), generator=generator) >= 0.5:
+            return [_draw_uniformly(candidates, generator)]
+        return [lowest, *(_draw_uniformly(candidates, generator) for _ in range(count - 1))]
 
 
 @dataclass(frozen=True)
 class InstabilitySampler:
     """Unstable weight bit-widths are drawn less often: a soft form of freezing.
 
-    With the fraction f of weights near a rounding threshold, bit-width b of a layer is drawn with a probability
-    proportional to `exp(-strength * u / mean(u))`, `u = f / b`, the mean over the layer's candidates. Activation
-    bit-widths are drawn uniformly; so are weight bit-widths until instability has been measured.
+    With the fraction f of weights near a rounding threshold, bit-width b of a layer is drawn with a
+    probability proportional to `exp(-strength * u / mean(u))`, `u = f / b`, the mean over the
+    layer's candidates. Activation bit-widths are drawn uniformly; so are weight bit-widths until
+    instability has been measured.
 
     Attributes:
         strength: 0 is uniform; a negative one draws unstable bit-widths more often.
@@ -102,22 +109,22 @@ class InstabilitySampler:
         instability: Instability,
     ) -> list[BitConfig]:
         """See `Sampler`."""
-        shares = {
-            path: self.probabilities(layer, instability.get(path, {}))
-            for path, layer in candidates.items()
-        }  # fmt: skip
-        return [_draw(candidates, shares, generator) for _ in range(count)]
+        probabilities = {}
+        for path, layer in candidates.items():
+            probabilities[path] = self.probabilities(layer, instability.get(path, {}))
+        return [_draw(candidates, probabilities, generator) for _ in range(count)]
 
     def probabilities(
         self, candidates: LayerCandidates, fractions: Mapping[int, float]
     ) -> tuple[float, ...]:
         """Probability of each weight candidate of a layer."""
-        unrest = [fractions.get(bits, 0.0) / bits for bits in candidates.weight]
-        mean = sum(unrest) / len(unrest)
+        measures = [fractions.get(bits, 0.0) / bits for bits in candidates.weight]
+        mean = sum(measures) / len(measures)
         if mean == 0:
-            return (1 / len(unrest),) * len(unrest)
-        shares = [math.exp(-self.strength * value / mean) for value in unrest]
-        return tuple(share / sum(shares) for share in shares)
+            return _uniform(len(measures))
+        odds = [math.exp(-self.strength * measure / mean) for measure in measures]
+        total = sum(odds)
+        return tuple(odd / total for odd in odds)
 
 
 SamplerLike = Sampler | Literal["sandwich", "uniform", "instability"]
@@ -131,44 +138,50 @@ _BY_NAME: dict[str, Sampler] = {
 
 
 def sampler_of(sampler: SamplerLike) -> Sampler:
-    """The sampler that is meant.
+    """The sampler of that name, or `sampler` itself.
 
     Raises:
         ValueError: There is none of that name, or it has no `draw`.
     """
-    found = _BY_NAME.get(sampler) if isinstance(sampler, str) else sampler
-    if not isinstance(found, Sampler):
-        msg = f"sampler={sampler!r} is not known: use one of {sorted(_BY_NAME)}, or an object with a method draw"
-        raise ValueError(msg)
-    return found
+    if isinstance(sampler, str) and sampler in _BY_NAME:
+        return _BY_NAME[sampler]
+    if isinstance(sampler, Sampler):
+        return sampler
+    msg = f"sampler={sampler!r} is not known: use one of {sorted(_BY_NAME)}, "
+    msg += "or an object with a method draw"
+    raise ValueError(msg)
 
 
 def _draw_uniformly(candidates: Candidates, generator: torch.Generator) -> BitConfig:
-    shares = {
-        path: (1 / len(layer.weight),) * len(layer.weight) for path, layer in candidates.items()
-    }
-    return _draw(candidates, shares, generator)
+    probabilities = {path: _uniform(len(layer.weight)) for path, layer in candidates.items()}
+    return _draw(candidates, probabilities, generator)
+
+
+def _uniform(count: int) -> tuple[float, ...]:
+    return (1 / count,) * count
 
 
 def _draw(
     candidates: Candidates,
-    weight_shares: Mapping[str, tuple[float, ...]],
+    probabilities: Mapping[str, tuple[float, ...]],
     generator: torch.Generator,
 ) -> BitConfig:
+    """A configuration; `probabilities` are those of each layer's weight candidates."""
+    # In float64, and one call for all layers: every process gets the same numbers.
     draws = torch.rand(len(candidates), 2, generator=generator, dtype=torch.float64).tolist()
     chosen = {}
-    for (path, layer), (weight_draw, activation_draw) in zip(
-        candidates.items(), draws, strict=True
-    ):
-        weight = _pick(layer.weight, weight_shares[path], weight_draw)
+    for path, (weight_draw, activation_draw) in zip(candidates, draws, strict=True):
+        layer = candidates[path]
+        weight = _pick(layer.weight, probabilities[path], weight_draw)
         activation = layer.activation[int(activation_draw * len(layer.activation))]
         chosen[path] = Bits(weight, activation)
     return BitConfig(chosen)
 
 
-def _pick(widths: tuple[int, ...], shares: tuple[float, ...], draw: float) -> int:
-    for width, share in zip(widths, shares, strict=True):
-        draw -= share
+def _pick(widths: tuple[int, ...], probabilities: tuple[float, ...], draw: float) -> int:
+    """The width in whose share of the unit interval `draw` lies."""
+    for width, probability in zip(widths, probabilities, strict=True):
+        draw -= probability
         if draw < 0:
             return width
-    return widths[-1]
+    return widths[-1]  # the probabilities may sum to a little less than 1

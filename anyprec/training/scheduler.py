@@ -1,8 +1,9 @@
-"""The bit-width scheduler: which layers lose their lowest weight bit-width for a while, and when that is decided.
+"""The bit-width scheduler: when which layers lose their lowest weight bit-width for a while.
 
-Method of RFQuant (Tang et al., CVPR 2024), section 3.3. Bit-widths that share weights disturb each other, and the lowest
-one of an unstable layer most: its weights lie near rounding thresholds and flip at every step. So at some moments of
-training the most unstable layers lose their lowest candidate until the next such moment, fewer and fewer of them.
+Method of RFQuant (Tang et al., CVPR 2024), section 3.3. Bit-widths that share weights disturb each
+other, and the lowest one of an unstable layer most: its weights lie near rounding thresholds and
+flip at every step. So at some moments of training the most unstable layers lose their lowest
+candidate until the next such moment, fewer and fewer of them.
 
 Times are fractions of training, so that a short run and a long one mean the same.
 """
@@ -16,17 +17,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anyprec.bits import Bits, LayerCandidates
+from anyprec.bits import Bits, Candidates, LayerCandidates
 from anyprec.nn.functional import along, effective_step
 from anyprec.nn.quantizers import WeightQuantizer
 
 Instability = Mapping[str, Mapping[int, float]]
-"""Path of a layer to each of its weight bit-widths to the fraction of weights near a rounding threshold."""
+"""Path of a layer to its weight bit-widths, each with a fraction of weights.
+
+These are the weights that lie near a rounding threshold.
+"""
 
 
 @dataclass(frozen=True)
 class BitWidthScheduler:
-    """When to freeze, and how much. The defaults are the paper's (150 epochs of ImageNet), as fractions.
+    """When to freeze, and how much.
+
+    The defaults are the paper's (150 epochs of ImageNet), as fractions.
 
     Attributes:
         start: Time of the first event.
@@ -35,8 +41,8 @@ class BitWidthScheduler:
         late_period: See `late`.
         first_ratio: Share of the layers to freeze at the beginning; it falls on a cosine.
         last_ratio: That share at the end.
-        margin: A weight is unstable if it is further than this from its code, in step sizes (half a step is the
-            threshold itself).
+        margin: A weight is unstable if it is further than this from its code, in step sizes (half a
+            step is the threshold itself).
         activations: Freeze the lowest activation bit-width of these layers too.
 
     Raises:
@@ -66,50 +72,61 @@ class BitWidthScheduler:
         _require_within("margin", self.margin, 0.0, 0.5)
 
     def is_event(self, step: int, total_steps: int) -> bool:
-        """Whether an event falls between the beginning of training step `step` (from 0) and that of the next."""
-        return self._events_before((step + 1) / total_steps) > self._events_before(
-            step / total_steps
-        )
+        """Whether an event falls within training step `step` (from 0)."""
+        before = self._events_before(step / total_steps)
+        return self._events_before((step + 1) / total_steps) > before
 
     def ratio(self, time: float) -> float:
         """Share of the layers to freeze at `time`, from 0 to 1."""
-        return (
-            self.last_ratio
-            + (self.first_ratio - self.last_ratio) * (1 + math.cos(math.pi * time)) / 2
-        )
+        fall = self.first_ratio - self.last_ratio
+        return self.last_ratio + fall * (1 + math.cos(math.pi * time)) / 2
 
-    def frozen(
-        self, instability: Instability, candidates: Mapping[str, LayerCandidates], time: float
+    def choose_frozen(
+        self, instability: Instability, candidates: Candidates, time: float
     ) -> dict[str, Bits]:
-        """The lowest precision of the layers that are frozen at an event; all other layers have all their candidates.
+        """Choose at an event which layers lose their lowest candidates, until the next event.
 
         Args:
-            instability: Of every layer that has several weight bit-widths. The measure of a layer is the mean over
-                these of the fraction divided by the bit-width.
+            instability: Of every layer that has several weight bit-widths. The measure of a layer
+                is the mean over these of the fraction divided by the bit-width.
             candidates: All candidates of every layer.
             time: From 0 to 1.
-        """
-        layers = [path for path in candidates if len(candidates[path].weight) > 1]
-        measures = {path: layer_instability(instability[path]) for path in layers}
-        chosen = sorted(layers, key=lambda path: -measures[path])[
-            : int(len(layers) * self.ratio(time))
-        ]
-        return {path: self._floor(candidates[path]) for path in candidates if path in set(chosen)}
 
-    def _floor(self, candidates: LayerCandidates) -> Bits:
-        several = self.activations and len(candidates.activation) > 1
-        return Bits(candidates.weight[1], candidates.activation[1 if several else 0])
+        Returns:
+            The lowest precision that these layers keep, as `ConvertedModel.freeze` takes it. All
+            others keep all their candidates.
+        """
+        paths = [path for path, layer in candidates.items() if len(layer.weight) > 1]
+        measures = {path: layer_instability(instability[path]) for path in paths}
+        # The sort is stable: of equally unstable layers the first in the network is frozen.
+        paths.sort(key=lambda path: -measures[path])
+        chosen = set(paths[: int(len(paths) * self.ratio(time))])
+        return {
+            path: self._second_lowest(candidates[path]) for path in candidates if path in chosen
+        }
+
+    def _second_lowest(self, candidates: LayerCandidates) -> Bits:
+        activation = candidates.activation[0]
+        if self.activations and len(candidates.activation) > 1:
+            activation = candidates.activation[1]
+        return Bits(candidates.weight[1], activation)
 
     def _events_before(self, time: float) -> int:
         """Number of events in `[0, time)`."""
         early_end = max(self.start, self.late)
-        early = _count(min(time, early_end) - self.start, self.period)
-        late_start = self.start + _count(early_end - self.start, self.period) * self.period
-        return early + (_count(time - late_start, self.late_period) if time > early_end else 0)
+        if time <= early_end:
+            return _count(time - self.start, self.period)
+        early = _count(early_end - self.start, self.period)
+        # The late events go on from where the next early one would have been.
+        late_start = self.start + early * self.period
+        return early + _count(time - late_start, self.late_period)
 
 
 def layer_instability(fractions: Mapping[int, float]) -> float:
-    """One number for a layer (method of the paper, section 3.3): the mean of the fractions over their bit-widths."""
+    """One number for a layer: the mean of the fractions, each divided by its bit-width.
+
+    Method of the paper, section 3.3.
+    """
     return sum(fraction / bits for bits, fraction in fractions.items()) / len(fractions)
 
 
@@ -127,15 +144,15 @@ def unstable_fractions(
     Returns:
         Bit-width to a scalar tensor.
     """
-    found = {}
+    fractions = {}
     for index, bits in enumerate(quantizer.candidates):
         qmin, qmax = quantizer.limits(index)
-        ratio = weight.float() / along(
-            effective_step(quantizer.step[index]), quantizer.axis, weight.ndim
-        )
-        near = (ratio - ratio.round()).abs_() > margin
-        found[bits] = (near & (ratio >= qmin) & (ratio <= qmax)).float().mean()
-    return found
+        scale = along(effective_step(quantizer.step[index]), quantizer.axis, weight.ndim)
+        ratio = weight.float() / scale
+        is_near = (ratio - ratio.round()).abs_() > margin
+        is_inside = (ratio >= qmin) & (ratio <= qmax)
+        fractions[bits] = (is_near & is_inside).float().mean()
+    return fractions
 
 
 def _count(length: float, period: float) -> int:

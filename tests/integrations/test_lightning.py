@@ -39,7 +39,8 @@ def fit(
 ) -> Any:
     trainer = lightning.Trainer(
         callbacks=[module.oneshot], max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
-        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
     )  # fmt: skip
     trainer.fit(module, loader, ckpt_path=resume, weights_only=False)
     return trainer
@@ -56,7 +57,7 @@ def test_the_callback_takes_the_steps_of_ones_own_loop(
     recipe = anyprec.Recipe(feature_weight=0.1)
     module = Classifier(net, OneShotCallback(net, recipe=recipe, seed=3))
     fit(module, loader(images, labels), tmp_path, epochs=2)
-    oneshot = anyprec.OneShot(other, total_steps=4, seed=3, **recipe.oneshot)
+    oneshot = anyprec.OneShot(other, total_steps=4, seed=3, recipe=recipe)
     optimizer = torch.optim.SGD(anyprec.param_groups(other, lr=0.1), lr=0.1)
     for _ in range(2):
         for part, targets in zip(images.split(4), labels.split(4), strict=True):
@@ -83,6 +84,11 @@ def test_a_lightning_checkpoint_continues_the_draws(
     resumed.on_train_epoch_start = lambda: drawn.extend(resumed.oneshot.oneshot.random_configs(2))
     fit(resumed, loader(images, labels), tmp_path, epochs=2, resume=tmp_path / "last.ckpt")
     assert drawn == expected
+
+
+def test_what_is_no_recipe_is_refused(net: anyprec.ConvertedModel) -> None:
+    with pytest.raises(ValueError, match="recipe='paper' is not a recipe"):
+        OneShotCallback(net, recipe="paper")
 
 
 def test_automatic_optimization_is_refused(

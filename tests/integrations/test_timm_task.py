@@ -45,7 +45,7 @@ def test_the_task_takes_the_steps_of_ones_own_loop(
     recipe = anyprec.Recipe(feature_weight=0.1, error_weight=0.1, error_start=0.0)
     task = OneShotTask(net, total_steps=3, recipe=recipe, seed=3, verbose=False)
     train(task, images, labels, steps=3)
-    oneshot = anyprec.OneShot(other, total_steps=3, seed=3, **recipe.oneshot)
+    oneshot = anyprec.OneShot(other, total_steps=3, seed=3, recipe=recipe)
     optimizer = torch.optim.SGD(anyprec.param_groups(other), lr=0.1, momentum=0.9, nesterov=True)
     other.train()
     for _ in range(3):
@@ -117,6 +117,7 @@ def test_a_compiled_task_compiles_once(
     [
         ({"total_steps": 1, "accumulation": 0}, ValueError, "accumulation=0 must be at least 1"),
         ({"total_steps": 0}, ValueError, "total_steps=0 must be at least 1"),
+        ({"total_steps": 1, "recipe": "paper"}, ValueError, "recipe='paper' is not a recipe"),
     ],
 )
 def test_bad_settings_are_refused(

@@ -1,4 +1,4 @@
-"""Weights inside the lowest bit-width's range escape weight decay, once a step, whatever the optimizer."""
+"""Weights inside the lowest bit-width's range escape weight decay, once a step."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_weights_inside_the_lowest_range_are_not_decayed_and_those_beyond_are(
     plain = step(net, images, labels, make, decay=0.0, exempt=False)
     spared = step(net, images, labels, make, decay=DECAY, exempt=True)
     for path, layer in net.quantized_layers.items():
-        floor = net.frozen.get(path, layer.candidates.lowest).weight
-        index = layer.candidates.weight.index(floor)
+        lowest = net.frozen.get(path, layer.candidates.lowest).weight
+        index = layer.candidates.weight.index(lowest)
         low, high = layer.weight_quantizer.limits(index)
         scale = (
             layer.weight_quantizer.step[index].detach().reshape(-1, *[1] * (layer.weight.ndim - 1))

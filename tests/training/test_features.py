@@ -13,7 +13,7 @@ from anyprec.training.features import FeatureDistances
 
 
 class InPlace(nn.Module):
-    """Everything that could change a feature after it was taken: an in-place activation and an in-place sum."""
+    """What could change a feature after it was taken: an in-place activation, an in-place sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ def test_only_layers_at_their_lowest_bit_width_are_pulled(network: anyprec.Conve
     losses = []
     for path in oneshot.paths():
         losses.append(path.loss(network(images), labels, F.cross_entropy))
-        assert ("features" in oneshot.parts) != path.is_max
-    torch.testing.assert_close(oneshot.parts["features"], expected.detach())
+        assert ("features" in oneshot.last_terms) != path.is_max
+    torch.testing.assert_close(oneshot.last_terms["features"], expected.detach())
     with network.using_bits(config):
         task = F.cross_entropy(network(images), labels)
     torch.testing.assert_close(losses[1], task + 0.5 * expected)
@@ -128,7 +128,7 @@ def test_a_frozen_lowest_bit_width_makes_the_next_one_the_lowest(
     oneshot.random_configs = lambda count: [config] * count
     for path in oneshot.paths():
         path.loss(network(torch.randn(4, 3, 8, 8)), torch.arange(4), F.cross_entropy)
-    assert float(oneshot.parts["features"]) > 0
+    assert float(oneshot.last_terms["features"]) > 0
 
 
 def test_nothing_stays_behind(network: anyprec.ConvertedModel) -> None:
@@ -163,4 +163,4 @@ def test_networks_of_every_norm_have_features(name: str) -> None:
     )
     for path in oneshot.paths():
         path.loss(model(images), torch.arange(4), F.cross_entropy).backward()
-    assert 0 < float(oneshot.parts["features"]) < float("inf")
+    assert 0 < float(oneshot.last_terms["features"]) < float("inf")

@@ -1,4 +1,4 @@
-"""`fit` and the parameter groups: the loop, its records, what it leaves behind, and what it refuses."""
+"""`fit` and the parameter groups: the loop, its records, what it leaves and what it refuses."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ def test_the_schedule_warms_up_and_falls_on_a_cosine() -> None:
         ({"autocast": torch.float16}, ValueError, "autocast=torch.float16 is not supported"),
         ({"warmup": 1.0}, ValueError, "warmup=1.0 is a fraction"),
         ({"random_paths": -1}, ValueError, "random_paths=-1"),
+        ({"recipe": "paper"}, ValueError, r"recipe='paper' is not a recipe: .*Recipe\(\)"),
     ],
 )
 def test_bad_settings_are_refused(
@@ -187,7 +188,7 @@ def test_parameters_that_timm_exempts_from_decay_and_frozen_ones_are_respected()
 def test_accumulated_batches_are_one_step(
     float_net: nn.Module, loader: list[tuple[Tensor, Tensor]]
 ) -> None:
-    """Three batches of a group give the gradients of one that holds them all, where no norm mixes samples."""
+    """Three batches give the gradients of one that holds them all, where no norm mixes samples."""
     weights = []
     whole = [
         tuple(torch.cat(parts) for parts in zip(*loader[i : i + 3], strict=True)) for i in (0, 3)
@@ -195,7 +196,10 @@ def test_accumulated_batches_are_one_step(
     for batches, accumulation in ((loader, 3), (whole, 1)):
         torch.manual_seed(1)
         net = anyprec.convert(
-            nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 144, 3)),
+            nn.Sequential(
+                nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                nn.Linear(8 * 144, 3),
+            ),
             bits=(2, 4), example_input=loader[0][0],
         )  # fmt: skip
         anyprec.calibrate(net, whole[:1], step_batches=1)
@@ -254,15 +258,27 @@ def test_the_norm_of_gradients_is_clipped(
     assert (net.fc.weight - before).norm().item() == pytest.approx(0.5e-3, rel=1e-2)
 
 
-def test_a_recipe_hands_over_every_setting_that_oneshot_shares_with_it() -> None:
-    taken = inspect.signature(anyprec.OneShot).parameters
-    shared = {
-        field.name: taken[field.name].default
-        for field in dataclasses.fields(anyprec.Recipe)
-        if field.name in taken
-    }
-    assert "random_weight" in shared
-    assert anyprec.Recipe().oneshot == shared  # the same defaults, too
+def test_no_argument_of_fit_or_oneshot_hides_a_setting_of_the_recipe() -> None:
+    settings = {field.name for field in dataclasses.fields(anyprec.Recipe)}
+    for taker in (anyprec.OneShot, anyprec.fit):
+        assert not settings & inspect.signature(taker).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"feature_weight": -1.0}, "feature_weight=-1.0 must not be negative"),
+        ({"error_start": 1.0}, "error_start=1.0 is a time: from 0, below 1"),
+        ({"lr": None}, "lr=None must be positive"),
+        ({"momentum": 1.0}, "momentum=1.0 must be from 0, below 1"),
+        ({"sampler": "sandwhich"}, "sampler='sandwhich' is not known"),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused_when_it_is_made(
+    changes: dict[str, object], text: str
+) -> None:
+    with pytest.raises(ValueError, match=text):
+        anyprec.Recipe(**changes)
 
 
 def test_the_papers_recipe_trains_with_every_part_of_the_method(
@@ -306,7 +322,8 @@ def test_step_sizes_may_have_an_optimizer_of_their_own(
         (net.quantized_layers[path].weight_quantizer.step - step).abs().max()
         for path, step in before.items()
     ]
-    # Adam's first step is its learning rate, whatever the gradient; the schedule is read in the middle of the only step.
+    # Adam's first step is its learning rate, whatever the gradient; the schedule is read in the
+    # middle of the only step.
     assert all(change.item() == pytest.approx(0.5e-3, rel=0.02) for change in changes)
 
 

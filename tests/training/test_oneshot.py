@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import anyprec
+from anyprec.bits import highest_config
 from anyprec.errors import TrainingError
 from anyprec.training.losses import distillation_loss
 
@@ -110,12 +111,15 @@ def test_no_gradient_flows_into_the_target_of_distillation() -> None:
     assert teacher.grad is None
 
 
-def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_as_much_as_they_are_told_together(
+def test_the_max_path_counts_as_in_ordinary_training_and_the_random_ones_share_their_weight(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
-    """With identical paths the step's gradient is that of one path times 1 + `random_weight`, whatever K is."""
+    """With identical paths the step's gradient is that of one path times 1 + `random_weight`.
+
+    K does not matter.
+    """
     gradients = []
-    highest = anyprec.OneShot(net, total_steps=1).highest_config()
+    highest = highest_config(net.candidates)
     for random_paths, random_weight in ((0, 1.0), (1, 1.0), (3, 1.0), (3, 3.0)):
         net.zero_grad()
         net.eval()
@@ -173,6 +177,17 @@ def test_hooks_out_of_order_are_refused(
         oneshot.step()
 
 
+def test_a_path_has_no_loss_once_the_loop_is_left(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1)
+    paths = oneshot.paths()
+    path = next(paths)
+    paths.close()
+    with pytest.raises(TrainingError, match="loss is taken inside the loop over paths()"):
+        path.loss(net(images), labels, F.cross_entropy)
+
+
 def test_a_network_with_several_outputs_is_told_what_distillation_needs(
     net: anyprec.ConvertedModel,
 ) -> None:
@@ -193,6 +208,9 @@ def test_a_network_with_several_outputs_is_told_what_distillation_needs(
         ({"random_weight": 0}, "random_weight=0 must be positive"),
         ({"distillation": 1.5}, "distillation=1.5 must be from 0 to 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"learning_rate": 0.1}, "no setting 'learning_rate' in a recipe; settings are random_"),
+        ({"recipe": "paper"}, r"recipe='paper' is not a recipe: use anyprec.Recipe\(\) for the"),
+        ({"recipe": anyprec.Recipe}, r"is not a recipe: use .* or anyprec.Recipe.paper\(\) for"),
     ],
 )
 def test_settings_out_of_range_are_refused(
@@ -200,6 +218,17 @@ def test_settings_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=text):
         anyprec.OneShot(net, **{"total_steps": 1, **arguments})
+
+
+def test_settings_come_from_a_recipe_and_single_ones_may_be_changed(
+    net: anyprec.ConvertedModel,
+) -> None:
+    recipe = anyprec.Recipe(random_paths=1, distillation=0.2)
+    assert anyprec.OneShot(net, total_steps=1).recipe == anyprec.Recipe()
+    assert anyprec.OneShot(net, total_steps=1, recipe=recipe).recipe == recipe
+    oneshot = anyprec.OneShot(net, total_steps=1, recipe=recipe, random_paths=2)
+    assert oneshot.recipe == anyprec.Recipe(random_paths=2, distillation=0.2)
+    assert len(list(oneshot.paths())) == 3
 
 
 def test_a_users_own_loop_learns(

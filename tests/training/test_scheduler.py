@@ -1,4 +1,4 @@
-"""The bit-width scheduler: its metric against a loop over bins, its times against a list of epochs, what it freezes."""
+"""The bit-width scheduler: its metric, its times, and what it freezes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_unstable_fractions_are_those_found_bin_by_bin(channels: int | None) -> 
 def test_clipped_weights_are_not_unstable() -> None:
     quantizer = WeightQuantizer((2,), channels=None)
     quantizer.step.data.fill_(1.0)
-    # Codes -2 to 1: only 0.45 and -1.55 lie near a threshold; -2.45, 1.45 and 9.45 are beyond the range.
+    # Codes -2 to 1: only 0.45 and -1.55 lie near a threshold; -2.45, 1.45 and 9.45 are clipped.
     weight = torch.tensor([[0.45, -1.55, -2.45, 1.45, 9.45, 0.2, -1.0, 1.0]])
     assert float(unstable_fractions(weight, quantizer, margin=0.375)[2]) == 2 / 8
 
@@ -90,14 +90,15 @@ def test_the_most_unstable_layers_lose_their_lowest_bit_width() -> None:
     instability = {
         path: dict.fromkeys(candidates[path].weight, value) for path, value in unrest.items()
     }
-    # Five layers have a choice; half of them, rounded down, are two. Lower bits weigh more, so c comes before b.
-    assert BitWidthScheduler().frozen(instability, candidates, 0.0) == {
+    # Five layers have a choice; half of them, rounded down, are two. Lower bits weigh more, so c
+    # comes before b.
+    assert BitWidthScheduler().choose_frozen(instability, candidates, 0.0) == {
         "c": Bits(3, 2),
         "e": Bits(3, 2),
     }
-    assert BitWidthScheduler().frozen(instability, candidates, 1.0) == {"c": Bits(3, 2)}
+    assert BitWidthScheduler().choose_frozen(instability, candidates, 1.0) == {"c": Bits(3, 2)}
     both = BitWidthScheduler(activations=True, first_ratio=1.0)
-    assert both.frozen(instability, candidates, 0.0) == {
+    assert both.choose_frozen(instability, candidates, 0.0) == {
         "a": Bits(3, 3), "b": Bits(4, 4), "c": Bits(3, 3), "d": Bits(3, 3), "e": Bits(3, 3),
     }  # fmt: skip
 
@@ -139,15 +140,14 @@ def test_frozen_candidates_are_not_drawn_and_decided_anew_at_each_event(
     run(net, oneshot, images, labels, 1)
     frozen = net.frozen
     assert len(frozen) == 2  # of depthwise, pointwise and head
-    for path, floor in frozen.items():
-        assert floor.weight == net.candidates[path].weight[1]
-        assert floor.activation == net.candidates[path].activation[0]
+    for path, lowest in frozen.items():
+        assert lowest.weight == net.candidates[path].weight[1]
+        assert lowest.activation == net.candidates[path].activation[0]
         drawn = {config[path].weight for config in oneshot.random_configs(200)}
         assert drawn == set(net.candidates[path].weight[1:])
     (free,) = {"depthwise", "pointwise", "head"} - frozen.keys()
-    with (
-        torch.no_grad()
-    ):  # all weights of the free layer between two codes of every bit-width, of the others on codes
+    # All weights of the free layer lie between two codes of every bit-width, others on codes.
+    with torch.no_grad():
         for path in ("depthwise", "pointwise", "head"):
             net.get_submodule(path).weight_quantizer.step.fill_(0.5)
             net.get_submodule(path).weight.fill_(0.24 if path == free else 0.0)
@@ -156,7 +156,7 @@ def test_frozen_candidates_are_not_drawn_and_decided_anew_at_each_event(
     assert free in net.frozen
 
 
-def test_the_floors_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None:
+def test_frozen_candidates_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None:
     net.freeze({"head": (3, 2), "depthwise": "W4A8"})
     text = str(net.summary())
     rows = {line.split()[0]: line.split() for line in text.splitlines()[2:]}
@@ -165,7 +165,7 @@ def test_the_floors_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None
     assert rows["pointwise"][4:6] == ["2,3,4,8", "2,3,4,8"]
 
 
-def test_floors_that_do_not_fit_are_refused_and_nothing_changes(
+def test_freezing_what_does_not_fit_is_refused_and_nothing_changes(
     net: anyprec.ConvertedModel,
 ) -> None:
     net.freeze({"head": 3})
@@ -180,7 +180,7 @@ def test_floors_that_do_not_fit_are_refused_and_nothing_changes(
     assert net.frozen == {}
 
 
-def test_search_does_not_go_below_the_floors(
+def test_search_leaves_out_frozen_candidates(
     net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
 ) -> None:
     net.freeze({"head": 4, "pointwise": (3, 2)})

@@ -1,0 +1,168 @@
+"""One optimizer step of a training run: what `fit` does with the batches of a step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anyprec.errors import TrainingError
+from anyprec.model.converted import ConvertedModel
+from anyprec.runtime.batches import Batch, device_of, images_of, labels_of
+from anyprec.training.oneshot import OneShot
+from anyprec.training.training_path import Criterion
+
+Mixup = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images and labels to mixed images and labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Arguments of `fit`, explained there.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+
+    epochs: int
+    accumulation: int
+    seed: int
+    criterion: Criterion
+    mixup: Mixup | None
+    autocast: torch.dtype | None
+    snapshot: Path | None
+    snapshot_steps: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "accumulation", "snapshot_steps"):
+            if getattr(self, name) < 1:
+                msg = f"{name}={getattr(self, name)} must be at least 1"
+                raise ValueError(msg)
+        if self.autocast not in {None, torch.bfloat16}:
+            msg = f"autocast={self.autocast} is not supported: use torch.bfloat16 or None"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """The model and all that an optimizer step changes.
+
+    Attributes:
+        model: The converted model.
+        network: What runs: the model, perhaps compiled, perhaps in DDP.
+        oneshot: Draws the paths and composes their losses.
+        optimizers: Of the parameters of the model.
+        schedules: Of the learning rates of each optimizer.
+        average: timm's moving average of the model, or None.
+        settings: The arguments of `fit`.
+    """
+
+    model: ConvertedModel
+    network: nn.Module
+    oneshot: OneShot
+    optimizers: list[torch.optim.Optimizer]
+    schedules: list[Any]
+    average: Any
+    settings: RunSettings
+
+    def step(self, group: Sequence[Batch]) -> list[float]:
+        """One optimizer step on some batches.
+
+        Returns:
+            The unweighted loss of every path, mean over the batches.
+
+        Raises:
+            TrainingError: A loss is not finite; the weights are as they were.
+        """
+        # The schedule is read in the middle of each step: neither the first nor the last is lost.
+        for schedule in self.schedules:
+            schedule.step_update(self.oneshot.steps_done + 0.5)
+        losses: list[Tensor] = []
+        for index, batch in enumerate(group):
+            losses += self._backward(batch, len(group), is_last=index == len(group) - 1)
+        # One transfer from the device for all paths and batches.
+        means = torch.stack(losses).double().reshape(len(group), -1).sum(dim=0).tolist()
+        self._require_finite(means)
+        self.oneshot.recipe.clip_gradients(*self.optimizers)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.oneshot.step()
+        if self.average is not None:
+            self.average.update(self.model, step=self.oneshot.steps_done)
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, without the random generators."""
+        average = None if self.average is None else dict(self.average.module.state_dict())
+        return {
+            "model": dict(self.model.state_dict()),
+            "average": average,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "oneshot": self.oneshot.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        self.oneshot.load_state_dict(state["oneshot"])
+
+    def _backward(self, batch: Batch, batches: int, *, is_last: bool) -> list[Tensor]:
+        """Back-propagate all paths of one batch.
+
+        Args:
+            batch: Images and labels.
+            batches: In this optimizer step; the loss is their mean.
+            is_last: Whether this is the last of them.
+
+        Returns:
+            The unweighted losses of the paths, divided by the number of batches.
+        """
+        images, labels = self._prepare(batch)
+        losses = []
+        for path in self.oneshot.paths(images):
+            with self._synchronising(is_last=path.is_last and is_last):
+                with self._autocasting(images.device):
+                    loss = path.loss(self.network(images), labels, self.settings.criterion)
+                (loss / batches).backward()
+            losses.append(loss.detach() / path.weight / batches)
+        return losses
+
+    def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = device_of(self.model)
+        images, labels = images_of(batch).to(device), labels_of(batch).to(device)
+        if self.settings.mixup is None:
+            return images, labels
+        return self.settings.mixup(images, labels)
+
+    def _autocasting(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.settings.autocast)
+
+    def _synchronising(self, *, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Reduce gradients over the processes in the last backward pass of a step only."""
+        if is_last or not isinstance(self.network, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.network.no_sync()
+
+    def _require_finite(self, losses: list[float]) -> None:
+        for index, loss in enumerate(losses):
+            if math.isfinite(loss):
+                continue
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            path = "max path" if index == 0 else f"random path {index}"
+            msg = f"the loss of the {path} is {loss} at step {self.oneshot.steps_done}: lower the "
+            msg += "learning rate, or check the data; the weights are those of the last finite step"
+            raise TrainingError(msg)
