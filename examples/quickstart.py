@@ -1,13 +1,14 @@
 """The whole story on real images: one set of weights, every bit-width, any budget, one file.
 
-A timm network is trained in floating point, converted, calibrated, trained once for all bit-widths, searched for
-several budgets, saved to one file and loaded again in a new process. By default it runs on scikit-learn's digits in a
-few minutes on two CPU cores; with options, on any images:
+A timm network is trained in floating point, converted, calibrated, trained once for all bit-widths,
+searched for several budgets, saved to one file and loaded again in a new process. By default it
+runs on scikit-learn's digits in a few minutes on two CPU cores; with options, on any images:
 
     python examples/quickstart.py
-    python examples/quickstart.py --data folder/with/train/and/val --model mobilenetv3_small_100 --img-size 128
-    python examples/quickstart.py --data train.tar --val-data val.tar --model tf_efficientnet_lite0 --img-size 64 \
-        --weights lite0.safetensors --epochs 3
+    python examples/quickstart.py --data folder/with/train/and/val \
+        --model mobilenetv3_small_100 --img-size 128
+    python examples/quickstart.py --data train.tar --val-data val.tar \
+        --model tf_efficientnet_lite0 --img-size 64 --weights lite0.safetensors --epochs 3
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import copy
 import functools
 import hashlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -49,10 +51,8 @@ class Digits(Dataset[tuple[Any, int]]):
         from sklearn.datasets import load_digits  # noqa: PLC0415 (only this data needs it)
 
         data = load_digits()
-        self.images = [
-            Image.fromarray((image * 15.9375).astype("uint8")).convert("RGB")
-            for image in data.images
-        ]
+        levels = (data.images * 15.9375).astype("uint8")  # from 0 to 16 in the data
+        self.images = [Image.fromarray(image).convert("RGB") for image in levels]
         self.labels = data.target.tolist()
         self.transform: Any = None
 
@@ -67,6 +67,7 @@ def main() -> None:
     """Run the story, or with `--check FILE` only load a file and print what it answers."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # timm's augmentation draws from it
     if args.check:
         print(answers(anyprec.load(args.check), args.img_size))
         return
@@ -86,99 +87,106 @@ def run(
     network = create_network(args)
     start = time.perf_counter()
     train_float(network, train, epochs=args.float_epochs, lr=args.float_lr, args=args)
-    float_accuracy = accuracy(network, held_out)
-    print(
-        f"float network: {float_accuracy:.1f} % after {time.perf_counter() - start:.0f} s of training"
-    )
-
-    control = copy.deepcopy(network) if args.control else None
-
-    example = torch.zeros(1, 3, args.img_size, args.img_size)
-    model = anyprec.convert(
-        network, bits=args.bits, example_input=example.contiguous(memory_format=layout(args))
-    )
-    print(
-        f"converted: {sum(row.status == 'quantized' for row in model.coverage)} of {len(model.coverage)} layers"
-    )
-    start = time.perf_counter()
-    anyprec.calibrate(model, train)
-    print(f"calibrated in {time.perf_counter() - start:.0f} s")
-    calibrated = {bits: accuracy(model, held_out, bits=bits) for bits in args.bits}
-    print(
-        "calibrated only: "
-        + ", ".join(f"W{bits}A{bits} {value:.1f} %" for bits, value in calibrated.items())
-    )
-
-    start = time.perf_counter()
-    history = anyprec.fit(
-        model, train, epochs=args.epochs, lr=args.lr, seed=args.seed, on_epoch_end=report_epoch
-    )
-    passes = history[0].losses
     seconds = time.perf_counter() - start
-    print(f"trained once for all bit-widths in {seconds:.0f} s ({len(passes)} paths a step)")
+    float_accuracy = accuracy(network, held_out)
+    print(f"float network: {float_accuracy:.1f} % after {seconds:.0f} s of training")
+    control = copy.deepcopy(network)
 
-    results = [Result("float", "float", float_accuracy, anyprec.cost_of(model, None))]
-    if control is not None:
+    model = convert(network, train, held_out, args)
+    train_all_bit_widths(model, train, args)
+
+    float_cost = anyprec.cost_of(model, None)
+    results = [Result("float", "float", float_accuracy, float_cost)]
+    if args.control:
         train_float(control, train, epochs=args.epochs, lr=args.float_lr / 2, args=args)
-        results.append(
-            Result(
-                "float, trained as long",
-                "float",
-                accuracy(control, held_out),
-                anyprec.cost_of(model, None),
-            )
-        )
+        control_accuracy = accuracy(control, held_out)
+        results.append(Result("float, trained as long", "float", control_accuracy, float_cost))
     for bits in args.bits:
         value = accuracy(model, held_out, bits=bits)
         results.append(Result(f"W{bits}A{bits}", "uniform", value, anyprec.cost_of(model, bits)))
     for budget in args.budgets:
-        start = time.perf_counter()
-        found = anyprec.search(
-            model,
-            search_images,
-            budget,
-            objective=args.objective,
-            max_evaluations=args.max_evaluations,
-        )
-        print(f"search {budget}: {found} in {time.perf_counter() - start:.0f} s")
-        model.configs[budget] = found.config
-        value = accuracy(model, held_out, bits=found.config)
-        results.append(Result(f"searched {budget}", "searched", value, found.cost))
-    rich.print(
-        results_table(
-            results,
-            title=f"{args.model}, one set of weights, {len(held_out.dataset)} held-out images",
-        )
-    )
+        result = search(model, search_images, budget, args)
+        value = accuracy(model, held_out, bits=result.config)
+        results.append(Result(f"searched {budget}", "searched", value, result.cost))
+    title = f"{args.model}, one set of weights, {len(held_out.dataset)} held-out images"
+    rich.print(results_table(results, title=title))
 
     save_and_check(model, args)
     return results
 
 
+def convert(
+    network: nn.Module, train: DataLoader, held_out: DataLoader, args: argparse.Namespace
+) -> anyprec.ConvertedModel:
+    """The network for all bit-widths, calibrated: usable at once, without training."""
+    example = torch.zeros(1, 3, args.img_size, args.img_size)
+    example = example.contiguous(memory_format=layout(args))
+    model = anyprec.convert(network, bits=args.bits, example_input=example)
+    quantized = sum(row.status == "quantized" for row in model.coverage)
+    print(f"converted: {quantized} of {len(model.coverage)} layers")
+    start = time.perf_counter()
+    anyprec.calibrate(model, train)
+    print(f"calibrated in {time.perf_counter() - start:.0f} s")
+    accuracies = {bits: accuracy(model, held_out, bits=bits) for bits in args.bits}
+    texts = [f"W{bits}A{bits} {value:.1f} %" for bits, value in accuracies.items()]
+    print(f"calibrated only: {', '.join(texts)}")
+    return model
+
+
+def train_all_bit_widths(
+    model: anyprec.ConvertedModel, train: DataLoader, args: argparse.Namespace
+) -> None:
+    """Train once for all bit-widths."""
+    start = time.perf_counter()
+    history = anyprec.fit(
+        model, train, epochs=args.epochs, lr=args.lr, seed=args.seed, on_epoch_end=report_epoch
+    )
+    seconds = time.perf_counter() - start
+    paths = len(history[0].losses)
+    print(f"trained once for all bit-widths in {seconds:.0f} s ({paths} paths a step)")
+
+
+def search(
+    model: anyprec.ConvertedModel, images: DataLoader, budget: str, args: argparse.Namespace
+) -> anyprec.SearchResult:
+    """The best configuration for a budget; the model keeps it under the budget's name."""
+    start = time.perf_counter()
+    result = anyprec.search(
+        model,
+        images,
+        budget,
+        objective=args.objective,
+        max_evaluations=args.max_evaluations,
+    )
+    print(f"search {budget}: {result} in {time.perf_counter() - start:.0f} s")
+    model.configs[budget] = result.config
+    return result
+
+
 def save_and_check(model: anyprec.ConvertedModel, args: argparse.Namespace) -> None:
     """Write the file, and compare what a new process answers from it."""
-    path = args.output / f"{args.model}.safetensors"
+    file = args.output / f"{args.model}.safetensors"
     # A file is loaded in the default memory layout, so that is what the answers are compared in.
     model.to(memory_format=torch.contiguous_format)
-    anyprec.save(model, path)
-    command = [sys.executable, __file__, "--check", str(path), "--img-size", str(args.img_size)]
-    other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 (our own file)
-    if other != answers(model, args.img_size):
-        sys.exit(f"a new process answers differently from {path}: {other}")
-    print(
-        f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB); a new process gives bit-identical logits from it"
-    )
+    anyprec.save(model, file)
+    command = [sys.executable, __file__, "--check", str(file), "--img-size", str(args.img_size)]
+    answer = subprocess.check_output(command, text=True).strip()  # noqa: S603 (our own file)
+    if answer != answers(model, args.img_size):
+        sys.exit(f"a new process answers differently from {file}: {answer}")
+    size = file.stat().st_size / 2**20
+    print(f"wrote {file} ({size:.1f} MiB); a new process gives bit-identical logits from it")
 
 
 def answers(model: anyprec.ConvertedModel, img_size: int) -> str:
     """A fingerprint of the logits at each of `CHECKED_BITS`, for a fixed random batch."""
     images = torch.randn(4, 3, img_size, img_size, generator=torch.Generator().manual_seed(0))
     model.eval()
-    prints = {}
+    fingerprints = {}
     for bits in CHECKED_BITS:
         with model.using_bits(bits), torch.no_grad():
-            prints[str(bits)] = hashlib.sha256(model(images).numpy().tobytes()).hexdigest()[:16]
-    return json.dumps(prints)
+            logits = model(images).numpy()
+        fingerprints[str(bits)] = hashlib.sha256(logits.tobytes()).hexdigest()[:16]
+    return json.dumps(fingerprints)
 
 
 def accuracy(model: nn.Module, loader: DataLoader, *, bits: Any = None) -> float:
@@ -202,7 +210,7 @@ def count_correct(model: nn.Module, loader: DataLoader) -> float:
 def train_float(
     network: nn.Module, loader: DataLoader, *, epochs: int, lr: float, args: argparse.Namespace
 ) -> None:
-    """Plain training of the float network, with the same optimizer and schedule as `anyprec.fit`."""
+    """Plain training of the float network, with the optimizer and schedule of `anyprec.fit`."""
     if epochs == 0:
         return
     steps = len(loader) * epochs
@@ -228,21 +236,19 @@ def train_float(
 def report_epoch(record: anyprec.EpochRecord) -> None:
     """One line per epoch: the loss of each path."""
     losses = ", ".join(f"{loss:.3f}" for loss in record.losses)
-    print(
-        f"  epoch {record.epoch + 1}: losses {losses} (max path first), {record.images_per_second:.0f} images/s"
-    )
+    speed = f"{record.images_per_second:.0f} images/s"
+    print(f"  epoch {record.epoch + 1}: losses {losses} (max path first), {speed}")
 
 
 def create_network(args: argparse.Namespace) -> nn.Module:
     """The float network, with weights from `--weights` or `--pretrained` if asked for."""
-    overlay = {"file": str(args.weights)} if args.weights else None
-    pretrained = args.pretrained or args.weights is not None
     options: dict[str, Any] = {"num_classes": args.num_classes, **args.model_args}
-    network = timm.create_model(
-        args.model, pretrained=pretrained, pretrained_cfg_overlay=overlay, **options
-    )
+    if args.weights is not None:
+        options["pretrained_cfg_overlay"] = {"file": str(args.weights)}
+    pretrained = args.pretrained or args.weights is not None
+    network = timm.create_model(args.model, pretrained=pretrained, **options)
     if pretrained and isinstance(network.get_classifier(), nn.Linear):
-        # A new classifier on trained features starts at zero: random logits would first be unlearned.
+        # On trained features a new classifier starts at zero: random logits are unlearned first.
         nn.init.zeros_(network.get_classifier().weight)
     return network.to(memory_format=layout(args))
 
@@ -253,33 +259,39 @@ def layout(args: argparse.Namespace) -> torch.memory_format:
 
 
 def load_data(args: argparse.Namespace) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Training images, images that the search may look at, and held-out images that nothing else sees."""
-    if args.data == "digits":
-        train_set: Any = Digits()
-        eval_set: Any = Digits()
-        held_out_set = None
-    else:
-        name, root = (
-            ("", args.data) if Path(args.data).exists() else (args.data, args.output / "data")
-        )
-        split = {"download": True} if name else {}
-        train_set = create_dataset(name, root=root, split="train", is_training=True, **split)
-        eval_set = create_dataset(name, root=root, split="train", **split)
-        held_out_set = open_held_out(args, name, root, split)
+    """Training images, images that the search may look at, and held-out images."""
+    train_set, eval_set, held_out_set = open_datasets(args)
     order = shuffled(len(train_set))
-    search_part = order[: args.search_images]
-    rest = order[args.search_images :]
+    search_part, rest = order[: args.search_images], order[args.search_images :]
     if held_out_set is None:
-        held_out_part, rest = rest[: len(rest) // 4], rest[len(rest) // 4 :]
-        held_out_set = Subset(eval_set, held_out_part)
-    train_part = rest[: args.train_images]
+        quarter = len(rest) // 4
+        held_out_set, rest = Subset(eval_set, rest[:quarter]), rest[quarter:]
+    held_out_part = shuffled(len(held_out_set))[: args.held_out_images]
     return (
-        make_loader(train_set, train_part, args, training=True),
+        make_loader(train_set, rest[: args.train_images], args, training=True),
         make_loader(eval_set, search_part, args, training=False),
-        make_loader(
-            held_out_set, shuffled(len(held_out_set))[: args.held_out_images], args, training=False
-        ),
+        make_loader(held_out_set, held_out_part, args, training=False),
     )
+
+
+def open_datasets(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The training images twice, with and without augmentation, and held-out images or None.
+
+    Held out is `--val-data`, else the validation split of a named or split dataset, else None.
+    """
+    if args.data == "digits":
+        return Digits(), Digits(), None
+    name, root, download = "", Path(args.data), {}
+    if not root.exists():
+        name, root, download = args.data, args.output / "data", {"download": True}
+    train_set = create_dataset(name, root=root, split="train", is_training=True, **download)
+    eval_set = create_dataset(name, root=root, split="train", **download)
+    if args.val_data is not None:
+        return train_set, eval_set, create_dataset("", root=args.val_data)
+    if name or (root / "val").is_dir() or (root / "validation").is_dir():
+        held_out_set = create_dataset(name, root=root, split="validation", **download)
+        return train_set, eval_set, held_out_set
+    return train_set, eval_set, None
 
 
 def shuffled(count: int) -> list[int]:
@@ -287,28 +299,19 @@ def shuffled(count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def open_held_out(args: argparse.Namespace, name: str, root: Any, split: dict[str, Any]) -> Any:
-    """`--val-data`, else the validation split of a named or split dataset, else None: part of the training images."""
-    if args.val_data is not None:
-        return create_dataset("", root=args.val_data)
-    if name or (Path(root) / "val").is_dir() or (Path(root) / "validation").is_dir():
-        return create_dataset(name, root=root, split="validation", **split)
-    return None
-
-
 def make_loader(
-    dataset: Any, part: list[int] | None, args: argparse.Namespace, *, training: bool
+    dataset: Any, part: list[int], args: argparse.Namespace, *, training: bool
 ) -> DataLoader:
-    """Batches of `dataset`, or of a part of it, through timm's transforms."""
+    """Batches of a part of `dataset`, through timm's transforms."""
+    augmentation: dict[str, Any] = {}
+    if training:
+        # Mild cropping, since digits and CIFAR are no photographs, and no flip of digits, which
+        # would change the label.
+        flips = 0.0 if args.data == "digits" else 0.5
+        augmentation = {"scale": (0.7, 1.0), "ratio": (0.9, 1.1), "hflip": flips}
     base = dataset
     while isinstance(base, Subset):
         base = base.dataset
-    # Mild cropping, since digits and CIFAR are no photographs, and no flip where it would change the label.
-    augmentation = {
-        "scale": (0.7, 1.0),
-        "ratio": (0.9, 1.1),
-        "hflip": 0.0 if args.data == "digits" else 0.5,
-    }
     base.transform = create_transform(
         (3, args.img_size, args.img_size),
         is_training=training,
@@ -316,10 +319,10 @@ def make_loader(
         std=(0.5, 0.5, 0.5),
         crop_pct=1.0,
         color_jitter=None,
-        **(augmentation if training else {}),
+        **augmentation,
     )
     return DataLoader(
-        dataset if part is None else Subset(dataset, part),
+        Subset(dataset, part),
         batch_size=args.batch_size,
         shuffle=training,
         drop_last=training,
@@ -341,47 +344,34 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data", default="digits", help="digits, a timm dataset name, a folder or a tar of images"
-    )
-    parser.add_argument(
-        "--val-data", help="held-out images, if --data has no validation split of its own"
-    )
-    parser.add_argument("--model", default="resnet10t", help="any timm model")
-    parser.add_argument(
-        "--model-args", type=json.loads, default={}, help="JSON arguments of timm.create_model"
-    )
-    parser.add_argument("--weights", type=Path, help="file of float weights for the model")
-    parser.add_argument(
-        "--pretrained", action="store_true", help="start from timm's pretrained weights"
-    )
-    parser.add_argument("--num-classes", type=int, default=10)
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of one-shot training")
-    parser.add_argument(
-        "--float-epochs", type=int, default=6, help="epochs of float training before"
-    )
-    parser.add_argument(
-        "--control", action="store_true", help="also train the float network for as long"
-    )
-    parser.add_argument("--lr", type=float, default=0.02, help="learning rate of one-shot training")
-    parser.add_argument("--float-lr", type=float, default=0.05)
-    parser.add_argument("--weight-decay", type=float, default=2.5e-5)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8])
-    parser.add_argument("--budgets", nargs="+", default=["W4A4", "W3A3", "20% of W8A8"])
-    parser.add_argument("--objective", default="loss", choices=["loss", "divergence"])
-    parser.add_argument("--max-evaluations", type=int, default=None, help="of each search")
-    parser.add_argument("--search-images", type=int, default=256)
-    parser.add_argument("--train-images", type=int, help="at most so many training images")
-    parser.add_argument(
-        "--held-out-images", type=int, help="report on at most so many held-out images"
-    )
-    parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output", type=Path, default=Path("quickstart-output"))
-    parser.add_argument("--check", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--data", default="digits", help="digits, a timm dataset, a folder or a tar of images")
+    add("--val-data", help="held-out images, if --data has no validation split of its own")
+    add("--search-images", type=int, default=256)
+    add("--train-images", type=int, help="at most so many training images")
+    add("--held-out-images", type=int, help="report on at most so many held-out images")
+    add("--img-size", type=int, default=32)
+    add("--batch-size", type=int, default=64)
+    add("--workers", type=int, default=0)
+    add("--model", default="resnet10t", help="any timm model")
+    add("--model-args", type=json.loads, default={}, help="JSON arguments of timm.create_model")
+    add("--weights", type=Path, help="file of float weights for the model")
+    add("--pretrained", action="store_true", help="start from timm's pretrained weights")
+    add("--num-classes", type=int, default=10)
+    add("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    add("--epochs", type=int, default=6, help="epochs of one-shot training")
+    add("--lr", type=float, default=0.02, help="learning rate of one-shot training")
+    add("--float-epochs", type=int, default=6, help="epochs of float training before")
+    add("--float-lr", type=float, default=0.05)
+    add("--weight-decay", type=float, default=2.5e-5)
+    add("--control", action="store_true", help="also train the float network for as long")
+    add("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8])
+    add("--budgets", nargs="+", default=["W4A4", "W3A3", "20% of W8A8"])
+    add("--objective", default="loss", choices=["loss", "divergence"])
+    add("--max-evaluations", type=int, default=None, help="of each search")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("quickstart-output"))
+    add("--check", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
