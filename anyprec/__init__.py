@@ -31,6 +31,8 @@ from anyprec.training.recipe import Recipe
 from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler
 from anyprec.training.scheduler import BitWidthScheduler
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AnyprecError",
     "BitConfig",
