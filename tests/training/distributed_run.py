@@ -135,7 +135,7 @@ def main(result: Path) -> None:
         found[name] = clone(model)
         found[f"{name}, floors"] = {path: str(bits) for path, bits in model.frozen.items()}
         found[f"{name}, losses"] = history[-1].losses
-        anyprec.recalibrate(model, share(batches), 2)
+        anyprec.update_norms(model, share(batches), 2)
         (statistics,) = model.anyprec_record.statistics.values()
         found[f"{name}, statistics"] = statistics
     model, batches = make(batch_norm=True)
