@@ -64,7 +64,7 @@ def main() -> None:
             schedule.step()
             optimizer.zero_grad()
             oneshot.step()
-    anyprec.calibrate_norms(model, loader, batches=16, include_float=True)
+    anyprec.update_norms(model, loader, batches=16, include_float=True)
 
     model.eval()
     for bits in (8, 4, 3, 2):

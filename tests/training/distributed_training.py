@@ -134,7 +134,7 @@ def train(
         outcome[name] = clone(model)
         outcome[f"{name}, frozen"] = {path: str(bits) for path, bits in model.frozen.items()}
         outcome[f"{name}, losses"] = history[-1].losses
-        anyprec.recalibrate(model, share(batches), 2)
+        anyprec.update_norms(model, share(batches), 2)
         (statistics,) = model.anyprec_record.statistics.values()
         outcome[f"{name}, statistics"] = statistics
     model, batches = make(batch_norm=True)

@@ -103,7 +103,7 @@ def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
             net.set_bits(bits)
             torch.testing.assert_close(compiled(images), net(images))
     assert counter.frame_count == 3
-    anyprec.calibrate_norms(net, [images])
+    anyprec.update_norms(net, [images])
     with torch.no_grad():
         for bits in (2, 3, 8, (2, 8), 4, {"head": (4, 3)}, 2):
             net.set_bits(bits)
