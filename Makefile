@@ -1,5 +1,6 @@
 # Everything runs in .venv, which is made on first use and again when pyproject.toml changes.
 PYTHON ?= python3
+WORKERS ?= 2
 ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -13,8 +14,8 @@ help: ## show this list
 demo: $(STAMP) ## run the quickstart; ARGS="..." are its options
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-test: $(STAMP) ## run the tests; ARGS="..." are pytest's options, e.g. ARGS=--cov
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests in WORKERS processes; ARGS="..." are pytest's options, e.g. ARGS=--cov
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(STAMP) ## check style, format and the order of imports
 	$(BIN)/ruff check

@@ -1,7 +1,8 @@
 """One set of weights for every bit-width: retraining-free mixed-precision quantization for vision networks."""
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.calibration.step_sizes import calibrate, calibrate_norms, recalibrate
+from anyprec.calibration.norm_statistics import update_norms
+from anyprec.calibration.step_sizes import calibrate
 from anyprec.checkpoint.inspection import CheckpointInfo, inspect
 from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
@@ -31,6 +32,8 @@ from anyprec.training.recipe import Recipe
 from anyprec.training.samplers import InstabilitySampler, SandwichSampler, UniformSampler
 from anyprec.training.scheduler import BitWidthScheduler
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AnyprecError",
     "BitConfig",
@@ -58,7 +61,6 @@ __all__ = [
     "TrainingError",
     "UniformSampler",
     "calibrate",
-    "calibrate_norms",
     "convert",
     "cost_model",
     "cost_of",
@@ -66,7 +68,7 @@ __all__ = [
     "inspect",
     "load",
     "param_groups",
-    "recalibrate",
     "save",
     "search",
+    "update_norms",
 ]

@@ -172,7 +172,7 @@ def examine(
     with report.check("float output, train mode"):
         _require_same(run(model, images, train=True), expected[True])
     with report.check("calibrate"):
-        anyprec.calibrate(model, [images], step_batches=1, norm_batches=1)
+        anyprec.calibrate(model, [images], batches=1, norm_batches=1)
     if "calibrate" in report.broken:
         return report
     with report.check("finite at the lowest and highest bits, and different"):
@@ -468,7 +468,7 @@ def _check_classifier(model: anyprec.ConvertedModel, images: Tensor, bits: tuple
     before = list(model.quantized_layers)
     model.reset_classifier(7)
     if not all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values()):
-        anyprec.calibrate(model, [images], step_batches=1, norm_batches=1)
+        anyprec.calibrate(model, [images], batches=1, norm_batches=1)
     model.set_bits(bits[0])
     outputs = run(model, images)
     _require_finite(outputs)
@@ -498,7 +498,7 @@ def _check_reparameterized(model: Any, images: Tensor, bits: tuple[int, ...]) ->
     _require_same(run(model, images), expected)
     skipped = [row.path for row in model.coverage if row.status == "skipped"]
     _require(not skipped, f"skipped: {skipped[:4]}")
-    anyprec.calibrate(model, [images], step_batches=1, norm_batches=1)
+    anyprec.calibrate(model, [images], batches=1, norm_batches=1)
     _check_extremes(model, images, bits, expected)
 
 

@@ -58,7 +58,7 @@ def main() -> None:
             schedule.step()
             optimizer.zero_grad()
             oneshot.step()
-    anyprec.calibrate_norms(model, loader, batches=16, include_float=True)
+    anyprec.update_norms(model, loader, batches=16, include_float=True)
 
     model.eval()
     held_out, expected = images[1500:].to(accelerator.device), labels[1500:]

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
+
+# Tests run side by side, one thread each. The last bit of a sum may depend on it, so processes
+# that tests start have it too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import timm
@@ -10,11 +16,22 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
+from tests import processes
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two processes wrote under torchrun."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    processes.torchrun("tests.under_torchrun", folder)
+    return folder
 
 
 class SmallNet(nn.Module):

@@ -167,7 +167,7 @@ def test_what_search_finds_fits_and_is_no_worse_than_uniform(
     assert all(torch.equal(value, before[name]) for name, value in on_gpu.state_dict().items())
     again = anyprec.search(on_gpu, loader, "W3A3", **settings)  # type: ignore[arg-type]
     assert again.config == result.config
-    anyprec.recalibrate(on_gpu, loader, result.config)
+    anyprec.update_norms(on_gpu, loader, result.config)
     assert torch.isfinite(logits(on_gpu, loader[0][0], result.config)).all()
 
 

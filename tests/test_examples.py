@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICKSTART = EXAMPLES / "quickstart.py"
@@ -25,16 +25,16 @@ def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
         "--max-evaluations": "12",
         "--output": str(tmp_path),
     }
-    arguments = [part for name, value in settings.items() for part in (name, *value.split(" "))]
-    command = [sys.executable, str(QUICKSTART), *arguments, "--control"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    arguments = ["--control"]
+    for name, value in settings.items():
+        arguments += [name, *value.split(" ")]
+    printed = processes.run_script(QUICKSTART, *arguments, output=tmp_path / "printed.txt")
     for line in (
         "converted: 16 of 16 layers",
         "search W4A8:",
         "a new process gives bit-identical logits from it",
     ):
-        assert line in run.stdout
+        assert line in printed
     assert (tmp_path / "test_resnet.safetensors").stat().st_size > 1_000_000
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     rows = (tmp_path / "results.md").read_text().splitlines()
@@ -43,29 +43,18 @@ def test_the_quickstart_tells_its_whole_story(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_loop_with_accelerate_trains_in_one_process_or_several(processes: int) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_loop_with_accelerate_trains_in_one_process_or_several(
+    count: int, tmp_path: Path
+) -> None:
     pytest.importorskip("accelerate", reason="needs the extra 'accelerate'")
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num-processes",
-        str(processes),
-        "--num-machines",
-        "1",
-    ]
-    command = [
-        sys.executable,
-        *launcher,
-        str(EXAMPLES / "accelerate_loop.py"),
-        "--epochs",
-        "2",
-        "--images",
-        "200",
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith("W")]
+    script = EXAMPLES / "accelerate_loop.py"
+    settings = ["--epochs", "2", "--images", "200"]
+    if count == 1:
+        printed = processes.run_script(script, *settings, output=tmp_path / "printed.txt")
+    else:
+        launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num-machines", "1"]
+        printed = processes.launch(*launcher, "--num-processes", str(count), script, *settings)
+    lines = [line for line in printed.splitlines() if line.startswith("W")]
     assert [line.split(":")[0] for line in lines] == ["W8A8", "W4A4", "W3A3", "W2A2"]
     assert all(0 < float(line.split()[1].rstrip("%")) <= 100 for line in lines)

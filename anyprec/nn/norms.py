@@ -4,7 +4,7 @@ Statistics differ between bit-widths (method of the paper, section 3.3; Yu and H
 a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer, or per weight bit-width; one
 that follows a concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized
 configurations. The float network's own parameters serve bits `None`; they learn nothing, and take over those of the highest
-precision's copies after training (`calibrate_norms(include_float=True)`).
+precision's copies after training (`update_norms(include_float=True)`).
 
 Copies may share their affine parameters, which then learn from every path of a step instead of from one in so many. A norm
 may also be shared as a whole by all precisions; then it has no copies, and the layers before it correct their quantized
@@ -12,7 +12,7 @@ weights instead.
 
 A copy can serve several uniform precisions: a depthwise convolution without 2 bits takes 3 in W2A2 as in W3A3, where its
 inputs are others; behind a sum one copy serves all. So a norm keeps statistics of each such uniform precision beside its
-copies. In any case a configuration can have statistics of its own (`recalibrate`). Both override the copies' while their
+copies. In any case a configuration can have statistics of its own (`update_norms`). Both override the copies' while their
 configuration is active in eval mode.
 """
 

@@ -82,7 +82,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
             sensitivities), `"evolution"` or `"random"`.
         objective: `"loss"`, `"error"` (top-1), `"divergence"` (from the float network's predictions; needs no labels), or
             a function of the model, called with the configuration active and gradients off; lower is better.
-        norms: `"stored"` or `"batch"`; see `Evaluator`. After `"batch"`, `recalibrate` the configuration that was found.
+        norms: `"stored"` or `"batch"`; see `Evaluator`. After `"batch"`, call `update_norms` for the configuration found.
         max_batches: At most so many batches of `val_loader`.
         costs: Costs of your own by name, `"latency"` (seconds) among them: tables `{path: {"W4A8": 0.0012, ...}}`, or
             functions of path and `Bits`.

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyprec.calibration.step_sizes import calibrate, calibrate_norms, hand_over_affine
+from anyprec.calibration.norm_statistics import hand_over_affine, update_norms
+from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
 from anyprec.model.converted import ConvertedModel, require_converted, require_latents
 from anyprec.runtime.batches import Batch, device_of
@@ -160,7 +161,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     if learner.average is not None:
         model.load_state_dict(learner.average.module.state_dict())
     if norm_batches:
-        calibrate_norms(model, train_loader, batches=norm_batches, include_float=True)
+        update_norms(model, train_loader, batches=norm_batches, include_float=True)
     else:
         hand_over_affine(model)
     model.eval()

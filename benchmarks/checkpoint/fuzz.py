@@ -107,7 +107,7 @@ def make_originals(folder: Path) -> list[Original]:
         network(), bits=(2, 4, 8), first_last_bits=None, norm="shared", example_input=images[:1]
     )
     anyprec.calibrate(given, [images])
-    anyprec.recalibrate(given, [images], 4)
+    anyprec.update_norms(given, [images], 4)
     import timm  # noqa: PLC0415 (slow to import)
 
     images = torch.randn(2, 3, 32, 32)

@@ -222,7 +222,7 @@ def train(model: anyprec.ConvertedModel, loader: Any, run: Run, snapshot: Path) 
         descend(model, loader, _recipe(run), epochs=track.epochs, losses=losses)
     else:
         return _fit(model, loader, run, snapshot)
-    anyprec.calibrate_norms(model, loader, batches=track.norm_batches)
+    anyprec.update_norms(model, loader, batches=track.norm_batches)
     return {}
 
 
@@ -426,7 +426,7 @@ class _Judge:
 
     def own_accuracy(self, config: anyprec.BitConfig, *, few: bool = False) -> float:
         """With norm statistics re-estimated for it."""
-        anyprec.recalibrate(self._model, self._training, config)
+        anyprec.update_norms(self._model, self._training, config)
         return self.accuracy(config, few=few)
 
 

@@ -1,4 +1,4 @@
-"""Calibration: least squared error, every candidate, right statistics, and nothing changed on failure."""
+"""Calibration: least squared error, every candidate, right statistics, all undone on failure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.calibration.step_sizes import calibrate_norms, input_grid, weight_steps
+from anyprec.calibration.least_squares import input_grid, weight_steps
+from anyprec.calibration.norm_statistics import update_norms
 from anyprec.errors import CalibrationError, NotCalibratedError
 from anyprec.nn.functional import fake_quantize
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -120,9 +121,9 @@ def test_anchored_statistics_do_not_move_where_quantization_changes_nothing(
 def test_anchored_statistics_do_not_depend_on_how_images_differ_between_batches(
     float_net: nn.Module, images: Tensor
 ) -> None:
-    """Each batch is compared with itself: at 8 bits, batches of another brightness leave no trace."""
+    """Each batch is compared with itself: at 8 bits, other brightness leaves no trace."""
     model = anyprec.convert(float_net, bits=(8,), example_input=images)
-    anyprec.calibrate(model, [images - 2, images, images + 2], step_batches=3, norm_batches=3)
+    anyprec.calibrate(model, [images - 2, images, images + 2], batches=3, norm_batches=3)
     for norm in (model.stem_norm, model.depthwise_norm, model.pointwise_norm):
         shift = (norm.bank.running_mean - norm.running_mean).abs() / norm.running_var.sqrt()
         assert (shift < 0.02).all()
@@ -136,7 +137,7 @@ def test_plain_statistics_are_those_of_all_batches_together(net: anyprec.Convert
         for batch in batches:
             net(batch)
     handle.remove()
-    calibrate_norms(net, batches)
+    update_norms(net, batches)
     everything = torch.cat(seen).transpose(0, 1).flatten(1)
     bank = net.stem_norm.bank
     torch.testing.assert_close(bank.running_mean[0], everything.mean(dim=1).float())
@@ -146,7 +147,7 @@ def test_plain_statistics_are_those_of_all_batches_together(net: anyprec.Convert
 def test_a_copy_is_estimated_at_its_own_precision(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
-    calibrate_norms(net, [images])
+    update_norms(net, [images])
     for bits, row in ((4, 1 * 3 + 1), (8, 2 * 3 + 2)):
         seen: list[Tensor] = []
         handle = net.depthwise_norm.register_forward_pre_hook(
@@ -163,12 +164,12 @@ def test_a_copy_is_estimated_at_its_own_precision(
 def test_float_statistics_are_re_estimated_only_on_request(net: anyprec.ConvertedModel) -> None:
     before = net.stem_norm.running_mean.clone()
     batches = [torch.randn(8, 3, 16, 16) + 2]
-    calibrate_norms(net, batches)
+    update_norms(net, batches)
     assert torch.equal(net.stem_norm.running_mean, before)
-    calibrate_norms(net, batches, include_float=True)
+    update_norms(net, batches, include_float=True)
     assert not torch.equal(net.stem_norm.running_mean, before)
     with pytest.raises(ValueError, match="choose one"):
-        calibrate_norms(net, batches, include_float=True, anchored=True)
+        update_norms(net, batches, include_float=True, anchored=True)
 
 
 @pytest.mark.parametrize("norm", ["shared-affine", "per-pair"])
@@ -185,9 +186,9 @@ def test_after_training_the_float_network_takes_over_the_scale_and_shift_of_the_
                 1 + torch.rand(bank.weight.shape, generator=generator)
             )  # what training would do
             bank.bias.add_(torch.rand(bank.bias.shape, generator=generator))
-    calibrate_norms(net, [images])
+    update_norms(net, [images])
     assert torch.equal(net.depthwise_norm.weight, before)
-    calibrate_norms(net, [images], include_float=True)
+    update_norms(net, [images], include_float=True)
     for own in (net.stem_norm, net.depthwise_norm):
         assert torch.equal(own.weight, own.bank.weight[-1])
         assert torch.equal(own.bias, own.bank.bias[-1])
@@ -273,7 +274,7 @@ def test_a_weight_that_is_not_finite_is_refused(float_net: nn.Module, images: Te
         model.set_bits(4)
 
 
-def test_recalibrated_statistics_belong_to_their_configuration_alone(
+def test_statistics_of_a_configuration_belong_to_it_alone(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
     net.eval()
@@ -284,7 +285,8 @@ def test_recalibrated_statistics_belong_to_their_configuration_alone(
     plain = net(images)
     net.set_bits(3)
     state = {name: value.clone() for name, value in net.state_dict().items()}
-    config = anyprec.recalibrate(net, [torch.randn(32, 3, 16, 16)], mixed)
+    config = net.resolve_bits(mixed)
+    anyprec.update_norms(net, [torch.randn(32, 3, 16, 16)], config)
     assert net.bits == net.resolve_bits(3)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     net.set_bits(mixed)
@@ -298,12 +300,13 @@ def test_recalibrated_statistics_belong_to_their_configuration_alone(
     assert all(torch.equal(here, there) for here, there in zip(before, after, strict=True))
 
 
-def test_recalibrated_statistics_are_those_of_a_norm_in_train_mode(
+def test_statistics_of_a_configuration_are_those_of_a_norm_in_train_mode(
     net: anyprec.ConvertedModel,
 ) -> None:
-    """Layer by layer, at the configuration itself: the same as one big batch in train mode, with momentum 1."""
+    """Layer by layer, at the configuration itself: as one big batch in train mode, momentum 1."""
     batch = torch.randn(64, 3, 16, 16)
-    config = anyprec.recalibrate(net, [batch], {"head": (2, 3), "pointwise": (3, 2)})
+    config = net.resolve_bits({"head": (2, 3), "pointwise": (3, 2)})
+    anyprec.update_norms(net, [batch], config)
     found = net.anyprec_record.statistics[config]
     net.set_bits(config)
     for norm in (net.stem_norm, net.pointwise_norm, net.joint_norm):
@@ -312,7 +315,8 @@ def test_recalibrated_statistics_are_those_of_a_norm_in_train_mode(
     net.train()(batch)
     for path in ("stem_norm", "depthwise_norm", "pointwise_norm", "joint_norm"):
         norm = net.get_submodule(path)
-        # Rounding differs in the last digit, and a value next to a rounding threshold may then flip by a whole step.
+        # Rounding differs in the last digit, and a value next to a rounding threshold may then
+        # flip by a whole step.
         torch.testing.assert_close(
             found[path][0], norm.bank.running_mean[norm.row], rtol=1e-2, atol=1e-3
         )
@@ -321,33 +325,46 @@ def test_recalibrated_statistics_are_those_of_a_norm_in_train_mode(
         )
 
 
-def test_recalibrating_the_active_configuration_takes_effect_at_once(
+def test_statistics_of_the_active_configuration_take_effect_at_once(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
     net.set_bits(2)
     before = net.eval()(images)
-    anyprec.recalibrate(net, [torch.randn(32, 3, 16, 16)], 2)
+    anyprec.update_norms(net, [torch.randn(32, 3, 16, 16)], 2)
     assert not torch.equal(net(images), before)
     assert not torch.equal(copy.deepcopy(net)(images), before)
 
 
-def test_recalibration_that_fails_leaves_the_model_as_it_was(
+def test_an_update_of_one_configuration_that_fails_leaves_the_model_as_it_was(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
     net.set_bits(2)
     before = net.eval()(images)
     with pytest.raises(CalibrationError, match="came out not finite"):
-        anyprec.recalibrate(net, [images * math.nan], 2)
-    with pytest.raises(anyprec.BitsError, match="recalibrate takes a configuration"):
-        anyprec.recalibrate(net, [images], None)
+        anyprec.update_norms(net, [images * math.nan], 2)
+    with pytest.raises(anyprec.BitsError, match="include_float=True"):
+        anyprec.update_norms(net, [images], None)
     assert torch.equal(net(images), before)
     assert net.anyprec_record.statistics == {}
 
 
-def test_training_on_drops_what_was_recalibrated(
+@pytest.mark.parametrize("option", [{"anchored": True}, {"include_float": True}])
+def test_options_of_all_precisions_are_refused_for_a_configuration(
+    net: anyprec.ConvertedModel, images: Tensor, option: dict[str, bool]
+) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match='need bits="all", got bits=2'):
+        anyprec.update_norms(net, [images], 2, **option)
+    with pytest.raises(anyprec.BitsError, match="include_float=True"):
+        anyprec.update_norms(net, [images], None, **option)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.anyprec_record.statistics == {}
+
+
+def test_training_on_drops_statistics_of_a_configuration(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
-    anyprec.recalibrate(net, [images], 2)
+    anyprec.update_norms(net, [images], 2)
     assert net.anyprec_record.statistics
     oneshot = anyprec.OneShot(net, total_steps=1)
     oneshot.step()
@@ -360,7 +377,7 @@ def test_norms_that_all_precisions_share_are_not_re_estimated(
     net = anyprec.convert(float_net, bits=(2, 4), norm="shared", example_input=images[:1])
     before = net.stem_norm.running_mean.clone()
     anyprec.calibrate(net, [images])
-    anyprec.calibrate_norms(net, [images], include_float=True)
+    anyprec.update_norms(net, [images], include_float=True)
     assert torch.equal(net.stem_norm.running_mean, before)
 
 
@@ -368,11 +385,11 @@ def test_norms_that_all_precisions_share_are_not_re_estimated(
 def test_every_uniform_precision_has_the_statistics_of_its_own_configuration(
     norm: str, float_net: nn.Module, images: Tensor
 ) -> None:
-    """Also where a copy serves several: the depthwise layer takes 3 bits in W2A2 too, one copy follows the concatenation."""
+    """Also where a copy serves several: the depthwise layer takes 3 bits in W2A2 too."""
     net = anyprec.convert(float_net, bits=(2, 3, 4, 8), norm=norm, example_input=images[:1])
     anyprec.calibrate(net, [images])
     batches = [torch.randn(32, 3, 16, 16) for _ in range(2)]
-    calibrate_norms(net, batches)
+    update_norms(net, batches)
     assert net.bits is None
     for width in (2, 3, 4, 8):
         net.set_bits(width)
@@ -380,7 +397,8 @@ def test_every_uniform_precision_has_the_statistics_of_its_own_configuration(
             path: net.get_submodule(path).active_statistics() for path in net.anyprec_record.norms
         }
         again = copy.deepcopy(net)
-        config = anyprec.recalibrate(again, batches, width)
+        config = again.resolve_bits(width)
+        anyprec.update_norms(again, batches, config)
         for path, statistics in again.anyprec_record.statistics[config].items():
             assert all(
                 torch.equal(*parts) for parts in zip(found[path], statistics, strict=True)
@@ -394,7 +412,7 @@ def test_statistics_of_uniform_precisions_take_effect_at_once_and_go_where_the_s
     anyprec.calibrate(net, [images])
     net.set_bits(2)
     before = net.eval()(images)
-    calibrate_norms(net, [torch.randn(32, 3, 16, 16)])
+    update_norms(net, [torch.randn(32, 3, 16, 16)])
     expected = net(images)
     assert not torch.equal(expected, before)
     assert net.depthwise_norm.uniform is not None
@@ -428,7 +446,7 @@ def test_training_drops_statistics_of_uniform_precisions(
     assert net.joint_norm.uniform is None
     assert not net.joint_norm.bank.has_uniform
     assert torch.isnan(net.joint_norm.bank.uniform_mean).all()
-    calibrate_norms(net, [images])
+    update_norms(net, [images])
     assert net.joint_norm.uniform is not None
     anyprec.OneShot(net, total_steps=1).step()
     net.set_bits(2)
@@ -449,7 +467,7 @@ def test_statistics_of_uniform_precisions_come_back_when_an_estimate_fails(
     net.eval().set_bits(2)
     before = net(images)
     with pytest.raises(CalibrationError, match="came out not finite"):
-        calibrate_norms(net, [images * math.nan])
+        update_norms(net, [images * math.nan])
     assert torch.equal(net(images), before)
 
 
@@ -469,7 +487,7 @@ def test_an_average_of_weights_from_outside_falls_back_to_the_copies(
 def test_a_copy_of_several_uniform_precisions_has_the_statistics_of_the_highest(
     net: anyprec.ConvertedModel,
 ) -> None:
-    calibrate_norms(net, [torch.randn(32, 3, 16, 16)])
+    update_norms(net, [torch.randn(32, 3, 16, 16)])
     bank = net.joint_norm.bank
     assert torch.equal(bank.running_mean[0], bank.uniform_mean[-1])
     assert torch.equal(bank.running_var[0], bank.uniform_var[-1])

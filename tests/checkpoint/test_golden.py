@@ -59,7 +59,7 @@ def make_golden(folder: Path = HERE) -> None:
     )
     anyprec.calibrate(model, [images])
     mixed = anyprec.BitConfig({"0": (4, 2), "3": (2, 4)})
-    anyprec.recalibrate(model, [images], mixed)
+    anyprec.update_norms(model, [images], mixed)
     for name, form in FORMS.items():
         anyprec.save(model, folder / f"{name}.safetensors", configs={"mixed": mixed}, **form)
         (folder / f"{name}.json").write_text(json.dumps(golden_outputs(model), indent=1) + "\n")

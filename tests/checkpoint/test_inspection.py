@@ -23,7 +23,8 @@ def test_every_form_is_told_without_building_the_network_or_reading_tensors(
 ):
     model = converted("test_resnet")
     model.freeze({"layer1.0.conv1": (4, 2)})
-    config = anyprec.recalibrate(model, [torch.randn(2, 3, 64, 64)], (2, 8))
+    config = model.resolve_bits((2, 8))
+    anyprec.update_norms(model, [torch.randn(2, 3, 64, 64)], config)
     path = tmp_path / "net"
     anyprec.save(model, path, configs={"small": config}, **options)
 

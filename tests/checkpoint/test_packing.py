@@ -156,8 +156,9 @@ def test_what_needs_latent_weights_raises_our_error(loaded, batch, use):
 
 
 def test_what_needs_no_latent_weights_works(loaded, batch):
-    config = anyprec.recalibrate(loaded, [batch], 4)
-    anyprec.calibrate_norms(loaded, [batch])
+    config = loaded.resolve_bits(4)
+    anyprec.update_norms(loaded, [batch], config)
+    anyprec.update_norms(loaded, [batch])
     assert (
         anyprec.search(
             loaded, [batch], "90%", objective="divergence", max_evaluations=6
@@ -337,8 +338,9 @@ def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, pe
 def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, bits, norm):
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])
-    mixed = anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], {"5": (4, 2), "3": (8, 4)})
-    anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], 4)
+    mixed = model.resolve_bits({"5": (4, 2), "3": (8, 4)})
+    anyprec.update_norms(model, [torch.randn(8, 3, 8, 8)], mixed)
+    anyprec.update_norms(model, [torch.randn(8, 3, 8, 8)], 4)
     options = {} if form == "training" else {"packed": True, "coding": form}
     anyprec.save(
         model, tmp_path / "net", configs={"mixed": mixed, "four": model.resolve_bits(4)}, **options
@@ -372,7 +374,7 @@ def test_a_configuration_of_an_uncalibrated_file_is_refused(tmp_path, plain, bat
 
 def test_statistics_of_other_configurations_are_not_read(tmp_path, model, plain, batch):
     for bits in (2, 4):
-        anyprec.recalibrate(model, [batch], bits)
+        anyprec.update_norms(model, [batch], bits)
     anyprec.save(model, tmp_path / "net", packed=True, coding="fixed")
     content = bytearray((tmp_path / "net").read_bytes())
     place = content.index(

@@ -291,8 +291,9 @@ def test_floors_and_statistics_of_configurations_survive(tmp_path, plain, batch,
     model = anyprec.convert(plain(), bits=(2, 4, 8), norm=norm, example_input=batch[:1])
     anyprec.calibrate(model, [batch])
     model.freeze({"5": (4, 2)})
-    mixed = anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], {"5": (4, 2), "3": (8, 4)})
-    anyprec.recalibrate(model, [torch.randn(8, 3, 8, 8)], 4)
+    mixed = model.resolve_bits({"5": (4, 2), "3": (8, 4)})
+    anyprec.update_norms(model, [torch.randn(8, 3, 8, 8)], mixed)
+    anyprec.update_norms(model, [torch.randn(8, 3, 8, 8)], 4)
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
     loaded = anyprec.load(path, plain())
@@ -309,7 +310,7 @@ def test_damaged_statistics_and_floors_are_refused(tmp_path, plain, batch, photo
     model = anyprec.convert(plain(), bits=(2, 4, 8), example_input=batch[:1])
     anyprec.calibrate(model, [batch])
     model.freeze({"5": (4, 2)})
-    anyprec.recalibrate(model, [batch], 4)
+    anyprec.update_norms(model, [batch], 4)
     path = tmp_path / "net.safetensors"
     anyprec.save(model, path)
     tensors, text = read_file(path)

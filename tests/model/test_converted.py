@@ -263,7 +263,7 @@ def test_summary_shows_candidates_and_the_active_precision(net: anyprec.Converte
 def test_functions_refuse_a_float_network_by_name(float_net: nn.Module) -> None:
     for call in (
         lambda: anyprec.calibrate(float_net, []),
-        lambda: anyprec.calibrate_norms(float_net, []),
+        lambda: anyprec.update_norms(float_net, []),
         lambda: anyprec.cost_of(float_net),
         lambda: anyprec.OneShot(float_net, total_steps=1),
         lambda: anyprec.fit(float_net, [], epochs=1),

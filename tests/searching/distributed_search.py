@@ -1,14 +1,9 @@
-"""Searches in one process or in several, on the same images: what a test compares.
-
-python distributed_search.py FOLDER                                 one process
-torchrun --nproc-per-node 2 distributed_search.py FOLDER            every process runs its share of the batches
-"""
+"""Searches in one process or in several, on the same images: what a test compares."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -17,9 +12,11 @@ from torch import nn
 
 import anyprec
 
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
-def main() -> None:
-    """Search, and write what each process found."""
+
+def prepare() -> tuple[anyprec.ConvertedModel, Batches]:
+    """A small calibrated network and its images."""
     torch.manual_seed(0)
     hidden = [nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.ReLU()]
     net = nn.Sequential(
@@ -27,13 +24,13 @@ def main() -> None:
     )
     batches = [(torch.randn(size, 3, 8, 8), torch.randint(4, (size,))) for size in (5, 4, 7)]
     model = anyprec.convert(net, bits=(2, 3, 4, 8), example_input=batches[0][0])
-    anyprec.calibrate(
-        model, batches
-    )  # before there are several processes: the same network everywhere
-    several = "RANK" in os.environ
-    if several:
-        dist.init_process_group("gloo")
-    folder = Path(sys.argv[1])
+    anyprec.calibrate(model, batches)
+    return model, batches
+
+
+def search(model: anyprec.ConvertedModel, batches: Batches, *, folder: Path) -> None:
+    """Search, and write what each process found."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
     for objective in ("loss", "error", "divergence"):
         result = anyprec.search(
             model,
@@ -44,15 +41,12 @@ def main() -> None:
             resume=folder / f"{objective}.jsonl",
             report_loader=batches,
         )
-        result.save(folder / f"{objective}-{dist.get_rank() if several else 0}.json")
-    if several:
+        result.save(folder / f"{objective}-{rank}.json")
+    if dist.is_initialized():
         interrupted(model, batches, folder)
-        dist.destroy_process_group()
 
 
-def interrupted(
-    model: anyprec.ConvertedModel, batches: list[tuple[torch.Tensor, torch.Tensor]], folder: Path
-) -> None:
+def interrupted(model: anyprec.ConvertedModel, batches: Batches, folder: Path) -> None:
     """The second process alone gets a Ctrl-C; the search goes on from its file afterwards."""
     calls = 0
 
@@ -68,7 +62,3 @@ def interrupted(
             model, batches, "W3A3", objective=output, resume=folder / "interrupted.jsonl"
         )
         result.save(folder / f"{name}-{dist.get_rank()}.json")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import anyprec
+from tests.searching import distributed_search
 
-SCRIPT = Path(__file__).with_name("distributed_search.py")
+pytestmark = pytest.mark.xdist_group("torchrun")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    threads = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-    }  # what torchrun gives each process; the last bit depends on it
-    made = []
-    for name, options in (("one", []), ("two", launcher)):
-        made.append(tmp_path_factory.mktemp(name))
-        command = [sys.executable, *options, str(SCRIPT), str(made[-1])]
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=300, env=threads
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    return made[0], made[1]
+def folders(under_torchrun: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    alone = tmp_path_factory.mktemp("alone")
+    distributed_search.search(*distributed_search.prepare(), folder=alone)
+    return alone, under_torchrun
 
 
 @pytest.mark.parametrize("objective", ["loss", "error", "divergence"])

@@ -1,6 +1,6 @@
-"""A training run that a test kills: dropout, shuffling and random augmentation, so that every generator matters.
+"""A training run that a test kills: with dropout, shuffling and random augmentation.
 
-python resumable.py SNAPSHOT RESULT [STEP]     kills itself, like a power cut, before the last path of STEP
+So every random generator matters.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,8 @@ def network() -> nn.Module:
     )  # fmt: skip
 
 
-def main(snapshot: Path, result: Path, kill_at: int | None, *, own_generator: bool) -> None:
+def train(snapshot: Path, result: Path, kill_at: int | None, own_generator: bool) -> None:
+    """Train, and kill the process, like a power cut, before the last pass of step `kill_at`."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -76,12 +76,3 @@ def main(snapshot: Path, result: Path, kill_at: int | None, *, own_generator: bo
     }
     state["after"] = torch.rand(3)
     torch.save(state, result)
-
-
-if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    own = "--own-generator" in arguments
-    paths = [argument for argument in arguments if not argument.startswith("--")]
-    main(
-        Path(paths[0]), Path(paths[1]), int(paths[2]) if len(paths) > 2 else None, own_generator=own
-    )

@@ -19,6 +19,26 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+class Net(nn.Module):
+    """One of each kind of norm and layer, and no more: each takes seconds to compile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, stride=2, bias=False)
+        self.stem_norm = nn.BatchNorm2d(4)
+        self.pointwise = nn.Conv2d(4, 4, 1, bias=False)
+        self.pointwise_norm = nn.BatchNorm2d(4)
+        self.joint_norm = nn.BatchNorm2d(8)
+        self.head = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = self.pointwise_norm(self.pointwise(x))
+        x = self.head(torch.relu(self.joint_norm(torch.cat((x + y, y), dim=1))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1])
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_limits_as_data_give_the_same_values_and_gradients(bits: int, axis: int | None) -> None:
@@ -44,9 +64,9 @@ def test_limits_as_data_give_the_same_values_and_gradients(bits: int, axis: int 
 
 @pytest.mark.parametrize("norm", ["per-pair", "shared-affine", "shared"])
 def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
-    norm: str, float_net: nn.Module, images: Tensor, labels: Tensor
+    norm: str, images: Tensor, labels: Tensor
 ) -> None:
-    net = anyprec.convert(float_net, bits=(2, 3, 4, 8), norm=norm, example_input=images[:1])
+    net = anyprec.convert(Net().eval(), bits=(2, 3, 4, 8), norm=norm, example_input=images[:1])
     anyprec.calibrate(net, [images])
     eager = copy.deepcopy(net)
     counter = CompileCounterWithBackend("aot_eager")
@@ -74,9 +94,8 @@ def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
         torch.testing.assert_close(
             value, eager.state_dict()[name], rtol=1e-2, atol=1e-3, equal_nan=True
         )
-    assert (
-        counter.frame_count == 2
-    )  # the max path, which keeps features, and the others, which are compared with it
+    # The max path, which keeps features, and the others, which are compared with it.
+    assert counter.frame_count == 2
     oneshots[0].close()
     net.eval()
     with torch.no_grad():
@@ -84,19 +103,17 @@ def test_training_and_evaluation_are_compiled_once_whatever_the_bits(
             net.set_bits(bits)
             torch.testing.assert_close(compiled(images), net(images))
     assert counter.frame_count == 3
-    anyprec.calibrate_norms(net, [images])
+    anyprec.update_norms(net, [images])
     with torch.no_grad():
         for bits in (2, 3, 8, (2, 8), 4, {"head": (4, 3)}, 2):
             net.set_bits(bits)
             torch.testing.assert_close(compiled(images), net(images))
-    assert (
-        counter.frame_count == 3
-    )  # statistics of uniform bit-widths, which stand beside the copies, are data too
+    # Statistics of uniform bit-widths, which stand beside the copies, are data too.
+    assert counter.frame_count == 3
 
 
-def test_fit_trains_compiled_networks(
-    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
-) -> None:
+def test_fit_trains_compiled_networks(images: Tensor, labels: Tensor) -> None:
+    net = anyprec.convert(Net(), bits=(2, 3, 8), example_input=images[:1])
     counter = CompileCounterWithBackend("aot_eager")
     history = anyprec.fit(
         net,

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("distributed_run.py")
+from tests.training import distributed_training
+
+pytestmark = pytest.mark.xdist_group("torchrun")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("distributed")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, options in (("one", []), ("two", launcher)):
-        command = [sys.executable, *options, str(SCRIPT), str(folder / name)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / name, weights_only=False) for name in ("one", "two")}
+def runs(under_torchrun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    alone = tmp_path_factory.mktemp("alone") / "training.pt"
+    distributed_training.train(*distributed_training.prepare(), result=alone)
+    files = {"one": alone, "two": under_torchrun / "training.pt"}
+    return {name: torch.load(file, weights_only=False) for name, file in files.items()}
 
 
 def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[str, Any]) -> None:
@@ -38,7 +35,7 @@ def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[s
         # Gradients are summed in another order. In float64 that is below 1e-15 at each of the 12 steps, too little to
         # flip a rounding, which in float32 happens and is worth 1e-4.
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10)
-    assert runs["two"]["group norm, floors"] == runs["one"]["group norm, floors"]
+    assert runs["two"]["group norm, frozen"] == runs["one"]["group norm, frozen"]
 
 
 def test_sharded_parameters_end_as_whole_ones_do(runs: dict[str, Any]) -> None:

@@ -202,7 +202,7 @@ def test_accumulated_batches_are_one_step(
             ),
             bits=(2, 4), example_input=loader[0][0],
         )  # fmt: skip
-        anyprec.calibrate(net, whole[:1], step_batches=1)
+        anyprec.calibrate(net, whole[:1], batches=1)
         anyprec.fit(
             net,
             batches,
@@ -360,5 +360,5 @@ def test_forward_passes_may_run_in_bfloat16(
     anyprec.fit(net, loader, epochs=6, recipe=recipe, autocast=torch.bfloat16, norm_batches=0)
     assert torch.bfloat16 in seen
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
-    anyprec.calibrate_norms(net, loader)
+    anyprec.update_norms(net, loader)
     assert accuracy(net, loader, 4) > 0.8

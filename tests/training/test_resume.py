@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor
 import anyprec
 from anyprec.errors import CheckpointError, TrainingError
 from anyprec.training.snapshot import read_snapshot, write_snapshot
-
-SCRIPT = Path(__file__).with_name("resumable.py")
+from tests import processes
+from tests.training import resumable
 
 
 def same(left: Any, right: Any) -> bool:
@@ -41,24 +40,20 @@ def without_times(snapshot: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--own-generator",)], ids=["global randomness", "the loader's own generator"]
+    "own_generator", [False, True], ids=["global randomness", "the loader's own generator"]
 )
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(
-    tmp_path: Path, options: tuple[str, ...]
+    tmp_path: Path, own_generator: bool
 ) -> None:
-    def run(name: str, *arguments: str) -> int:
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            str(tmp_path / f"{name}.run"),
-            str(tmp_path / f"{name}.pt"),
-        ]
-        return subprocess.run([*command, *arguments, *options], check=False).returncode
+    def run(name: str, kill_at: int | None = None) -> int:
+        snapshot, result = tmp_path / f"{name}.run", tmp_path / f"{name}.pt"
+        return processes.run(resumable.train, snapshot, result, kill_at, own_generator)
 
     assert run("whole") == 0
-    # In the second epoch after a snapshot; then, resumed, in the next step; then in the last epoch: 15 steps in all.
+    # In the second epoch after a snapshot; then, resumed, in the next step; then in the last
+    # epoch: 15 steps in all.
     for step in (8, 1, 6):
-        assert run("killed", str(step)) == -9
+        assert run("killed", step) == -signal.SIGKILL
         assert not (tmp_path / "killed.pt").exists()
     assert run("killed") == 0
     whole, killed = (read_snapshot(tmp_path / f"{name}.run") for name in ("whole", "killed"))
@@ -67,10 +62,9 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(
     results = [
         torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("whole", "killed")
     ]
-    results[0].pop(
-        "after"
-    )  # a run that was resumed has not drawn what the script drew before `fit`
-    results[1].pop("after")
+    # A run that was resumed has not drawn what the script drew before `fit`.
+    for state in results:
+        state.pop("after")
     assert same(*results)
 
 

@@ -175,7 +175,7 @@ def test_own_statistics_of_a_configuration_are_part_of_what_changes(
     net.eval()
     execution, _ = PartialExecution.of(net, [images])
     anchor, changed = changes_of_one_layer(net, 4)
-    anyprec.recalibrate(net, [images], changed[1])
+    anyprec.update_norms(net, [images], changed[1])
     execution.set_anchor(anchor)
     assert all(outputs(net, config, images, execution) for config in (anchor, *changed, anchor))
     execution.set_anchor(changed[1])

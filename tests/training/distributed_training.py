@@ -1,13 +1,10 @@
 """Trains in one process or in several, on the same images: what a test compares.
 
-python distributed_run.py RESULT                                 one process, on the joined batches
-torchrun --nproc-per-node 2 distributed_run.py RESULT            every process on its share of each batch
+One process trains on the joined batches, each of several on its share of every batch.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +53,10 @@ def share(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
 def make(*, batch_norm: bool) -> tuple[anyprec.ConvertedModel, list[tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     batches = [(torch.randn(8, 3, 10, 10).double(), torch.randint(3, (8,))) for _ in range(4)]
-    network = Network(
-        batch_norm=batch_norm
-    ).double()  # so that a sum in another order flips no rounding
-    return anyprec.convert(
-        network, bits=(2, 4, 8), example_input=batches[0][0][:1]
-    ).double(), batches
+    # In float64 a sum in another order flips no rounding.
+    network = Network(batch_norm=batch_norm).double()
+    model = anyprec.convert(network, bits=(2, 4, 8), example_input=batches[0][0][:1])
+    return model.double(), batches
 
 
 def own_loop(model: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]) -> int:
@@ -117,43 +112,51 @@ def sharded_loop(
     }
 
 
-def main(result: Path) -> None:
-    found: dict[str, Any] = {}
-    ready, batches = make(batch_norm=False)
-    anyprec.calibrate(
-        ready, batches
-    )  # every process by itself on everything: all runs start from the same step sizes
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo")
+def prepare() -> tuple[anyprec.ConvertedModel, list[tuple[Tensor, Tensor]]]:
+    """A network calibrated by one process on everything: all runs start from its step sizes."""
+    model, batches = make(batch_norm=False)
+    anyprec.calibrate(model, batches)
+    return model, batches
+
+
+def train(
+    calibrated: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]], *, result: Path
+) -> None:
+    """Train in several ways, and write what came out to a file, by the first process."""
+    outcome: dict[str, Any] = {}
     for name in ("group norm", "batch norm"):
-        model = ready
+        model = calibrated
         if name == "batch norm":
             model, batches = make(batch_norm=True)
             anyprec.calibrate(model, share(batches))
-        found[f"{name}, calibrated"] = clone(model)
+        outcome[f"{name}, calibrated"] = clone(model)
         history = anyprec.fit(model, share(batches), epochs=3, recipe=RECIPE, seed=3)
-        found[name] = clone(model)
-        found[f"{name}, floors"] = {path: str(bits) for path, bits in model.frozen.items()}
-        found[f"{name}, losses"] = history[-1].losses
-        anyprec.recalibrate(model, share(batches), 2)
+        outcome[name] = clone(model)
+        outcome[f"{name}, frozen"] = {path: str(bits) for path, bits in model.frozen.items()}
+        outcome[f"{name}, losses"] = history[-1].losses
+        anyprec.update_norms(model, share(batches), 2)
         (statistics,) = model.anyprec_record.statistics.values()
-        found[f"{name}, statistics"] = statistics
+        outcome[f"{name}, statistics"] = statistics
     model, batches = make(batch_norm=True)
     anyprec.calibrate(model, batches)
     assert unused_parameters(model)
-    found["reductions"] = own_loop(model, share(batches))
-    found["own loop"] = clone(model)
+    outcome["reductions"] = own_loop(model, share(batches))
+    outcome["own loop"] = clone(model)
     model, batches = make(batch_norm=False)
-    model.load_state_dict(found["group norm, calibrated"])
-    found["sharded"] = sharded_loop(model, share(batches))
+    model.load_state_dict(outcome["group norm, calibrated"])
+    outcome["sharded"] = sharded_loop(model, share(batches))
     if dist.is_initialized():
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, found)
-        found["agreement"] = {name: equal(every[0][name], every[1][name]) for name in found}
+        first, second = gather(outcome)
+        outcome["agreement"] = {name: equal(first[name], second[name]) for name in first}
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(found, result)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        torch.save(outcome, result)
+
+
+def gather(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process has, in the order of their ranks."""
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    return outcomes
 
 
 def clone(model: nn.Module) -> dict[str, Tensor]:
@@ -168,7 +171,3 @@ def equal(left: Any, right: Any) -> bool:
     if isinstance(left, tuple):
         return len(left) == len(right) and all(map(equal, left, right))
     return torch.equal(left, right) if isinstance(left, Tensor) else left == right
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
