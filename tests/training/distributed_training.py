@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import anyprec
-from anyprec.training.oneshot import unused_parameters
+from anyprec.training.parameters import unused_parameters
 
 
 class Network(nn.Module):
@@ -95,8 +95,8 @@ def sharded_loop(
     if dist.is_initialized():
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = torch.optim.SGD(anyprec.param_groups(model, lr=0.05, weight_decay=1e-3), lr=0.05)
-    settings = {name: value for name, value in RECIPE.oneshot.items() if name != "sampler"}
-    oneshot = anyprec.OneShot(model, total_steps=2 * len(batches), **settings)
+    steps = 2 * len(batches)
+    oneshot = anyprec.OneShot(model, total_steps=steps, recipe=RECIPE, sampler="sandwich")
     oneshot.exempt_from_decay(optimizer)
     model.train()
     for images, labels in 2 * batches:
