@@ -94,7 +94,7 @@ class FeatureDistances:
             self._taps.clear()
 
     def close(self) -> None:
-        """Take features of a compiled network no more."""
+        """Stop taking features of a compiled network."""
         self._until_closed.close()
         self._taps.clear()
 

@@ -134,6 +134,7 @@ class Learner:
             with self._synchronising(is_last=path.is_last and is_last):
                 with self._autocasting(images.device):
                     loss = path.loss(self.network(images), labels, self.settings.criterion)
+                # Outside of autocast, as torch advises for backward passes.
                 (loss / batches).backward()
             losses.append(loss.detach() / path.weight / batches)
         return losses

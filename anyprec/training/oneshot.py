@@ -230,6 +230,7 @@ class OneShot:
         """Note what the loss of a path needs of its forward pass."""
         with ExitStack() as watched:
             if self.recipe.feature_weight > 0 and path.is_max:
+                # Features are large: only those are kept that a random path is compared with.
                 layers: set[str] = set()
                 for random_path in paths[1:]:
                     layers |= self._layers_at_lowest(random_path.config, step)
@@ -237,6 +238,7 @@ class OneShot:
             elif self.recipe.feature_weight > 0:
                 layers = self._layers_at_lowest(path.config, step)
                 step.feature_distances = watched.enter_context(self._features.measuring(layers))
+            # An event measures instability on the operands that the last path of the step made.
             takes_error = not path.is_max and step.error_weight > 0
             if takes_error or self._drawer.is_event(self.steps_done):
                 watched.enter_context(self._operands.watching())

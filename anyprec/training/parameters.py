@@ -107,6 +107,7 @@ def _sort_parameters(
             continue
         if id(parameter) in of_quantizers:
             step_sizes.append(parameter)
+        # A norm copy has a row for each precision, so its dimensions do not show what it is.
         elif parameter.ndim <= 1 or name in undecayed_names or id(parameter) in of_norm_copies:
             undecayed.append(parameter)
         else:
