@@ -98,13 +98,14 @@ def frontier_plot(
     """
     figure, axes = new_figure(7, 4.5, title=title)
     unit, label = _UNITS.get(cost, (1, cost))
-    scores = []
+    scores: list[float] = []
     for kind, points in series.items():
         finite = sorted((x / unit, y) for x, y in points if math.isfinite(y))
         if finite:
             style = _STYLES.get(kind, {"marker": "s", "linestyle": "--"})
-            axes.plot(*zip(*finite, strict=True), label=kind, **style)
-            scores += [y for _, y in finite]
+            shown_costs, shown_scores = zip(*finite, strict=True)
+            axes.plot(shown_costs, shown_scores, label=kind, **style)
+            scores += shown_scores
     for x, y in chosen:
         axes.plot([x / unit], [y], "o", label="chosen", **_CHOSEN_STYLE)
     # Losses at 2 bits can be a hundred times those at 8, which would all look like 0.
@@ -125,9 +126,16 @@ def bits_plot(config: BitConfig, path: str | Path, *, title: str = "") -> None:
     weights = [bits.weight for bits in config.values()]
     activations = [bits.activation for bits in config.values()]
     positions = range(len(config))
-    left, right = [x - 0.2 for x in positions], [x + 0.2 for x in positions]
-    axes.bar(left, weights, width=0.4, color=_WEIGHT, label="weight bits")
-    axes.bar(right, activations, width=0.4, color=_ACTIVATION, label="activation bits")
+    # Aligned by an edge, a bar of negative width is to the left of its position.
+    axes.bar(positions, weights, width=-0.4, align="edge", color=_WEIGHT, label="weight bits")
+    axes.bar(
+        positions,
+        activations,
+        width=0.4,
+        align="edge",
+        color=_ACTIVATION,
+        label="activation bits",
+    )
     axes.set_xticks([])
     if len(config) <= _MOST_NAMES:
         axes.set_xticks(list(positions), list(config), rotation=90, fontsize=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
         ImportError: matplotlib is not installed.
     """
     figure, axes = new_figure(7, 4.5, title=title)
+    series = defaultdict(list)
+    for result in results:
+        series[result.kind].append(result)
     for kind in _STYLES:
-        series = [result for result in results if result.kind == kind]
-        if series:
-            _plot_series(axes, kind, sorted(series, key=lambda result: result.cost.bitops))
-    float_results = [result for result in results if result.kind == "float"]
-    for result, line in zip(float_results, itertools.cycle(("--", ":", "-.")), strict=False):
+        if kind in series:
+            _plot_series(axes, kind, series[kind])
+    for result, line in zip(series["float"], itertools.cycle(("--", ":", "-.")), strict=False):
         axes.axhline(
             result.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=result.name
         )
@@ -45,9 +47,9 @@ def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "
 
 def _plot_series(axes: Any, kind: str, series: Sequence[Result]) -> None:
     style, color = _STYLES[kind]
+    series = sorted(series, key=lambda result: result.cost.bitops)
     costs = [result.cost.bitops / 1e9 for result in series]
-    accuracies = [result.accuracy for result in series]
-    axes.plot(costs, accuracies, style, color=color, label=kind)
+    axes.plot(costs, [result.accuracy for result in series], style, color=color, label=kind)
     for result, cost in zip(series, costs, strict=True):
         axes.annotate(
             result.name.removeprefix("searched "),

@@ -26,8 +26,8 @@ def images_of(batch: Batch) -> Tensor:
     images = batch
     if isinstance(batch, Mapping):
         images = _first_value(batch, _IMAGE_KEYS)
-    elif isinstance(batch, (tuple, list)):
-        images = batch[0] if batch else None
+    elif isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
     if not isinstance(images, Tensor):
         msg = f"cannot find images in a batch of type {type(batch).__name__}: yield a tensor, a "
         msg += f"pair (images, labels), or a mapping with one of {_IMAGE_KEYS}"

@@ -121,7 +121,8 @@ class StoredFile:
         self._path = path
         self._remedy = remedy
         self._file = file
-        self.shapes = {name: _dtype_and_shape(file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        names = file.keys()  # safetensors' file is no mapping, which could be iterated over
+        self.shapes = {name: _dtype_and_shape(file, name) for name in names}
         self.document, self._digests = self._unsealed(sealed)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -291,9 +292,11 @@ def _require_storable(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         msg += f"a {type(tensor).__name__}: a checkpoint holds tensors only"
         raise CheckpointError(msg)
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        problem = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-        msg += f"{problem}: a checkpoint holds dense tensors with values"
+    if tensor.is_meta:
+        msg += "on the meta device: a checkpoint holds tensors with values"
+        raise CheckpointError(msg)
+    if tensor.layout is not torch.strided:
+        msg += f"of layout {tensor.layout}: a checkpoint holds dense tensors"
         raise CheckpointError(msg)
     if hasattr(tensor, "full_tensor"):  # a DTensor
         msg += "sharded over processes: gather it (tensor.full_tensor()) into a converted network "

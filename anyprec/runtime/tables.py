@@ -6,7 +6,7 @@ import io
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
@@ -34,7 +34,7 @@ class TableContent:
         """For `rich.print`; a cell that is too wide for the terminal is folded, not cut off."""
         table = Table(title=escape(self.title) or None)
         for name in self.header:
-            justify = "right" if name in self.numbers else "left"
+            justify: JustifyMethod = "right" if name in self.numbers else "left"
             table.add_column(escape(name), justify=justify, overflow="fold")
         for row in self.rows:
             # Paths and patterns may hold brackets, which rich would read as markup.
@@ -55,7 +55,9 @@ class TableContent:
         )
         console.print(table)
         lines = [line.rstrip() for line in output.getvalue().splitlines()]
-        return "\n".join([self.title, *lines] if self.title else lines)
+        if self.title:
+            lines.insert(0, self.title)
+        return "\n".join(lines)
 
     def markdown(self) -> str:
         """A Markdown table, without the title."""
