@@ -1,15 +1,19 @@
-"""`anyprec` on the command line. Messages go to standard output, errors to standard error with exit status 1."""
+"""`anyprec` on the command line.
+
+What was asked for goes to standard output, errors to standard error with exit status 1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from anyprec.checkpoint.inspection import CheckpointInfo
+from anyprec.bits import BitConfig
 from anyprec.checkpoint.inspection import inspect as inspect_file
 from anyprec.errors import AnyprecError
 
@@ -33,27 +37,22 @@ def inspect(
     except AnyprecError as error:
         typer.echo(f"anyprec: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(json.dumps(_plain(info), indent=1) if as_json else str(info))
+    if as_json:
+        typer.echo(json.dumps(info, default=_json_value, indent=1))
+    else:
+        typer.echo(str(info))
 
 
-def _plain(info: CheckpointInfo) -> dict[str, Any]:
-    return {
-        **{field.name: getattr(info, field.name) for field in dataclasses.fields(info)},
-        "architecture": None
-        if info.architecture is None
-        else dataclasses.asdict(info.architecture),
-        "settings": {
-            **{name: value for name, value in vars(info.settings).items() if name != "only"},
-            "only": None if info.settings.only is None else info.settings.only.to_json(),
-        },
-        "layers": {path: dataclasses.asdict(layer) for path, layer in info.layers.items()},
-        "configs": {name: config.to_json() for name, config in info.configs.items()},
-        "notes": {
-            name: {**vars(note), "found": dict(note.found)} for name, note in info.notes.items()
-        },
-        "frozen": info.frozen.to_json(),
-        "statistics": [config.to_json() for config in info.statistics],
-    }
+def _json_value(value: Any) -> Any:
+    """What JSON can hold of a value that it cannot."""
+    if isinstance(value, BitConfig):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return vars(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    msg = f"{type(value).__name__} has no JSON form"
+    raise TypeError(msg)
 
 
 if __name__ == "__main__":

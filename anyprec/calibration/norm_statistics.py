@@ -78,6 +78,10 @@ def update_norms(
         >>> anyprec.update_norms(model, [images], {"layer1.*": 4})
     """
     require_converted(model, purpose="update_norms")
+    if anchored and include_float:
+        msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
+        msg += "them: choose one"
+        raise ValueError(msg)
     if bits == "all":
         _update_copies(model, loader, batches, anchored=anchored, include_float=include_float)
         return
@@ -109,10 +113,6 @@ def _update_copies(
     include_float: bool,
 ) -> None:
     """Estimate every copy of every norm, and the statistics beside them."""
-    if anchored and include_float:
-        msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
-        msg += "them: choose one"
-        raise ValueError(msg)
     norms = switchable_norms(model)
     norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
     if not norms:
@@ -125,24 +125,35 @@ def _update_copies(
         if include_float:
             hand_over_affine(model)
         reference = _float_statistics(model, norms, batches) if anchored else None
-        estimated: set[tuple[tuple[int | None, int | None], ...]] = set()
-        for request in requests:
-            with model.using_bits(request):
-                _select_statistics(norms, request)
-                selected = tuple((norm.row, norm.uniform) for norm in norms.values())
-                # A pair that layers round up to one that was done already (depthwise layers) has
-                # nothing new.
-                if selected not in estimated:
-                    _estimate(model, norms, batches, reference)
-                estimated.add(selected)
-                for norm in norms.values():
-                    _share_with_row(norm)
+        _estimate_uniform(model, norms, batches, requests, reference)
         _require_finite_banks(norms)
     for norm in norms.values():
         if norm.bank is not None:
             norm.bank.refresh()
     # The active precision may have statistics now that it lacked when it was set.
     model.set_bits(model.bits)
+
+
+def _estimate_uniform(
+    model: ConvertedModel,
+    norms: dict[str, SwitchableNorm],
+    batches: list[Tensor],
+    requests: list[Bits | None],
+    reference: _Reference | None,
+) -> None:
+    """Estimate the statistics that each of these uniform precisions uses."""
+    estimated: set[tuple[tuple[int | None, int | None], ...]] = set()
+    for request in requests:
+        with model.using_bits(request):
+            _select_statistics(norms, request)
+            selected = tuple((norm.row, norm.uniform) for norm in norms.values())
+            # Layers without a bit-width (depthwise ones) take the next, so two requests may be the
+            # same to every norm.
+            if selected not in estimated:
+                _estimate(model, norms, batches, reference)
+            estimated.add(selected)
+            for norm in norms.values():
+                _share_with_row(norm)
 
 
 def _update_configuration(

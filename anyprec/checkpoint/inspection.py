@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from anyprec.model.conversion import layer_candidates
 from anyprec.model.record import ConfigNote, ConvertSettings
 from anyprec.network.facts import LayerFacts
 from anyprec.runtime.storage import StoredFile, opened
+from anyprec.runtime.tables import TableContent
 
 _ELEMENT_BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BF16": 16}
 """Bits of the kinds of number whose name does not end in them."""
@@ -84,7 +85,7 @@ class CheckpointInfo:
     tensors: int
 
     def __str__(self) -> str:
-        lines = [*self._heading(), "", *_table(self.layers.values())]
+        lines = [*self._heading(), "", _table(self.layers.values())]
         if self.configs:
             lines += [
                 "",
@@ -211,29 +212,16 @@ def _size(file: StoredFile, name: str) -> int:
     return total // 8
 
 
-def _table(layers: Any) -> list[str]:
-    rows = [("layer", "weights", "MACs", "weight bits", "input bits", "stored as", "bytes")]
+def _table(layers: Iterable[StoredLayer]) -> str:
+    header = ("layer", "weights", "MACs", "weight bits", "input bits", "stored as", "bytes")
+    rows = []
     for layer in layers:
-        widths = (
-            ",".join(map(str, offered))
-            for offered in (layer.candidates.weight, layer.candidates.activation)
-        )
+        weight_bits = ",".join(map(str, layer.candidates.weight))
+        input_bits = ",".join(map(str, layer.candidates.activation))
         stored = f"{layer.storage}: {layer.reason}" if layer.reason else layer.storage
-        rows.append(
-            (
-                layer.path,
-                f"{layer.weights:,}",
-                f"{layer.macs:,}",
-                *widths,
-                stored,
-                f"{layer.bytes:,}",
-            )
-        )
-    columns = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, columns, strict=True)).rstrip()
-        for row in rows
-    ]
+        counts = (f"{layer.weights:,}", f"{layer.macs:,}")
+        rows.append((layer.path, *counts, weight_bits, input_bits, stored, f"{layer.bytes:,}"))
+    return TableContent(header, rows, numbers=("weights", "MACs", "bytes")).text()
 
 
 def _mebibytes(number: float) -> str:

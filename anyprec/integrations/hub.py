@@ -1,7 +1,9 @@
-"""Converted models on the Hugging Face Hub, through huggingface_hub's own mixin: one checkpoint file in a repository.
+"""Converted models on the Hugging Face Hub: one checkpoint file in a repository.
 
-HubModel(model, packed=True).push_to_hub("me/resnet18-anyprec")
-model = HubModel.from_pretrained("me/resnet18-anyprec").model
+    HubModel(model, packed=True).push_to_hub("me/resnet18-anyprec")
+    model = HubModel.from_pretrained("me/resnet18-anyprec").model
+
+Folders, repositories and model cards are the matter of huggingface_hub's own mixin.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ FILE_NAME = "model.safetensors"
 """Name of the checkpoint in a repository or folder."""
 
 
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+"""Those of `from_pretrained` that are for the download."""
+
+
 class HubModel(
     ModelHubMixin,
     library_name="anyprec",
@@ -31,7 +37,8 @@ class HubModel(
 
     Args:
         model: The converted model.
-        **save_options: What `anyprec.save` takes besides the path: `packed`, `coding`, `configs`, `model_args`, ...
+        **save_options: What `anyprec.save` takes besides the file: `packed`, `coding`, `configs`,
+            `model_args`, ...
 
     Attributes:
         model: The converted model.
@@ -71,19 +78,19 @@ class HubModel(
 
         `model`, `bits` and `device` are those of `anyprec.load`.
         """
-        settings = {name: options.pop(name) for name in ("bits", "device") if name in options}
+        load_options = {name: options.pop(name) for name in ("bits", "device") if name in options}
         folder = Path(model_id)
         if folder.is_dir():
-            return cls(load(folder / FILE_NAME, model, **settings))
-        known = {name: options[name] for name in _DOWNLOAD_OPTIONS if options.get(name) is not None}
+            return cls(load(folder / FILE_NAME, model, **load_options))
+        # The mixin passes all of its own options, most of them None.
+        download_options = {}
+        for name in _DOWNLOAD_OPTIONS:
+            if options.get(name) is not None:
+                download_options[name] = options[name]
         try:
-            path = hf_hub_download(model_id, FILE_NAME, revision=revision, **known)
+            file = hf_hub_download(model_id, FILE_NAME, revision=revision, **download_options)
         except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-            msg = (
-                f"cannot get {FILE_NAME!r} of {model_id!r}, which is no folder here either: {error}"
-            )
+            msg = f"cannot get {FILE_NAME!r} of {model_id!r}, "
+            msg += f"which is no folder on this machine either: {error}"
             raise CheckpointError(msg) from error
-        return cls(load(path, model, **settings))
-
-
-_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+        return cls(load(file, model, **load_options))

@@ -1,15 +1,30 @@
-"""The table of a converted network: every layer, its candidates, or why it stays in floating point."""
+"""The table of a converted network: each layer with its candidates, or why it stays in float."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.runtime.tables import TableContent
+
+_HEADER = ("layer", "class", "weights", "MACs", "weight bits", "input bits", "input", "active")
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of `Summary`; `candidates` is None for a layer that is not quantized, `floor` where nothing is frozen."""
+    """One line of `Summary`.
+
+    Attributes:
+        path: Where the layer is in the network.
+        kind: Its class.
+        macs: Multiply-accumulates for one sample.
+        weights: Number of weights.
+        candidates: The bit-widths that it may take; None if it is not quantized.
+        input_kind: The grid of its input quantizer.
+        bits: The active precision; None in floating point.
+        floor: The lowest precision in use; None where nothing is frozen.
+        reason: Why it is not quantized; empty if it is.
+    """
 
     path: str
     kind: str
@@ -24,51 +39,29 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every layer of a converted network; prints as a table, with frozen candidates in parentheses."""
+    """Every layer of a converted network; prints as a table, frozen candidates in parentheses."""
 
     name: str
     rows: tuple[SummaryRow, ...]
 
     def __str__(self) -> str:
-        header = (
-            "layer",
-            "class",
-            "weights",
-            "MACs",
-            "weight bits",
-            "input bits",
-            "input",
-            "active",
-        )
-        cells = [header, *(_summary_cells(row) for row in self.rows)]
-        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
+        cells = [_cells(row) for row in self.rows]
         quantized = sum(row.candidates is not None for row in self.rows)
         title = f"{self.name}: {quantized} of {len(self.rows)} layers quantized"
-        return "\n".join([title, *lines])
+        return TableContent(_HEADER, cells, numbers=("weights", "MACs"), title=title).text()
 
 
-def _summary_cells(row: SummaryRow) -> tuple[str, ...]:
+def _cells(row: SummaryRow) -> tuple[str, ...]:
+    layer = (row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}")
     if row.candidates is None:
-        return row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}", "-", "-", "", row.reason
-    floor = row.floor or row.candidates.lowest
-    weight = _widths_cell(row.candidates.weight, floor.weight)
-    activation = _widths_cell(row.candidates.activation, floor.activation)
+        return (*layer, "-", "-", "", row.reason)
+    lowest = row.floor or row.candidates.lowest
+    weight = _candidates_cell(row.candidates.weight, lowest.weight)
+    activation = _candidates_cell(row.candidates.activation, lowest.activation)
     active = "float" if row.bits is None else str(row.bits)
-    return (
-        row.path,
-        row.kind,
-        f"{row.weights:,}",
-        f"{row.macs:,}",
-        weight,
-        activation,
-        row.input_kind,
-        active,
-    )
+    return (*layer, weight, activation, row.input_kind, active)
 
 
-def _widths_cell(widths: tuple[int, ...], floor: int) -> str:
-    return ",".join(f"({width})" if width < floor else str(width) for width in widths)
+def _candidates_cell(candidates: tuple[int, ...], lowest: int) -> str:
+    cells = [f"({bits})" if bits < lowest else str(bits) for bits in candidates]
+    return ",".join(cells)

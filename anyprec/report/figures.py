@@ -1,4 +1,7 @@
-"""What every plot shares: a figure that needs no display, and an axis of costs. matplotlib is the extra `anyprec[plots]`."""
+"""What every plot shares: a figure that needs no display, and an axis of costs.
+
+matplotlib is the extra `anyprec[plots]`.
+"""
 
 from __future__ import annotations
 

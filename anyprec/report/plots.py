@@ -3,56 +3,60 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from anyprec.report.figures import label_cost_and_score, new_figure
 from anyprec.report.results import Result
 
-_STYLE = {"uniform": ("o-", "#4269d0"), "searched": ("D", "#ff725c")}
+_STYLES = {"uniform": ("o-", "#4269d0"), "searched": ("D", "#ff725c")}
+
+_NAME_OFFSETS = {"uniform": 7, "searched": -13}
+"""Points between a mark and its name, above or below, so that names of two series do not meet."""
 
 
 def plot_accuracy(results: Sequence[Result], path: str | Path, *, title: str = "") -> None:
-    """Write a picture of accuracy against BitOPs: a series for each kind of result, the float network as a line.
+    """Plot accuracy against BitOPs: a series for each kind of result, the float network as a line.
 
     Args:
         results: What was measured.
-        path: Picture to write; its suffix says the format.
+        path: File to write; its suffix determines the format.
         title: Above the plot.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     figure, axes = new_figure(7, 4.5, title=title)
-    for kind, (style, color) in _STYLE.items():
-        series = sorted(
-            (r for r in results if r.kind == kind), key=lambda result: result.cost.bitops
+    series = defaultdict(list)
+    for result in results:
+        series[result.kind].append(result)
+    for kind in _STYLES:
+        if kind in series:
+            _plot_series(axes, kind, series[kind])
+    for result, line in zip(series["float"], itertools.cycle(("--", ":", "-.")), strict=False):
+        axes.axhline(
+            result.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=result.name
         )
-        if not series:
-            continue
-        axes.plot(
-            [r.cost.bitops / 1e9 for r in series],
-            [r.accuracy for r in series],
-            style,
-            color=color,
-            label=kind,
-        )
-        for r in series:
-            below = kind == "searched"
-            axes.annotate(
-                r.name.removeprefix("searched "),
-                (r.cost.bitops / 1e9, r.accuracy),
-                textcoords="offset points",
-                xytext=(0, -13 if below else 7),
-                ha="center",
-                fontsize=8,
-                color=color,
-            )
-    for r, line in zip(
-        (r for r in results if r.kind == "float"), itertools.cycle(("--", ":", "-.")), strict=False
-    ):
-        axes.axhline(r.accuracy, color="#6b6b6b", linestyle=line, linewidth=1, label=r.name)
     label_cost_and_score(axes, cost="BitOPs of one image, in G", score="top-1 accuracy, %")
     axes.margins(x=0.08, y=0.12)
     axes.legend(loc="lower right")
     figure.savefig(path)
+
+
+def _plot_series(axes: Any, kind: str, series: Sequence[Result]) -> None:
+    style, color = _STYLES[kind]
+    series = sorted(series, key=lambda result: result.cost.bitops)
+    costs = [result.cost.bitops / 1e9 for result in series]
+    axes.plot(costs, [result.accuracy for result in series], style, color=color, label=kind)
+    for result, cost in zip(series, costs, strict=True):
+        axes.annotate(
+            result.name.removeprefix("searched "),
+            (cost, result.accuracy),
+            textcoords="offset points",
+            xytext=(0, _NAME_OFFSETS[kind]),
+            ha="center",
+            fontsize=8,
+            color=color,
+        )

@@ -1,1 +1,1 @@
-"""What every room needs to run: batches, processes, modes, progress, files."""
+"""What every room needs to run: batches, processes, modes, progress, files, tables."""

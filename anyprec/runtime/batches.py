@@ -1,4 +1,4 @@
-"""What a data loader yields: taking images and labels out of a batch, and moving them to a device."""
+"""What a data loader yields: the images and labels of a batch, and the device that they go to."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def images_of(batch: Batch) -> Tensor:
     """The images of a batch.
 
     Raises:
-        TypeError: `batch` is neither a tensor, nor a sequence that starts with one, nor a mapping with a known key.
+        TypeError: `batch` is neither a tensor, nor a sequence that starts with one, nor a mapping
+            with a known key.
     """
+    images = batch
     if isinstance(batch, Mapping):
-        found = next((batch[key] for key in _IMAGE_KEYS if key in batch), None)
-    elif isinstance(batch, (tuple, list)):
-        found = batch[0] if batch else None
-    else:
-        found = batch
-    if not isinstance(found, Tensor):
-        msg = f"cannot find images in a batch of type {type(batch).__name__}: yield a tensor, a pair (images, labels), "
-        msg += f"or a mapping with one of {_IMAGE_KEYS}"
+        images = _first_value(batch, _IMAGE_KEYS)
+    elif isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
+    if not isinstance(images, Tensor):
+        msg = f"cannot find images in a batch of type {type(batch).__name__}: yield a tensor, a "
+        msg += f"pair (images, labels), or a mapping with one of {_IMAGE_KEYS}"
         raise TypeError(msg)
-    return found
+    return images
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -41,15 +41,23 @@ def labels_of(batch: Batch) -> Tensor:
     Raises:
         TypeError: `batch` has none.
     """
+    labels = None
     if isinstance(batch, Mapping):
-        found = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-    else:
-        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-    if not isinstance(found, Tensor):
-        msg = f"cannot find labels in a batch of type {type(batch).__name__}: yield a pair (images, labels), or a "
-        msg += f"mapping with one of {_LABEL_KEYS}"
+        labels = _first_value(batch, _LABEL_KEYS)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    if not isinstance(labels, Tensor):
+        msg = f"cannot find labels in a batch of type {type(batch).__name__}: yield a pair "
+        msg += f"(images, labels), or a mapping with one of {_LABEL_KEYS}"
         raise TypeError(msg)
-    return found
+    return labels
+
+
+def _first_value(batch: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    for key in keys:
+        if key in batch:
+            return batch[key]
+    return None
 
 
 def device_of(model: nn.Module) -> torch.device:

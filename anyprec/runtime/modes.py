@@ -1,4 +1,4 @@
-"""Running a block of code with a network in eval mode, and putting every module's mode back."""
+"""Running a block of code with a network in eval mode, and restoring every module's mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a `with` block; each module's own mode is restored, also after an exception."""
+    """Eval mode for the length of a `with` block.
+
+    Each module's mode is restored, also after an exception: frozen parts may have had another one.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

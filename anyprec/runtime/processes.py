@@ -1,4 +1,8 @@
-"""Several processes as one: what a run under `torchrun` must agree on. In a single process nothing happens here."""
+"""Several processes as one: what a run under `torchrun` must agree on.
+
+In a single process nothing happens here. The functions that exchange values are collective: every
+process must call them, in the same order.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,9 @@ T = TypeVar("T")
 
 def process_count() -> int:
     """Number of processes of the default group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def process_rank() -> int:
@@ -31,7 +37,7 @@ def is_first_process() -> bool:
 
 
 def of_first_process(value: T) -> T:
-    """The value that the first process has; any that pickle takes. Every process must call it."""
+    """The value that the first process has; any that pickle takes."""
     if process_count() == 1:
         return value
     values = [value]
@@ -40,7 +46,7 @@ def of_first_process(value: T) -> T:
 
 
 def of_all_processes(value: T) -> list[T]:
-    """The values of all processes, in their order; any that pickle takes. Every process must call it."""
+    """The values of all processes, in their order; any that pickle takes."""
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
@@ -49,39 +55,46 @@ def of_all_processes(value: T) -> list[T]:
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` summed over all processes, in place. Every process must call it."""
+    """`tensor` summed over all processes, in place."""
     if process_count() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def first_reason(reason: str) -> str:
-    """The first process's reason that is not empty. Every process must call it."""
+    """The first reason that is not empty, in the order of processes; "" if all are."""
     return next(filter(None, of_all_processes(reason)), "")
 
 
 @contextmanager
 def holding_back_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C must not stop one of several processes where the others wait for it: it is noted, and the caller asks for it.
+    """Note a Ctrl-C instead of raising KeyboardInterrupt, so that the caller can stop in step.
 
-    A second one is not held back. In a single process, and outside the main thread, nothing changes.
+    An exception in one of several processes would leave the others waiting for it. A second Ctrl-C
+    is not held back. In a single process, and outside the main thread, nothing changes.
 
     Yields:
-        Whether this process was interrupted.
+        A function that says whether this process was interrupted.
     """
-    noted: list[int] = []
+    interrupted = False
+
+    def was_interrupted() -> bool:
+        return interrupted
+
+    # Only the main thread may set signal handlers.
     if process_count() == 1 or threading.current_thread() is not threading.main_thread():
-        yield bool
+        yield was_interrupted
         return
-    before = signal.getsignal(signal.SIGINT)
+    usual_handler = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
-        if noted and callable(before):
-            before(number, frame)
-        noted.append(number)
+        nonlocal interrupted
+        if interrupted and callable(usual_handler):
+            usual_handler(number, frame)
+        interrupted = True
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: bool(noted)
+        yield was_interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual_handler)

@@ -1,4 +1,4 @@
-"""What people see while something runs: progress bars with rich. Nothing is printed where nobody looks.
+"""What people see while something runs: progress bars with rich.
 
 A bar is shown on a terminal only, and only by rank 0 of a distributed run.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -36,8 +35,9 @@ class Bar:
 
     def advance(self, steps: int = 1, *, note: str | None = None) -> None:
         """Move on by `steps`, and change the text at the end."""
-        fields: dict[str, Any] = {} if note is None else {"note": note}
-        self._progress.update(self._task, advance=steps, **fields)
+        self._progress.update(self._task, advance=steps)
+        if note is not None:
+            self._progress.update(self._task, note=note)
 
 
 @contextmanager

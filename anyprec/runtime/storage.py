@@ -1,9 +1,12 @@
 """Reading and writing one safetensors file: atomic, checked, without pickle.
 
-Checkpoints and the state of a training run are such files. The metadata holds one entry, the document, whose last two fields
-are a digest of every tensor and one of the document with these digests: a flipped bit is found although safetensors keeps no
-checksum, also where only some of the tensors are read. Digests find damage, not malice: what a file says is checked besides.
-One entry, because safetensors writes several in random order: the same model makes the same bytes.
+Checkpoints and the state of a training run are such files. The metadata holds one entry, the
+document, whose last two fields are a digest of every tensor, and one of the document with these
+digests. So a flipped bit is found although safetensors keeps no checksum, also where only some of
+the tensors are read. Digests find damage, not malice: who reads a document checks what it says.
+
+The document is one entry because safetensors writes several in random order, and the same model
+must make the same bytes.
 """
 
 from __future__ import annotations
@@ -36,15 +39,19 @@ LARGEST_HEADER = 2**25
 MOST_TENSORS = 100_000
 """Tensors that a file may have."""
 
-_SEAL = re.compile(r', "sha256": "([0-9a-f]{64})"\}\Z')
-_DIGESTS = ', "digests": {'  # in a JSON text its quotes stand nowhere within a string
+_DIGESTS = ', "digests": '
+"""What comes before the digests. It is within no JSON string, where quotes are escaped."""
+
+_SEAL = re.compile(r', "sha256": "[0-9a-f]{64}"\}\Z')
+"""The end of a document with digests."""
+
 _REMEDY = "copy it again from its source"
 
 
 def write_file(
     path: Path, tensors: Mapping[str, Tensor], document: str, *, key: str = METADATA_KEY
 ) -> None:
-    """Write `tensors` and `document` to `path`: afterwards it holds all of them, or what it held before.
+    """Write `tensors` and `document`; afterwards the file holds all of them, or is as it was.
 
     Args:
         path: The file.
@@ -56,40 +63,41 @@ def write_file(
         CheckpointError: The file cannot be written, or could not be read again because of its size.
     """
     if not path.parent.is_dir():
-        msg = (
-            f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; create it first"
-        )
+        msg = f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}; "
+        msg += "create it first"
         raise CheckpointError(msg)
     try:
-        sealed = _sealed(
-            document, {name: _tensor_digest(tensor) for name, tensor in tensors.items()}
-        )
-        _require_small(len(json.dumps(sealed)), len(tensors))
+        digests = {name: _tensor_digest(tensor) for name, tensor in tensors.items()}
+        sealed = _sealed(document, digests)
+        _require_readable_size(len(json.dumps(sealed)), len(tensors))
         with replacing(path) as temporary:
             save_file(dict(tensors), temporary, metadata={key: sealed})
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-    ) as error:  # the last two: numbers that it cannot hold
-        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there before is unchanged"
+    # safetensors has a ValueError or KeyError for dtypes that it cannot hold.
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there "
+        msg += "before is unchanged"
         raise CheckpointError(msg) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place, whole, when the `with` block ends without an exception.
+    """A temporary file beside `path`, which replaces it when the `with` block ends.
+
+    If the block raises, the temporary file is gone and `path` is unchanged.
 
     Raises:
         OSError: It cannot be written; `path` is unchanged.
     """
+    # In the same folder, since a rename is atomic only within one file system.
     temporary = path.with_name(f".anyprec-{uuid.uuid4().hex}.tmp")
     try:
-        temporary.touch()
-        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        temporary.touch()  # with the mode that a new file gets here
+        existing = path if path.exists() else temporary
+        mode = stat.S_IMODE(existing.stat().st_mode)
         yield temporary
-        temporary.chmod(mode)  # safetensors writes a file that only its owner may read
+        # safetensors writes a file that only its owner may read.
+        temporary.chmod(mode)
+        # The content must be on the disk before the rename is, or a power cut leaves an empty file.
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -100,18 +108,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 class StoredFile:
-    """An open file: its document, which has been checked for damage, and its tensors, each of which is when it is read.
+    """An open file: its document and its tensors.
+
+    The document has been checked for damage. Each tensor is checked when it is read.
 
     Attributes:
         document: The JSON object that was written.
-        shapes: Type (as safetensors names it) and shape of every tensor, by name.
+        shapes: Dtype (as safetensors names it) and shape of every tensor, by name.
     """
 
     def __init__(self, path: Path, file: Any, sealed: str, remedy: str) -> None:
         self._path = path
         self._remedy = remedy
         self._file = file
-        self.shapes = {name: _kind_and_shape(file, name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        names = file.keys()  # safetensors' file is no mapping, which could be iterated over
+        self.shapes = {name: _dtype_and_shape(file, name) for name in names}
         self.document, self._digests = self._unsealed(sealed)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -120,38 +131,38 @@ class StoredFile:
         Raises:
             CheckpointError: One is damaged.
         """
-        found = {}
+        tensors = {}
         for name in self.shapes if names is None else names:
-            found[name] = self._file.get_tensor(name)
-            if self._digests is not None and _tensor_digest(found[name]) != self._digests[name]:
+            tensor = self._file.get_tensor(name)
+            if _tensor_digest(tensor) != self._digests[name]:
                 raise self._damage()
-        return found
+            tensors[name] = tensor
+        return tensors
 
-    def _unsealed(self, sealed: str) -> tuple[str, dict[str, str] | None]:
+    def _unsealed(self, sealed: str) -> tuple[str, dict[str, str]]:
+        """The document and the digests of the tensors: the inverse of `_sealed`."""
         seal = _SEAL.search(sealed)
-        if seal is None:
+        digests_start = sealed.rfind(_DIGESTS)
+        if seal is None or digests_start < 0:
             raise self._damage()
-        text = sealed[: seal.start()]
-        start = text.rfind(_DIGESTS)
-        if start < 0:  # as the first files were, with one digest over all
-            document = f"{text}}}"
-            if _digest_of_all(self._file, self.shapes, document) != seal[1]:
-                raise self._damage()
-            return document, None
-        document = f"{text[:start]}}}"
+        document = f"{sealed[:digests_start]}}}"
         try:
-            table = json.loads(text[start + len(_DIGESTS) - 1 :])
+            digests = json.loads(sealed[digests_start + len(_DIGESTS) : seal.start()])
         except (ValueError, RecursionError) as error:
             raise self._damage() from error
-        if table.keys() != self.shapes.keys() or _sealed(document, table) != sealed:
+        # Sealing again compares the digest of the document, and refuses any other way to write it.
+        is_intact = (
+            isinstance(digests, dict)
+            and digests.keys() == self.shapes.keys()
+            and _sealed(document, digests) == sealed
+        )
+        if not is_intact:
             raise self._damage()
-        return document, table
+        return document, digests
 
     def _damage(self) -> CheckpointError:
-        msg = (
-            f"{str(self._path)!r} is damaged: its content does not match its digest; {self._remedy}"
-        )
-        return CheckpointError(msg)
+        msg = f"{str(self._path)!r} is damaged: its content does not match its digest; "
+        return CheckpointError(msg + self._remedy)
 
 
 @contextlib.contextmanager
@@ -172,11 +183,11 @@ def opened(path: Path, *, key: str = METADATA_KEY, remedy: str = _REMEDY) -> Ite
     try:
         _require_readable_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            _require_small(0, len(file.keys()))
+            _require_readable_size(0, len(file.keys()))
             metadata = file.metadata() or {}
             if key not in metadata:
-                msg = f"{str(path)!r} was not written by anyprec (its metadata has no {key!r}): load float "
-                msg += "weights into the network before converting it"
+                msg = f"{str(path)!r} was not written by anyprec (its metadata has no {key!r}): "
+                msg += "load float weights into the network before converting it"
                 raise CheckpointError(msg)
             yield StoredFile(path, file, metadata[key], remedy)
     except (OSError, SafetensorError) as error:
@@ -197,49 +208,43 @@ def read_file(
 
 
 def _require_readable_header(path: Path) -> None:
-    """Refuse a length that the file does not have, or that no file of ours has, before anything parses the header."""
+    """Refuse a header of impossible length before anything allocates memory for it or parses it."""
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(LARGEST_HEADER, path.stat().st_size - 8):
-            msg = f"its header claims {length:,} bytes of {path.stat().st_size:,}, expected at most {LARGEST_HEADER:,}"
-            raise SafetensorError(msg)
-
-
-def _require_small(header: int, tensors: int) -> None:
-    if header > LARGEST_HEADER or tensors > MOST_TENSORS:
-        msg = f"{tensors:,} tensors with a header of {header:,} bytes, expected at most {MOST_TENSORS:,} and "
+        prefix = file.read(8)
+    # A safetensors file starts with the length of its JSON header, which is at least "{}".
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    size = path.stat().st_size
+    if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+        msg = f"its header claims {length:,} bytes of {size:,}, expected at most "
         msg += f"{LARGEST_HEADER:,}"
         raise SafetensorError(msg)
 
 
+def _require_readable_size(header: int, tensors: int) -> None:
+    if header > LARGEST_HEADER or tensors > MOST_TENSORS:
+        msg = f"{tensors:,} tensors with a header of {header:,} bytes, expected at most "
+        msg += f"{MOST_TENSORS:,} and {LARGEST_HEADER:,}"
+        raise SafetensorError(msg)
+
+
 def _sealed(document: str, digests: Mapping[str, str]) -> str:
-    text = f'{document.removesuffix("}")}, "digests": {json.dumps(dict(sorted(digests.items())))}'
+    """The document with the digests of the tensors and its own digest as last fields."""
+    text = f"{document.removesuffix('}')}{_DIGESTS}{json.dumps(dict(sorted(digests.items())))}"
     return f'{text}, "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"}}'
 
 
 def _tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 over type, shape and bytes, shortened to 128 bits: against damage that is plenty, and a header is small."""
-    total = hashlib.sha256(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-    total.update(_raw(tensor))
-    return total.hexdigest()[:32]
+    """SHA-256 over dtype, shape and bytes, shortened to 128 bits.
+
+    Against damage that is plenty, and it keeps the header small.
+    """
+    digest = hashlib.sha256(f"{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+    content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest.update(content)
+    return digest.hexdigest()[:32]
 
 
-def _digest_of_all(file: Any, names: Iterable[str], document: str) -> str:
-    """The digest of the first files: over the document and over name, type, shape and bytes of every tensor."""
-    total = hashlib.sha256(document.encode())
-    for name in sorted(names):
-        tensor = file.get_tensor(name)
-        total.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        total.update(_raw(tensor))
-    return total.hexdigest()
-
-
-def _raw(tensor: Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _kind_and_shape(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
+def _dtype_and_shape(file: Any, name: str) -> tuple[str, tuple[int, ...]]:
     entry = file.get_slice(name)
     return entry.get_dtype(), tuple(entry.get_shape())
 
@@ -252,30 +257,17 @@ def stored_once(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    seen: dict[tuple[object, ...], str] = {}
+    names: dict[tuple[object, ...], str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            msg = f"{name!r} in the network's state is a {type(tensor).__name__}: a checkpoint holds tensors only"
-            raise CheckpointError(msg)
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}"
-            msg = f"{name!r} in the network's state is {kind}: a checkpoint holds dense tensors with values"
-            raise CheckpointError(msg)
-        if hasattr(tensor, "full_tensor"):
-            msg = f"{name!r} in the network's state is sharded over processes: gather it (tensor.full_tensor()) into a "
-            msg += "converted network that is whole, and save that"
-            raise CheckpointError(msg)
-        identity = (
-            tensor.device,
-            tensor.data_ptr(),
-            tensor.dtype,
-            tuple(tensor.shape),
-            tensor.stride(),
-        )
-        if tensor.numel() and identity in seen:
-            aliases[name] = seen[identity]
+        _require_storable(name, tensor)
+        # Two state entries are tied if they are the same view of the same memory.
+        memory = (tensor.device, tensor.data_ptr())
+        identity = (*memory, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        # Tensors without elements have no memory, so all of them would seem tied.
+        if tensor.numel() and identity in names:
+            aliases[name] = names[identity]
             continue
-        seen[identity] = name
+        names[identity] = name
         # A copy, since safetensors refuses tensors that share memory in part.
         tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
     return tensors, aliases
@@ -289,13 +281,31 @@ def with_aliases(tensors: dict[str, Tensor], aliases: Mapping[str, str]) -> dict
     """
     for name, target in aliases.items():
         if target not in tensors or name in tensors:
-            msg = f"the checkpoint says that {name!r:.80} is stored as {target!r:.80}, which is not so"
+            msg = f"the checkpoint says that {name!r:.80} is stored as {target!r:.80}, which is "
+            msg += "not so"
             raise CheckpointError(msg)
     return {**tensors, **{name: tensors[target] for name, target in aliases.items()}}
 
 
+def _require_storable(name: str, tensor: Any) -> None:
+    msg = f"{name!r} in the network's state is "
+    if not isinstance(tensor, Tensor):
+        msg += f"a {type(tensor).__name__}: a checkpoint holds tensors only"
+        raise CheckpointError(msg)
+    if tensor.is_meta:
+        msg += "on the meta device: a checkpoint holds tensors with values"
+        raise CheckpointError(msg)
+    if tensor.layout is not torch.strided:
+        msg += f"of layout {tensor.layout}: a checkpoint holds dense tensors"
+        raise CheckpointError(msg)
+    if hasattr(tensor, "full_tensor"):  # a DTensor
+        msg += "sharded over processes: gather it (tensor.full_tensor()) into a converted network "
+        msg += "that is whole, and save that"
+        raise CheckpointError(msg)
+
+
 def _flush_folder(folder: Path) -> None:
-    """Make the rename survive a power cut, where the system can: the file itself is in place already."""
+    """Make the rename survive a power cut, where the system can; the file is in place already."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

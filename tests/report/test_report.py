@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 import anyprec
+from anyprec.report.frontiers import frontier_table
 from anyprec.report.plots import plot_accuracy
 from anyprec.report.results import Result
 from anyprec.report.tables import results_markdown, results_table
@@ -48,7 +49,24 @@ def test_markdown_has_the_same_lines(results: list[Result]) -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_the_plot_is_a_picture_with_a_series_for_each_kind(
+def test_results_of_one_kind_stand_together(results: list[Result]) -> None:
+    assert [row.end_section for row in results_table(results).rows] == [True, False, True, False]
+
+
+def test_a_frontier_shows_accuracy_where_it_was_measured(results: list[Result]) -> None:
+    cost = results[1].cost
+    rows = [("W2A2", cost, 0.5, None), ("searched", cost, 0.25, 71.5)]
+    table = frontier_table(rows, objective="loss", title="frontier")
+    header = ["configuration", "GBitOPs", "MiB", "average bits", "loss", "top-1 %"]
+    assert [column.header for column in table.columns] == header
+    assert list(table.columns[-1].cells) == ["", "71.50"]
+    assert list(table.columns[-2].cells) == ["0.5000", "0.2500"]
+    assert [row.style for row in table.rows] == [None, "bold"]
+    without = frontier_table([(*row[:3], None) for row in rows], objective="loss")
+    assert [column.header for column in without.columns] == header[:-1]
+
+
+def test_the_plot_has_a_series_for_each_kind(
     results: list[Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = []
