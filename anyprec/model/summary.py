@@ -1,4 +1,4 @@
-"""The table of a converted network: every layer, its candidates, or why it stays in floating point."""
+"""The table of a converted network: every layer, with its candidates or why it stays float."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from anyprec.bits import Bits, LayerCandidates
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One line of `Summary`; `candidates` is None for a layer that is not quantized, `floor` where nothing is frozen."""
+    """One line of `Summary`.
+
+    `candidates` is None for a layer that is not quantized, `floor` where nothing is frozen.
+    """
 
     path: str
     kind: str
@@ -24,7 +27,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every layer of a converted network; prints as a table, with frozen candidates in parentheses."""
+    """Every layer of a converted network; prints as a table, frozen candidates in parentheses."""
 
     name: str
     rows: tuple[SummaryRow, ...]

@@ -1,4 +1,4 @@
-"""What a converted model can do: switch, say what it is, load float weights, exchange its classifier."""
+"""A converted model: switching, describing itself, float weights, another classifier."""
 
 from __future__ import annotations
 
