@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten
 from anyprec.errors import BitsError, CalibrationError
-from anyprec.model.converted import ConvertedModel, Request, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, Request, require_converted
 from anyprec.nn.functional import STEP_FLOOR
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from anyprec.calibration.step_sizes import calibrate, calibrate_norms, hand_over_affine
 from anyprec.errors import TrainingError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
 from anyprec.runtime.progress import progress_bar

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Candidates, highest_config
 from anyprec.errors import BitsError, TrainingError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.switching import forget_statistics
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_first_process, process_count
@@ -220,7 +222,7 @@ class OneShot:
                     self.scheduler.frozen(self._instability, self.model.candidates, time)
                 )
         self._operands.clear()
-        self.model.forget_statistics()  # they belonged to the weights before this step
+        forget_statistics(self.model)  # they belonged to the weights before this step
         self.steps_done += 1
 
     def exempt_from_decay(
