@@ -40,6 +40,7 @@ def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLay
     """Quantize what took the place of the layers `before`, and give the network a new record."""
     record = model.anyprec_record
     coverage = {row.path: row for row in record.coverage}
+    covered_before = set(coverage)
     facts = dict(record.facts.layers)
     for path, old in {**record.removed, **before}.items():
         new = submodule_or_none(model, path)
@@ -53,7 +54,8 @@ def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLay
         else:
             coverage.pop(path, None)
             record.removed[path] = old
-    if coverage.keys() != {row.path for row in record.coverage}:
+    if coverage.keys() != covered_before:
+        # No configuration names the present layers.
         record.configs.clear()
         record.statistics.clear()
         for path in record.frozen.keys() - coverage.keys():

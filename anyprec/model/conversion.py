@@ -20,7 +20,7 @@ from anyprec.model.classifier import ConvertedClassifier
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.norm_copies import norm_rows, norm_widths
-from anyprec.model.record import ConversionRecord, ConvertSettings
+from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.layers import (
@@ -132,7 +132,7 @@ def apply_settings(
         ConversionError: A pattern matches nothing, or no layer is left to quantize.
     """
     coverage = select_layers(model, settings, facts)
-    paths = [row.path for row in coverage if row.status == "quantized"]
+    paths = quantized_paths(coverage)
     try:
         for path in paths:
             _quantize(model, facts.layers[path], settings)
@@ -186,7 +186,7 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
 
 
 def _functional_uses(
-    model: nn.Module, facts: NetworkFacts, paths: list[str]
+    model: nn.Module, facts: NetworkFacts, paths: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
     """The modules that use weights without calling their layers.
 
@@ -217,7 +217,7 @@ def _prefix(path: str) -> str:
 
 
 def _make_norms_switchable(
-    model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, paths: list[str]
+    model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, paths: Sequence[str]
 ) -> dict[str, str | None]:
     """Give every norm that can be switched its copies.
 

@@ -109,9 +109,11 @@ class ConvertedModel(Specialized):
                 msg += shorten(candidates)
                 raise BitsError(msg)
         checked = resolve(lowest, candidates)
-        frozen = {
-            path: checked[path] for path in lowest if checked[path] != candidates[path].lowest
-        }
+        frozen: dict[str, Bits] = {}
+        for path in lowest:
+            if checked[path] != candidates[path].lowest:
+                frozen[path] = checked[path]
+        # Only now, since `lowest` may be this very dictionary.
         self.anyprec_record.frozen.clear()
         self.anyprec_record.frozen.update(frozen)
 
@@ -159,6 +161,7 @@ class ConvertedModel(Specialized):
             require_latents(self, purpose="set_bits(None)")
             switch_to_float(self, layers)
             return
+        # Everything that can fail comes before the switch.
         candidates = {path: layer.candidates for path, layer in layers.items()}
         config = _resolve(request, candidates, self.configs)
         require_calibrated(layers)
@@ -208,8 +211,12 @@ class ConvertedModel(Specialized):
         is_float = bool(added) and added.isdisjoint(state_dict)
         if not (strict and is_float):
             return super().load_state_dict(state_dict, strict, assign)
+        # With our keys at their present values, torch still names every key of the float network
+        # that is missing or unknown.
         present = self.state_dict()
-        completed = {**state_dict, **{key: present[key] for key in added}}
+        completed = dict(state_dict)
+        for key in added:
+            completed[key] = present[key]
         result = super().load_state_dict(completed, strict, assign)
         restart_from_float(self)
         return result

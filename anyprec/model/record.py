@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyprec.bits import BitConfig, Bits
@@ -101,7 +101,7 @@ class ConversionRecord:
     @property
     def quantized(self) -> tuple[str, ...]:
         """Paths of the quantized layers, in network order."""
-        return tuple(row.path for row in self.coverage if row.status == "quantized")
+        return quantized_paths(self.coverage)
 
     def take_over(
         self,
@@ -128,3 +128,8 @@ class ConversionRecord:
             notes={name: self.notes[name] for name in names if name in self.notes},
             frozen={},
         )
+
+
+def quantized_paths(coverage: Iterable[Coverage]) -> tuple[str, ...]:
+    """Paths of the quantized layers among all."""
+    return tuple(row.path for row in coverage if row.status == "quantized")

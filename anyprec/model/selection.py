@@ -8,7 +8,7 @@ from torch import nn
 
 from anyprec.bits import Bits, LayerCandidates, match_paths
 from anyprec.errors import BitsError, ConversionError
-from anyprec.model.record import ConvertSettings, Coverage
+from anyprec.model.record import ConvertSettings, Coverage, quantized_paths
 from anyprec.network.facts import LayerFacts, NetworkFacts
 
 _CONSTANT = "its input does not depend on the image, so deployment folds it into a constant"
@@ -33,7 +33,7 @@ def select_layers(
             kind = type(model.get_submodule(path)).__name__
         status, reason = _status(layer, included, excluded)
         rows.append(Coverage(path, kind, status, reason))
-    if not any(row.status == "quantized" for row in rows):
+    if not quantized_paths(rows):
         reasons = sorted({row.reason for row in rows}) or ["it has no Conv or Linear layer"]
         msg = f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}"
         raise ConversionError(msg)
