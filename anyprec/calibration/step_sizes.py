@@ -15,7 +15,8 @@ from anyprec.calibration.least_squares import input_grid, weight_steps
 from anyprec.calibration.norm_statistics import update_norms
 from anyprec.calibration.passes import held_images, switchable_norms, undo_on_error
 from anyprec.errors import CalibrationError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count

@@ -13,8 +13,8 @@ from anyprec.checkpoint.content import Content
 from anyprec.checkpoint.document import Architecture, Document
 from anyprec.checkpoint.packing import PREFIX, weight_name
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.model.conversion import layer_candidates
 from anyprec.model.record import ConfigNote, ConvertSettings
+from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts
 from anyprec.runtime.storage import StoredFile, opened
 from anyprec.runtime.tables import TableContent

@@ -168,10 +168,7 @@ def _filled(
             device=device,
             derives=derives,
         )
-    record = model.anyprec_record
-    record.statistics, record.notes = statistics, dict(document.notes)
-    record.configs.clear()
-    record.configs.update(configs)
+    model.anyprec_record.take_over(configs=configs, notes=document.notes, statistics=statistics)
     _start(model, config)
     return model
 

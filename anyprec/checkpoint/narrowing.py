@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
 from anyprec.bits import BitConfig, Bits
@@ -36,12 +34,7 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
             norm.switch(0, norm.override)
     for path, layer in layers.items():
         _narrow_layer(layer, config[path])
-    record.settings = dataclasses.replace(record.settings, only=config)
-    record.frozen = {}
-    others = [name for name, one in record.configs.items() if one != config]
-    for name in others:
-        del record.configs[name]
-        record.notes.pop(name, None)
+    model.anyprec_record = record.narrowed(config)
 
 
 def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:

@@ -32,12 +32,8 @@ from anyprec.checkpoint.packing import (
 )
 from anyprec.checkpoint.statistics import statistics_tensors
 from anyprec.errors import BitsError
-from anyprec.model.converted import (
-    ConvertedModel,
-    require_calibrated,
-    require_converted,
-    require_latents,
-)
+from anyprec.model.checks import require_calibrated, require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.cost import cost_model
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
@@ -131,7 +127,7 @@ def _check_arguments(
         msg = f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, with packed=False, or leave it out"
         raise ValueError(msg)
     if packed:
-        require_calibrated(model)
+        require_calibrated(model.quantized_layers)
     else:
         require_latents(model, purpose="save(..., packed=False)")
 

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, highest_config
 from anyprec.errors import TrainingError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.switching import forget_statistics
 from anyprec.training.decay import exempt_from_decay
 from anyprec.training.drawing import ConfigDrawer
 from anyprec.training.features import FeatureDistances
@@ -163,7 +165,7 @@ class OneShot:
             raise TrainingError(msg)
         self._drawer.end_step(self.steps_done, self._operands.derived)
         self._operands.forget()
-        self.model.forget_statistics()  # they belonged to the weights before this step
+        forget_statistics(self.model)  # they belonged to the weights before this step
         self.steps_done += 1
 
     def exempt_from_decay(

@@ -1,4 +1,4 @@
-"""`convert`: what becomes of each layer, what is refused, and that the network stays the user's own."""
+"""`convert`: what becomes of each layer, what is refused, and that the network stays the user's."""
 
 from __future__ import annotations
 

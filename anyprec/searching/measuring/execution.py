@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from anyprec.bits import BitConfig, highest_config, lowest_config
 from anyprec.model.converted import ConvertedModel
-from anyprec.network.graph import trace
+from anyprec.network.tracing import trace
 from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 
