@@ -39,7 +39,14 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
 
 
 class _Switchable(nn.Module):
-    """The active candidate of a quantizer: as a number for eager mode, and as data for compiled networks."""
+    """A quantizer with an active candidate: as a number for eager mode, and as data for compiled networks.
+
+    Attributes:
+        candidates: Bit-widths, ascending.
+        selected: Index of the active one. Compiled networks never read it: each value would be a program of its own.
+        choice: The same as a tensor, shape `(1,)`.
+        widths: The candidates as a tensor.
+    """
 
     choice: Tensor
     widths: Tensor
@@ -47,6 +54,7 @@ class _Switchable(nn.Module):
     def __init__(self, candidates: tuple[int, ...]) -> None:
         super().__init__()
         self.candidates = candidates
+        self.selected = 0
         self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
@@ -55,7 +63,8 @@ class _Switchable(nn.Module):
         self.widths.copy_(torch.tensor(self.candidates))
 
     def select(self, index: int) -> None:
-        """Make the candidate at `index` the one that `forward_selected` takes."""
+        """Make the candidate at `index` the active one."""
+        vars(self)["selected"] = index  # past nn.Module.__setattr__, which takes ten times as long
         self.choice.fill_(index)
 
     def _selected_top(self) -> Tensor:

@@ -29,16 +29,9 @@ class Specialized(nn.Module):
     _mixins: ClassVar[tuple[type[Specialized], ...]]
     """All mixins, the last one first."""
 
-    _transient: ClassVar[dict[str, Any]] = {}
-    """Attributes that are neither copied nor pickled, with the value that a copy starts from."""
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class, since the class itself has no importable name."""
-        state = {
-            **self.__dict__,
-            **{name: type(start)() for name, start in self._transient.items()},
-        }
-        return _empty, (self._mixins, self.original_class), state
+        return _empty, (self._mixins, self.original_class), vars(self)
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
