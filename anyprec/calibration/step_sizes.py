@@ -9,7 +9,7 @@ precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -209,7 +209,7 @@ def recalibrate(
     with evaluating(model), torch.no_grad(), model.using_bits(config):
         for norm in norms.values():
             mean, variance = norm.active_statistics()
-            norm.override = mean.clone(), variance.clone()
+            norm.override_with((mean.clone(), variance.clone()))
         _estimate_statistics(model, list(norms.values()), held, None)
         found = {path: norm.active_statistics() for path, norm in norms.items()}
     broken = [
@@ -355,18 +355,14 @@ def _watch_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> di
     layers = dict(_layers(model))
     share = max(1, SAMPLE_SIZE // len(batches))
     samplers = {path: _Sampler(share, seed) for path in layers}
-    try:
+    with ExitStack() as observed, torch.no_grad():
         for path, layer in layers.items():
-            layer.observer = samplers[path]
-        with torch.no_grad():
-            for images in batches:
-                if not torch.isfinite(images).all():
-                    msg = "the calibration images hold NaN or infinite values"
-                    raise CalibrationError(msg)
-                model(images)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
+            observed.enter_context(layer.operand_observers.including(samplers[path]))
+        for images in batches:
+            if not torch.isfinite(images).all():
+                msg = "the calibration images hold NaN or infinite values"
+                raise CalibrationError(msg)
+            model(images)
     return samplers
 
 

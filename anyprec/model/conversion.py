@@ -27,20 +27,11 @@ from anyprec.model.norm_copies import norm_rows, norm_widths
 from anyprec.model.record import ConversionRecord, ConvertSettings, Coverage
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.network.graph import analyze
-from anyprec.nn.layers import (
-    FunctionalOwner,
-    QuantizedLayer,
-    QuantizedModule,
-    QuantizedParameter,
-    intercept_in_owner,
-    quantize_layer,
-    quantize_parameter,
-    restore_layer,
-    restore_owner,
-    restore_parameters,
-)
+from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
+from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.nn.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
+from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 from anyprec.runtime.batches import device_of
 
@@ -194,7 +185,7 @@ def _swap(
             and settings.norm == "shared"
             and not facts.layers[feeding or ""].dynamic
         ):
-            fed.correct_moments(channel_axis(fed))
+            fed.weight_source.corrected_axis = channel_axis(fed)
     return norms
 
 

@@ -21,10 +21,12 @@ from anyprec.model.record import ConversionRecord, Coverage
 from anyprec.model.summary import Summary, SummaryRow
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import PACKED, QuantizedLayer, quantize_layer
-from anyprec.nn.norms import Statistics, SwitchableNorm
+from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import NO_LATENTS
 from anyprec.nn.specialize import Specialized
+from anyprec.nn.weights import PackedCodes
 
 Request = BitsLike | Mapping[str, BitsLike] | None
 """What `set_bits` takes: see `ConvertedModel.set_bits`."""
@@ -58,7 +60,9 @@ class ConvertedModel(Specialized):
     @property
     def is_packed(self) -> bool:
         """Whether it holds integer codes in the place of latent weights (loaded from a packed file)."""
-        return any(layer.packed is not None for layer in self.quantized_layers.values())
+        return any(
+            isinstance(layer.weight_source, PackedCodes) for layer in self.quantized_layers.values()
+        )
 
     @property
     def candidates(self) -> dict[str, LayerCandidates]:

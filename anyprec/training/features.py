@@ -12,7 +12,7 @@ step, and which of them count is data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class FeatureDistances:
             several = {path for path, layer in model.candidates.items() if len(layer.weight) > 1}
             for path, place in self._places(several):
                 tap = self._taps[path] = _Tap(place, counts=torch.ones((), device=device_of(model)))
-                self._always.callback(_watch(place, tap))
+                self._always.enter_context(_watch(place, tap))
         self._compiled = compiled
 
     @contextmanager
@@ -53,7 +53,7 @@ class FeatureDistances:
             if not self._compiled:
                 for path, place in self._places(paths):
                     tap = self._taps[path] = _Tap(place)
-                    undo.callback(_watch(place, tap))
+                    undo.enter_context(_watch(place, tap))
             undo.enter_context(self._in_mode("keep", self._taps.keys()))
             yield
 
@@ -67,7 +67,7 @@ class FeatureDistances:
                 if tap.counts is not None:
                     tap.counts.fill_(float(path in counting))
                 elif path in counting:
-                    undo.callback(_watch(tap.place, tap))
+                    undo.enter_context(_watch(tap.place, tap))
             undo.enter_context(self._in_mode("measure", self._taps.keys()))
             yield lambda: [
                 distance for path in sorted(counting) for distance in self._taps[path].distances
@@ -132,16 +132,12 @@ class _Tap:
                 self.distances.append(distance if self.counts is None else distance * self.counts)
 
 
-def _watch(place: nn.Module, tap: _Tap) -> Callable[[], None]:
-    """Call `tap` with every feature that `place` makes, until the function that is returned is called."""
-    if isinstance(place, SwitchableNorm):
-        place.observer = tap
-        return lambda: setattr(place, "observer", None)
-    if isinstance(place, QuantizedLayer):
-        place.output_observer = tap
-        return lambda: setattr(place, "output_observer", None)
+def _watch(place: nn.Module, tap: _Tap) -> AbstractContextManager[Any]:
+    """Call `tap` with every feature that `place` makes in the block."""
+    if isinstance(place, (SwitchableNorm, QuantizedLayer)):
+        return place.output_observers.including(tap)
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
         tap(output)
 
-    return place.register_forward_hook(hook).remove
+    return place.register_forward_hook(hook)

@@ -377,13 +377,10 @@ class OneShot:
         def note(path: str, _input: Tensor, operand: Tensor) -> None:
             self._operands[path] = operand
 
-        try:
+        with ExitStack() as observed:
             for path, layer in layers.items():
-                layer.observer = partial(note, path)
+                observed.enter_context(layer.operand_observers.including(partial(note, path)))
             yield
-        finally:
-            for layer in layers.values():
-                layer.observer = None
 
     def _quantization_error(self, path: Path, candidates: Candidates) -> Tensor:
         terms = []

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel, require_converted, require_latents
-from anyprec.nn.norms import NormBank, SwitchableNorm
+from anyprec.nn.norm_bank import NormBank
+from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 
