@@ -1,13 +1,15 @@
 """Quantized layers: what runs at any of several bit-widths.
 
-A quantized Conv or Linear layer is the float layer itself with a derived class (see `specialize.py`). Its forward runs
-the forward of the original class unchanged and intercepts the one operator that multiplies the input by the weight
-(`F.conv2d`, `F.linear`, ...): there the two operands are replaced by their fake-quantized values. So no bias, dilation,
-padding mode, SAME padding or weight standardisation is reimplemented, and a standardised weight is quantized after it
+A quantized Conv or Linear layer is the float layer itself with a derived class (see
+`specialize.py`). Its forward runs the forward of the original class unchanged and intercepts the
+one operator that multiplies the input by the weight (`F.conv2d`, `F.linear`, ...): there the two
+operands are replaced by their fake-quantized values. So no bias, dilation, padding mode, SAME
+padding or weight standardisation is reimplemented, and a standardised weight is quantized after it
 was standardised.
 
-Not here: bare parameters (`matrices.py`), weights that are used without calling their layer (`owners.py`), where a quantized weight comes from
-(`weights.py`), which layers a network has (`network/graph.py`), and the operators (`operators.py`).
+Not here: bare parameters (`matrices.py`), weights that are used without calling their layer
+(`owners.py`), where a quantized weight comes from (`weights.py`), which layers a network has
+(`network/graph.py`), and the operators (`operators.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ PACKED = "packed_operand"
 
 
 class QuantizedLayer(nn.Module):
-    """What has a precision: a weight that multiplies an input, each quantized at one of its candidate bit-widths.
+    """What has a precision: a weight that multiplies an input.
+
+    Each of the two is quantized at one of its candidate bit-widths, or neither.
 
     Attributes:
         weight: The latent float weight, under its old name.
@@ -52,7 +56,7 @@ class QuantizedLayer(nn.Module):
     operand_observers: Observers
     output_observers: Observers
     _bits: Bits | None
-    # Compiled networks read this and not `_bits`, so that they are not compiled anew for other bits.
+    # Compiled networks read this and not `_bits`: other bits do not compile them anew.
     _active: bool
 
     @property
@@ -78,7 +82,7 @@ class QuantizedLayer(nn.Module):
             input_index = input_.candidates.index(bits.activation)
             weight.select(weight_index)
             input_.select(input_index)
-        # Past nn.Module.__setattr__, which takes ten times as long: a network has many layers to switch.
+        # Past nn.Module.__setattr__, which takes ten times as long: networks have many layers.
         vars(self).update(_bits=bits, _active=bits is not None)
 
     def run_operator(
@@ -91,8 +95,7 @@ class QuantizedLayer(nn.Module):
     ) -> Any:
         """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
         if self.operand_observers:
-            operand = self.weight if _is_view(weight, self.weight) else weight
-            self.operand_observers.notify(input_, operand)
+            self.operand_observers.notify(input_, _whole(weight, self.weight))
         if not self._active:
             return operator(*args, **kwargs)
         if torch.compiler.is_compiling():
@@ -101,6 +104,7 @@ class QuantizedLayer(nn.Module):
             quantized_input = self.input_quantizer(input_, self.input_quantizer.selected)
         quantized_weight = self.quantized_operand(weight)
 
+        # By identity, since operators take their operands by position, by name or in a list.
         def replaced(value: Any) -> Any:
             if value is input_:
                 return quantized_input
@@ -120,16 +124,16 @@ class QuantizedLayer(nn.Module):
 
     def quantized_operand(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`: the latent weight, a view of it, or a tensor made of it."""
-        latent = self.weight
-        if not _is_view(weight, latent):
-            return self.quantized_weight(weight)
-        # A step size belongs to the whole weight: that is quantized, and the same view of it taken.
-        whole = self.quantized_weight(latent)
-        offset = weight.storage_offset() - latent.storage_offset() + whole.storage_offset()
-        return whole.as_strided(weight.shape, weight.stride(), offset)
+        whole = _whole(weight, self.weight)
+        quantized = self.quantized_weight(whole)
+        if whole is weight:
+            return quantized
+        # Step sizes belong to the whole weight: that was quantized, now the same view of it.
+        offset = weight.storage_offset() - whole.storage_offset() + quantized.storage_offset()
+        return quantized.as_strided(weight.shape, weight.stride(), offset)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
-        """Fake-quantized `weight`; in eval mode without gradients it is computed once for each bit-width."""
+        """Fake-quantized `weight`: in eval mode without gradients, it is computed only once."""
         return self.weight_source.quantized(self, weight)
 
     def weight_codes(self, index: int, operand: Tensor | None = None) -> Tensor:
@@ -137,13 +141,14 @@ class QuantizedLayer(nn.Module):
 
         Args:
             index: Of the candidate.
-            operand: The float weight operand; by default the weight itself. Not used by a packed layer.
+            operand: The float weight operand, by default the weight. A packed layer ignores it.
         """
-        operand = self.weight if operand is None else operand
+        if operand is None:
+            operand = self.weight
         return self.weight_source.codes(self.weight_quantizer, index, operand)
 
     def weight_tensors(self) -> list[Tensor]:
-        """The tensors that the weight operand is made of: when one of them changes, so may the operand."""
+        """The tensors that the weight operand is made of: it changes when one of them does."""
         tensors = [*self._parameters.values(), *self._buffers.values()]
         if len(self._modules) > 2:  # torch's parametrizations keep the weight's factors in children
             tensors += [*self.parameters(), *self.buffers()]
@@ -160,7 +165,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedModule(QuantizedLayer, Specialized):
-    """Mixin of a Conv or Linear layer, or of a module that makes its operand from a weight of its own."""
+    """Mixin of a Conv or Linear layer, or of a module that makes its operand from its weight."""
 
     class_prefix: ClassVar[str] = "Quantized"
 
@@ -203,7 +208,8 @@ def quantize_layer(
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
 
     Args:
-        layer: An instance of `LAYER_TYPES`, or another module with one operator whose operand its `weight` makes.
+        layer: An instance of `LAYER_TYPES`, or another module with one operator whose operand its
+            `weight` makes.
         candidates: The bit-widths that it may take.
         nonnegative: Its input cannot be negative.
         axis: Axis of the weight operand with a step size for each index; None for one step size.
@@ -223,7 +229,7 @@ def add_precision(
     nonnegative: bool,
     axis: int | None,
 ) -> None:
-    """Give a module with a `weight` what a `QuantizedLayer` has besides, in floating point until switched."""
+    """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     channels = None if axis is None else weight.shape[axis]
     weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis or 0)
@@ -272,8 +278,11 @@ def restore_layer(layer: QuantizedModule) -> None:
     despecialize(layer)
 
 
-def _is_view(tensor: Tensor, latent: Tensor) -> bool:
-    return tensor is not latent and tensor._base is latent  # noqa: SLF001 (torch has no public name for it)
+def _whole(operand: Tensor, latent: Tensor) -> Tensor:
+    """The latent weight, if `operand` is a view of it; else `operand`."""
+    if operand is not latent and operand._base is latent:  # noqa: SLF001 (torch has no public name)
+        return latent
+    return operand
 
 
 def _saving_no_weight(
@@ -288,7 +297,7 @@ def _saving_no_weight(
         return nullcontext()
     if not (torch.is_grad_enabled() and quantized.requires_grad):
         return nullcontext()
-    operand = layer.weight if _is_view(weight, layer.weight) else weight
+    operand = _whole(weight, layer.weight)
     quantizer = layer.weight_quantizer
     index = quantizer.selected  # of the forward pass: the bits may be others in the backward pass
     return recomputing(

@@ -1,7 +1,8 @@
-"""Bare parameters as quantized layers: `in_proj_weight` of `nn.MultiheadAttention`, the matrices of an LSTM.
+"""Bare parameters as quantized layers.
 
-Such a parameter has no layer of its own, so one is made for it, which holds the quantizers. The operators that multiply
-the parameter run in its holder, which must be an owner (`owners.py`).
+Examples are `in_proj_weight` of `nn.MultiheadAttention` and the matrices of an LSTM. Such a
+parameter has no layer of its own, so one is made for it, which holds the quantizers. The operators
+that multiply the parameter run in its holder, which must be an owner (`owners.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from anyprec.nn.weights import LatentWeight
 
 
 class QuantizedParameter(QuantizedLayer):
-    """What quantizes a bare parameter of a module, e.g. `in_proj_weight` of `nn.MultiheadAttention`.
+    """What quantizes a bare parameter of a module.
 
-    It is a child of that module's `matrices` and holds no copy of the parameter, which keeps its name and place.
+    It is a child of that module's `matrices` and holds no copy of the parameter, which keeps its
+    name and place.
 
     Args:
         holder: The module whose parameter it is.
@@ -43,6 +45,7 @@ class QuantizedParameter(QuantizedLayer):
 
     def replace_weight(self, weight: nn.Parameter) -> None:
         """Put another parameter in the place of this one."""
+        # By setattr and not into `_parameters`, since an LSTM keeps a list of its weights besides.
         setattr(self.holder, self._name, weight)
 
     def weight_tensors(self) -> list[Tensor]:
@@ -55,15 +58,16 @@ class QuantizedParameter(QuantizedLayer):
 
 
 class Matrices(nn.ModuleDict):
-    """Holds a `QuantizedParameter` for every quantized parameter of its parent, by the parameter's name."""
+    """Holds the `QuantizedParameter`s of its parent, by the parameter's name."""
 
 
 def quantize_parameter(
     holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: int | None
 ) -> None:
-    """Make a bare parameter of `holder` a quantized layer, in place, in floating point until switched.
+    """Make a bare parameter of `holder` a quantized layer, in place.
 
-    It is then the child `matrices.NAME` of `holder`; see `QuantizedParameter`.
+    It is then the child `matrices.NAME` of `holder`, in floating point until switched; see
+    `QuantizedParameter`.
 
     Args:
         holder: The module that has the parameter.
@@ -79,8 +83,9 @@ def quantize_parameter(
     add_precision(layer, candidates, source, nonnegative=False, axis=axis)
     present = getattr(holder, MATRICES, None)
     if present is not None and not isinstance(present, Matrices):
-        msg = f"{type(holder).__name__} has an attribute {MATRICES!r} of its own, which is where the step sizes of its "
-        msg += f"parameter {name!r} would stand: exclude that parameter or rename the attribute"
+        msg = f"{type(holder).__name__} has an attribute {MATRICES!r} of its own, which is where "
+        msg += f"the step sizes of its parameter {name!r} would stand: exclude that parameter or "
+        msg += "rename the attribute"
         raise ConversionError(msg)
     matrices = present or Matrices()
     matrices.add_module(name, layer)

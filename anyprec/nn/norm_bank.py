@@ -32,8 +32,8 @@ class NormBank(nn.Module):
         weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared,
             `(1, channels)`; or None.
         running_mean, running_var: Statistics, shape `(rows, channels)`.
-        uniform_mean, uniform_var: Statistics of uniform precisions, shape `(len(widths), channels)`,
-            NaN until they are estimated; absent if there are none.
+        uniform_mean, uniform_var: Statistics of uniform precisions, of shape
+            `(len(widths), channels)`, NaN until they are estimated; absent if there are none.
         has_uniform: Whether they are estimated.
         choice: For compiled networks, the active row as data, shape `(1,)`.
         statistics_choice: The same for statistics in eval mode, where those of uniform precisions
@@ -107,7 +107,11 @@ class NormBank(nn.Module):
         values: dict[str, Tensor] = {}
         for name in names:
             copies = getattr(self, name)
-            values[name] = copies.squeeze(0) if self._is_shared(copies) else copies[row]
+            if self._is_shared(copies):
+                values[name] = copies.squeeze(0)
+            else:
+                # A view: through it batch_norm updates the statistics of the bank.
+                values[name] = copies[row]
         if uniform is not None:
             for name, estimated in zip(STATISTICS, self.statistics(row, uniform), strict=True):
                 values[name] = _finite_or(estimated, values[name])
@@ -128,6 +132,7 @@ class NormBank(nn.Module):
                 continue
             values[name] = copies.index_select(0, self.choice)[0]
             if evaluating and self.widths and name in STATISTICS:
+                # Behind the copies, so that one index chooses among both.
                 uniform = getattr(self, name.replace("running", "uniform"))
                 candidates = torch.cat((copies, uniform))
                 estimated = candidates.index_select(0, self.statistics_choice)[0]
@@ -191,7 +196,7 @@ class NormBank(nn.Module):
 
 
 def _finite_or(values: Tensor, fallback: Tensor) -> Tensor:
-    """Averaging weights from outside (an EMA) ignores flags, so NaN is what marks a missing value."""
+    # NaN and no flag marks what is missing: averaging weights from outside (EMA) copies no flags.
     return torch.where(torch.isfinite(values), values, fallback)
 
 

@@ -1,19 +1,22 @@
-"""Switchable BatchNorm: a copy of the affine parameters and running statistics for each precision that feeds it.
+"""Switchable BatchNorm: its own affine parameters and statistics for each precision.
 
-Statistics differ between bit-widths (method of the paper, section 3.3; Yu and Huang, "Slimmable networks", 2019), so
-a BatchNorm that follows a layer keeps one copy per (weight, activation) pair of that layer, or per weight bit-width; one
-that follows a concatenation or a sum, where no single layer sets the precision, keeps one copy for all quantized
-configurations. The float network's own parameters serve bits `None`; they learn nothing, and take over those of the highest
-precision's copies after training (`calibrate_norms(include_float=True)`).
+Statistics differ between bit-widths (method of the paper, section 3.3; Yu and Huang, "Slimmable
+networks", 2019), so a BatchNorm that follows a layer keeps one copy per (weight, activation) pair
+of that layer. One that follows a concatenation or a sum, where no single layer sets the precision,
+keeps one copy for all quantized configurations. The float network's own parameters serve bits
+`None`; they learn nothing, and take over those of the highest precision's copies after training.
 
-Copies may share their affine parameters, which then learn from every path of a step instead of from one in so many. A norm
-may also be shared as a whole by all precisions; then it has no copies, and the layers before it correct their quantized
-weights instead.
+Copies may share their affine parameters, which then learn from every path of a step instead of from
+one in so many. A norm may also be shared as a whole by all precisions; then it has no copies, and
+the layers before it correct their quantized weights instead.
 
-A copy can serve several uniform precisions: a depthwise convolution without 2 bits takes 3 in W2A2 as in W3A3, where its
-inputs are others; behind a sum one copy serves all. So a norm keeps statistics of each such uniform precision beside its
-copies. In any case a configuration can have statistics of its own (`recalibrate`). Both override the copies' while their
-configuration is active in eval mode.
+A copy can serve several uniform precisions: a depthwise convolution without 2 bits takes 3 in W2A2
+as in W3A3, where its inputs are others; behind a sum one copy serves all. So a norm keeps
+statistics of each such uniform precision beside its copies. In any case a configuration can have
+statistics of its own (`recalibrate`). Both override the copies' while their configuration is active
+in eval mode.
+
+The copies themselves are in `norm_bank.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +38,9 @@ from anyprec.nn.specialize import Specialized, despecialize, specialize
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
 
-
 NormSharing = Literal["per-pair", "shared-affine", "shared"]
-"""Copies of a norm: one per (weight, activation) pair of the layer before it, the same of the statistics
-only, or none."""
+"""Copies of a norm: one per (weight, activation) pair of the layer before it, the same of the
+statistics only, or none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +51,7 @@ class NormSelection:
         row: The copy; None is the float network's own parameters and statistics.
         uniform: Index of the uniform bit-width whose statistics are used in eval mode instead of
             those of the copy; None if there are none, or the precision is not uniform.
-        override: Statistics that are used in eval mode instead of any other; None is the usual case.
+        override: Statistics used in eval mode instead of any other; None is the usual case.
         has_row: Whether a copy is active. Compiled networks read this and neither `row` nor
             `uniform`, so that they are not compiled anew for another copy.
     """
@@ -177,28 +179,41 @@ class _NormInterceptor(TorchFunctionMode):
         return result
 
     def _run(self, arguments: dict[str, Any]) -> Tensor:
-        norm, selection = self.norm, self.norm.selection
-        bank = norm.bank if selection.has_row else None
-        compiling, training = torch.compiler.is_compiling(), bool(arguments.get("training"))
+        selection, training = self.norm.selection, bool(arguments.get("training"))
         names = [name for name in (*STATISTICS, *AFFINE) if arguments.get(name) is not None]
-        if bank is not None and compiling:
-            arguments |= bank.selected_values(names, evaluating=not training)
-        elif bank is not None and selection.row is not None:
-            uniform = None if training else selection.uniform
-            arguments |= bank.values(names, selection.row, uniform)
-        if selection.override is not None and not norm.training:
+        if selection.has_row:
+            arguments |= self._copy(names, training=training)
+        if selection.override is not None and not self.norm.training:
             arguments["running_mean"], arguments["running_var"] = selection.override
         result = F.batch_norm(**arguments)
-        if bank is not None and compiling and training:
-            # A row that was selected by data is a copy of it, which batch_norm has updated.
-            for name in STATISTICS:
-                if name in names:
-                    getattr(bank, name).index_copy_(0, bank.choice, arguments[name][None])
+        if selection.has_row and training and torch.compiler.is_compiling():
+            self._write_back(arguments)
         return result
+
+    def _copy(self, names: list[str], *, training: bool) -> dict[str, Tensor]:
+        """What the active copy has of these names; nothing of a norm that is shared."""
+        bank, selection = self.norm.bank, self.norm.selection
+        if bank is None:
+            return {}
+        if torch.compiler.is_compiling():
+            return bank.selected_values(names, evaluating=not training)
+        if selection.row is None:
+            return {}
+        uniform = None if training else selection.uniform
+        return bank.values(names, selection.row, uniform)
+
+    def _write_back(self, arguments: dict[str, Any]) -> None:
+        """Store the statistics that batch_norm has updated: a row selected by data is no view."""
+        bank = self.norm.bank
+        if bank is None:
+            return
+        for name in STATISTICS:
+            if arguments.get(name) is not None:
+                getattr(bank, name).index_copy_(0, bank.choice, arguments[name][None])
 
 
 class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
-    """In the block, every BatchNorm takes the statistics of its batch and keeps its own unchanged."""
+    """In the block, every BatchNorm takes its batch's statistics and keeps its own unchanged."""
 
     def __torch_function__(
         self,
@@ -217,7 +232,7 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 def switch_norm(
     norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()
 ) -> None:
-    """Turn a BatchNorm into a `SwitchableNorm` with `rows` copies, in place, in floating point until switched.
+    """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched.
 
     Args:
         norm: The norm.

@@ -1,4 +1,4 @@
-"""Callbacks that see values of a layer or norm as they pass, each for the length of a `with` block."""
+"""Callbacks that see values of a layer or norm as they pass, for the length of a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ Observer = Callable[..., None]
 class Observers:
     """The observers of one kind of value; any number can be active at the same time.
 
-    A copy has none, since an observer belongs to the module that it was set on. The same holds after pickling.
+    A copy has none, since an observer belongs to the module that it was set on. The same holds
+    after pickling.
 
     Example:
         >>> observers, values = Observers(), []
@@ -32,7 +33,10 @@ class Observers:
 
     @contextmanager
     def including(self, observer: Observer) -> Iterator[None]:
-        """Call `observer` with every value in the block; it is removed on the way out, also after an exception."""
+        """Call `observer` with every value in the block.
+
+        It is removed on the way out, also after an exception.
+        """
         self._active.append(observer)
         try:
             yield

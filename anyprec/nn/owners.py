@@ -1,9 +1,10 @@
 """Modules in whose forward weights are used without calling the layer that holds them.
 
-`F.linear(x, self.qkv.weight)` in timm's EVA, BEiT and Swin-V2, rows of a weight, the packed projection of
-`nn.MultiheadAttention`, the matrices of an LSTM, a bare parameter in a matrix product: such an *owner* is given a derived
-class (see `specialize.py`), whose forward runs the original one and intercepts the operators that multiply those weights.
-A layer that is called intercepts its own operator (`layers.py`).
+`F.linear(x, self.qkv.weight)` in timm's EVA, BEiT and Swin-V2, rows of a weight, the packed
+projection of `nn.MultiheadAttention`, the matrices of an LSTM, a bare parameter in a matrix
+product: such an *owner* is given a derived class (see `specialize.py`), whose forward runs the
+original one and intercepts the operators that multiply those weights. A layer that is called
+intercepts its own operator (`layers.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class FunctionalOwner(Specialized):
     functional_layers: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, with the operators that multiply those weights quantized as their layers would."""
+        """The original forward, with those weights and what they multiply quantized."""
         intercepted: dict[int, QuantizedLayer] = {}
         for path in self.functional_layers:
             layer = self.get_submodule(path)
@@ -72,7 +73,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         else:
             body = body_of(func, args)
             if body is not None:
-                # torch switched this mode off for the call: on again, for the operators of the body.
+                # torch switched this mode off for the call: on again, to see the operators inside.
                 with self:
                     return body(*args, **kwargs)
         return func(*args, **kwargs)
@@ -96,7 +97,9 @@ class _OwnerInterceptor(TorchFunctionMode):
         if layer is not None:
             return layer
         base = weight._base  # noqa: SLF001 (torch has no public name for it)
-        return None if base is None else self.layers.get(id(base))
+        if base is None:
+            return None
+        return self.layers.get(id(base))
 
 
 def intercept_in_owner(owner: nn.Module, functional_layers: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """Where the quantized weight of a layer comes from: a latent float weight, or stored integer codes.
 
-Every quantized layer (`layers.py`) has one `WeightSource` as its attribute `weight_source`. It is a plain object and no
-`nn.Module`, so that it adds nothing to state dicts; the tensors stay where they are, in the layer.
+Every quantized layer (`layers.py`) has one `WeightSource` as its attribute `weight_source`. It is a
+plain object and no `nn.Module`, so that it adds nothing to state dicts; the tensors stay where they
+are, in the layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Stamp = tuple[int, ...]
 
 
 class WeightSource(ABC):
-    """Gives the quantized weight of one layer, and keeps what it computed for as long as that is valid.
+    """Gives the quantized weight of one layer, and keeps what it computed while that is valid.
 
     Copies and pickles leave out what is kept.
 
@@ -56,7 +57,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def moments(self, operand: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and spread of each channel of the float operand; None for a layer without correction of moments."""
+        """Mean and spread of each channel of the float operand; None without their correction."""
 
     def forget(self) -> None:
         """Drop the quantized weights that are kept."""
@@ -64,17 +65,19 @@ class WeightSource(ABC):
 
     def _cached(self, index: int, stamp: Stamp | None) -> Tensor | None:
         """The weight kept for a candidate, if it was computed from tensors with this stamp."""
-        if index not in self._cache:
+        if stamp is None or index not in self._cache:
             return None
         cached_stamp, quantized = self._cache[index]
-        return quantized if cached_stamp == stamp else None
+        if cached_stamp != stamp:
+            return None
+        return quantized
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cache": {}}
 
 
 class LatentWeight(WeightSource):
-    """Quantizes a float weight; in eval mode without gradients once for each candidate, until the weight changes.
+    """Quantizes a float weight; in eval mode without gradients, only when it has changed.
 
     Args:
         dynamic: As for `WeightSource`.
@@ -97,7 +100,7 @@ class LatentWeight(WeightSource):
             return self.compute(quantizer, operand, index)
         quantized = self._cached(index, stamp)
         if quantized is None:
-            # Outside inference mode, so that the kept tensor stays usable when gradients are wanted later.
+            # Outside inference mode, so that the kept tensor is usable when gradients are wanted.
             with torch.inference_mode(mode=False), torch.no_grad():
                 if operand.is_inference():
                     operand = operand.clone()
@@ -148,7 +151,7 @@ class PackedCodes(WeightSource):
         quantizer = layer.weight_quantizer
         index, step = quantizer.selected, quantizer.step
         stamp = _stamp((*self.operand.buffers(), step))
-        quantized = None if stamp is None else self._cached(index, stamp)
+        quantized = self._cached(index, stamp)
         if quantized is None:
             # No other candidate's weight is kept, so that memory does not grow with use.
             self._cache.clear()
@@ -173,7 +176,7 @@ class PackedCodes(WeightSource):
 
 
 def _stamp(tensors: Iterable[Tensor]) -> Stamp | None:
-    """The address and version of each tensor; None where torch does not count versions (inference mode)."""
+    """Address and version of each tensor; None in inference mode, where nothing is versioned."""
     stamp: list[int] = []
     for tensor in tensors:
         if tensor.is_inference():
