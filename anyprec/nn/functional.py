@@ -85,8 +85,10 @@ def fake_quantize_with(
     shape = [1] * values.ndim
     if axis is not None:
         shape[axis] = -1
-    limits = (limit.reshape([1] * values.ndim) for limit in (qmin, qmax))
-    return _WithLimits.apply(values, step.reshape(shape), *limits, gradient_scale.reshape(()))  # type: ignore[no-any-return]
+    ones = [1] * values.ndim
+    limits = qmin.reshape(ones), qmax.reshape(ones)
+    step, scale = step.reshape(shape), gradient_scale.reshape(())
+    return _WithLimits.apply(values, step, *limits, scale)  # type: ignore[no-any-return]
 
 
 def integer_codes(

@@ -199,6 +199,7 @@ class _NormInterceptor(TorchFunctionMode):
             return bank.selected_values(names, evaluating=not training)
         if selection.row is None:
             return {}
+        # The batch's own statistics are used in training, and update those of the copy.
         uniform = None if training else selection.uniform
         return bank.values(names, selection.row, uniform)
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._C import _disabled_torch_function_impl
 from torch.utils._pytree import tree_map
 
 from anyprec.errors import PackedError
@@ -45,7 +46,7 @@ class PackedWeight(Tensor):
     derives: bool
 
     # As for nn.Parameter: no operation is redefined for it, only what computes the result.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001 (as nn.Parameter)
+    __torch_function__ = _disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -160,7 +161,8 @@ class PackedOperand(nn.Module):
     ) -> None:
         super().__init__()
         self.axis = axis
-        mean, spread, self.moments_axis = moments or (None, None, None)
+        mean, spread, moments_axis = moments or (None, None, None)
+        self.moments_axis: int | None = moments_axis
         self.register_buffer("points", points)
         self.register_buffer("ratio_bits", ratios.float().contiguous().view(torch.int32))
         self.register_buffer("listed", listed)
@@ -216,8 +218,9 @@ _NEEDS_VALUES = {
 
 def _is_view(func: Any) -> bool:
     """Whether an operator's result shares its argument's memory."""
-    returned = [result.alias_info for result in func._schema.returns]  # noqa: SLF001 (torch has no public name for it)
-    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+    schema = func._schema  # noqa: SLF001 (torch has no public name for it)
+    aliases = [result.alias_info for result in schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _is_allowed(func: Any, *, derives: bool) -> bool:
@@ -247,5 +250,10 @@ def _outline(value: Any) -> Any:
     return value
 
 
-def _rebuild(shape: tuple[int, ...], dtype: torch.dtype, device: str, derives: bool) -> Any:  # noqa: FBT001 (pickle)
+def _rebuild(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    derives: bool,  # noqa: FBT001 (pickle passes by position)
+) -> Any:
     return stand_in(shape, dtype, device, derives=derives)

@@ -34,8 +34,9 @@ def recomputing(
         RuntimeError: In the backward pass, if a source was changed in place since, as torch says of
             any saved tensor.
     """
+    # Operators save the tensor itself or views of it: all have its storage.
     storage = tensor.untyped_storage().data_ptr()
-    versions = [source._version for source in sources]  # noqa: SLF001 (torch has no public name for it)
+    versions = _versions(sources)
 
     def pack(saved: Tensor) -> Tensor | _View:
         if saved.untyped_storage().data_ptr() != storage:
@@ -45,7 +46,7 @@ def recomputing(
     def unpack(saved: Tensor | _View) -> Tensor:
         if not isinstance(saved, _View):
             return saved
-        if [source._version for source in sources] != versions:  # noqa: SLF001
+        if _versions(sources) != versions:
             msg = "a weight or step size was changed in place between the forward pass and its "
             msg += "backward pass, which computes the quantized weight again: call backward before "
             msg += "the optimizer's step"
@@ -54,3 +55,8 @@ def recomputing(
             return compute().as_strided(saved.shape, saved.stride, saved.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [tensor._version for tensor in tensors]  # noqa: SLF001 (torch has no public name for it)

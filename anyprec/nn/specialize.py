@@ -3,7 +3,8 @@
 `convert` must leave a network the user's own: `isinstance` checks, attributes, parameter names,
 `deepcopy` and pickle keep working. So a converted `Conv2dSame` becomes an object of a class derived
 from `Conv2dSame` and one of our mixins, made on demand; nothing is wrapped and no parameter is
-renamed. What the mixins do is in `layers.py`, `norms.py` and `model.py`.
+renamed. What the mixins do is in `layers.py`, `norms.py`, `owners.py` and
+`model/converted.py`.
 """
 
 from __future__ import annotations

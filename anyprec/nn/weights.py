@@ -90,11 +90,13 @@ class LatentWeight(WeightSource):
         """See `WeightSource`; differentiable in the operand and the step size."""
         quantizer = layer.weight_quantizer
         if torch.compiler.is_compiling():
+            # Neither the index nor a stamp may be read: each value would be a program of its own.
             return self._corrected(quantizer.forward_selected(operand), operand)
         index, step = quantizer.selected, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         if layer.training or learns or self.dynamic:
             return self.compute(quantizer, operand, index)
+        # Optimizers, loading and pruning change weights in place, without notice.
         stamp = _stamp((*layer.weight_tensors(), step))
         if stamp is None:
             return self.compute(quantizer, operand, index)
@@ -163,7 +165,12 @@ class PackedCodes(WeightSource):
             self._cache[index] = stamp or (), quantized
         return quantized
 
-    def codes(self, quantizer: WeightQuantizer, index: int, operand: Tensor) -> Tensor:  # noqa: ARG002
+    def codes(
+        self,
+        quantizer: WeightQuantizer,
+        index: int,
+        operand: Tensor,  # noqa: ARG002
+    ) -> Tensor:
         """See `WeightSource`."""
         qmin, qmax = quantizer.limits(index)
         return self.operand.codes(index, qmin=qmin, qmax=qmax).to(torch.int32)
@@ -181,5 +188,5 @@ def _stamp(tensors: Iterable[Tensor]) -> Stamp | None:
     for tensor in tensors:
         if tensor.is_inference():
             return None
-        stamp += (tensor.data_ptr(), tensor._version)  # noqa: SLF001 (torch has no public name for it)
+        stamp += (tensor.data_ptr(), tensor._version)  # noqa: SLF001 (no public name)
     return tuple(stamp)
