@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -431,13 +431,10 @@ def _set_steps_from_arriving_inputs(model: anyprec.ConvertedModel, images: Tenso
         # Typical values fall inside the range and not on its border, where no gradient passes.
         quantizer.step[index] = 1.2 * some.median() if some.numel() else quantizer.step[index]
 
-    try:
+    with ExitStack() as observed:
         for layer in layers:
-            layer.observer = partial(set_step, layer)
+            observed.enter_context(layer.operand_observers.including(partial(set_step, layer)))
         model(images)
-    finally:
-        for layer in layers:
-            layer.observer = None
 
 
 def _check_state_dict(

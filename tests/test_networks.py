@@ -24,7 +24,8 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.vision_transformer import VisionTransformer
 
 import anyprec
-from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.owners import FunctionalOwner
 from anyprec.testing import examine
 
 BITS = (2, 4, 8)

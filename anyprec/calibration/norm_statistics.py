@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten
-from anyprec.calibration.passes import held_images, switchable_norms, undo_on_error
+from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import ConvertedModel, Request, require_converted
+from anyprec.model.switching import switchable_norms
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
@@ -100,7 +101,7 @@ def update_norms(
 def hand_over_affine(model: ConvertedModel) -> None:
     """Give the float network's norms scale and shift of the highest precision, which learned."""
     with model.using_bits(highest_config(model.candidates)):
-        for norm in switchable_norms(model).values():
+        for norm in dict(switchable_norms(model)).values():
             norm.take_over_affine()
 
 
@@ -113,7 +114,7 @@ def _update_copies(
     include_float: bool,
 ) -> None:
     """Estimate every copy of every norm, and the statistics beside them."""
-    norms = switchable_norms(model)
+    norms = dict(switchable_norms(model))
     norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
     if not norms:
         return
@@ -160,12 +161,12 @@ def _update_configuration(
     model: ConvertedModel, loader: Iterable[Batch], config: BitConfig, limit: int | None
 ) -> None:
     """Estimate the statistics of one configuration, apart from those of the norms."""
-    norms = switchable_norms(model)
+    norms = dict(switchable_norms(model))
     batches = held_images(loader, limit, device_of(model))
     with evaluating(model), torch.no_grad(), model.using_bits(config):
         for norm in norms.values():
             mean, variance = norm.active_statistics()
-            norm.override = mean.clone(), variance.clone()
+            norm.override_with((mean.clone(), variance.clone()))
         _estimate(model, norms, batches, None)
         statistics = {path: norm.active_statistics() for path, norm in norms.items()}
     _require_finite(statistics)

@@ -14,8 +14,8 @@ from torch import nn
 from anyprec.checkpoint.document import Architecture
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
-from anyprec.nn.layers import Matrices, QuantizedParameter
-from anyprec.nn.norms import NormBank
+from anyprec.nn.matrices import Matrices, QuantizedParameter
+from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.specialize import Specialized
@@ -53,9 +53,6 @@ _RUNTIME_SETTINGS = {
     "training",
     "grad_checkpointing",
     "fused_attn",
-    "observer",
-    "output_observer",
-    "override",
     "functional_layers",
 }
 _Signature = dict[str, dict[str, str]]

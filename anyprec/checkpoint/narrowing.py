@@ -7,10 +7,11 @@ import torch
 from anyprec.bits import BitConfig, Bits
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.norm_copies import norm_row
-from anyprec.nn.layers import PACKED, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer, hold_codes
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.weights import PackedCodes
 
 
 @torch.no_grad()
@@ -40,8 +41,9 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
 def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     weight, input_ = layer.weight_quantizer, layer.input_quantizer
     index, place = weight.candidates.index(bits.weight), input_.candidates.index(bits.activation)
-    if layer.packed is not None:
-        layer.add_module(PACKED, _narrowed_operand(layer.packed, layer.weight_codes(index)))
+    source = layer.weight_source
+    if isinstance(source, PackedCodes):
+        hold_codes(layer, _narrowed_operand(source.operand, layer.weight_codes(index)))
     channels = None if weight.axis is None else weight.step.shape[1]
     one = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis or 0).to(weight.step)
     one.step.copy_(weight.step[index : index + 1])
@@ -52,7 +54,7 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
         one.train(layer.training),
         other.train(layer.training),
     )
-    layer.forget_weights()
+    layer.weight_source.forget()
 
 
 def _narrowed_operand(packed: PackedOperand, codes: torch.Tensor) -> PackedOperand:

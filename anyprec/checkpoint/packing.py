@@ -28,11 +28,11 @@ from anyprec.checkpoint.document import Coding, TensorRecord
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
 from anyprec.network.facts import LayerFacts
-from anyprec.nn.functional import moments
-from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer, pack_layer
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import WeightQuantizer
+from anyprec.nn.weights import PackedCodes
 from anyprec.runtime.modes import evaluating
 
 PREFIX = "anyprec.packed."
@@ -110,16 +110,10 @@ def cells_of_layer(layer: QuantizedLayer, facts: LayerFacts) -> LayerCells:
     Raises:
         CheckpointError: The layer does not make its operand alone.
     """
-    quantizer, axis = layer.weight_quantizer, layer.corrected_axis
+    quantizer, source = layer.weight_quantizer, layer.weight_source
     with torch.no_grad():
-        operand = None if layer.packed is not None else _operand(layer, facts)
-        found = moments(operand, axis=axis) if operand is not None and axis is not None else None
-        if (
-            layer.packed is not None
-            and layer.packed.mean is not None
-            and layer.packed.spread is not None
-        ):
-            found = layer.packed.mean, layer.packed.spread
+        operand = layer.weight if isinstance(source, PackedCodes) else _operand(layer, facts)
+        found = source.moments(operand)
         candidates = quantizer.candidates
         codes = [
             quantizer.per_channel(layer.weight_codes(index, operand)).cpu()
@@ -155,7 +149,7 @@ def install(
     order = quantizer.per_channel(
         torch.arange(math.prod(record.shape)).reshape(record.shape)
     ).flatten()
-    axis = layer.corrected_axis
+    axis = layer.weight_source.corrected_axis
     operand = PackedOperand(
         _as_operand(found.points, record.shape, quantizer),
         found.ratios,
@@ -164,7 +158,7 @@ def install(
         listed_codes=found.listed.codes,
         moments=None if stored.moments is None or axis is None else (*stored.moments, axis),
     )
-    layer.pack(operand.to(device), dtype=record.dtype, derives=derives)
+    pack_layer(layer, operand.to(device), dtype=record.dtype, derives=derives)
 
 
 def pack(model: ConvertedModel) -> None:
@@ -222,7 +216,7 @@ def from_tensors(
     """
     quantizer = layer.weight_quantizer
     candidates, count = quantizer.candidates, math.prod(record.shape)
-    axis = layer.corrected_axis
+    axis = layer.weight_source.corrected_axis
     moved = ("mean", "spread") if axis is not None else ()
     exceptional = ("places", "codes") if "places" in parts else ()
     low = ("low",) if coding == "zstd" and cell_count(candidates) > 256 else ()
@@ -314,9 +308,9 @@ def _as_operand(rows: Tensor, shape: tuple[int, ...], quantizer: WeightQuantizer
 
 def _obstacle(model: ConvertedModel, facts: LayerFacts, layer: QuantizedLayer) -> str | None:
     """Why a layer cannot be packed, or None."""
-    if layer.packed is not None:
+    if isinstance(layer.weight_source, PackedCodes):
         return None
-    if facts.dynamic or layer.is_dynamic:
+    if facts.dynamic or layer.weight_source.dynamic:
         return "its operand depends on the network's input"
     if weight_name(facts) not in dict(model.named_parameters(remove_duplicate=False)):
         return "its weight is no parameter, but computed"
@@ -363,17 +357,14 @@ def _operand(layer: QuantizedLayer, facts: LayerFacts) -> Tensor:
     def end(_input: Tensor, weight: Tensor) -> None:
         raise _SeenError(weight)
 
-    before, layer.observer = layer.observer, end
     try:
-        with evaluating(layer):
+        with evaluating(layer), layer.operand_observers.including(end):
             layer(_smallest_input(layer))
     except _SeenError as seen:
         return seen.operand.detach()
     except (RuntimeError, ValueError, TypeError) as error:
         msg = f"its operand could not be made without its network ({type(error).__name__})"
         raise CheckpointError(msg) from error
-    finally:
-        layer.observer = before
     msg = "its operand meets no input when the layer is called alone"
     raise CheckpointError(msg)
 

@@ -15,7 +15,8 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.document import Document
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
-from anyprec.nn.norms import Statistics, SwitchableNorm
+from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import SwitchableNorm
 
 _PREFIX = "anyprec.statistics."
 _PARTS = ("mean", "variance")

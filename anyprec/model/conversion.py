@@ -23,20 +23,11 @@ from anyprec.model.norm_copies import norm_rows, norm_widths
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
-from anyprec.nn.layers import (
-    FunctionalOwner,
-    QuantizedLayer,
-    QuantizedModule,
-    QuantizedParameter,
-    intercept_in_owner,
-    quantize_layer,
-    quantize_parameter,
-    restore_layer,
-    restore_owner,
-    restore_parameters,
-)
+from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
+from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.nn.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
+from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
@@ -252,7 +243,7 @@ def _correct_moments(
     for path in row_setters.values():
         layer = _quantized_layer(model, path)
         if path is not None and layer is not None and not facts.layers[path].dynamic:
-            layer.correct_moments(channel_axis(layer))
+            layer.weight_source.corrected_axis = channel_axis(layer)
 
 
 def _quantized_layer(model: nn.Module, path: str | None) -> QuantizedLayer | None:

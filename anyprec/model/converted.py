@@ -21,6 +21,7 @@ from anyprec.model.summary import Summary, SummaryRow
 from anyprec.model.switching import submodule_or_none, switch, switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
+from anyprec.nn.weights import PackedCodes
 
 Request = BitsLike | Mapping[str, BitsLike] | None
 """What `set_bits` takes: see `ConvertedModel.set_bits`."""
@@ -57,7 +58,8 @@ class ConvertedModel(Specialized):
     @property
     def is_packed(self) -> bool:
         """Whether it holds integer codes instead of latent weights (loaded from a packed file)."""
-        return any(layer.packed is not None for layer in self.quantized_layers.values())
+        layers = self.quantized_layers.values()
+        return any(isinstance(layer.weight_source, PackedCodes) for layer in layers)
 
     @property
     def coverage(self) -> tuple[Coverage, ...]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from anyprec.bits import BitConfig, Bits
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.norms import NormSharing, Statistics
+from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import NormSharing
 
 
 @dataclass(frozen=True)

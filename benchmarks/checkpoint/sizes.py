@@ -143,7 +143,7 @@ def switching(model: Any, image: Tensor) -> dict[str, Any]:
     for number in range(SWITCHES):
         # A latent network keeps the weights of every bit-width that it ran at; here each switch is to be a first one.
         for layer in model.quantized_layers.values():
-            layer.forget_weights()
+            layer.weight_source.forget()
         switch.append(seconds(lambda number=number: model.set_bits((4, 6)[number % 2])))
         first.append(seconds(lambda: model(image)))
         normal.append(seconds(lambda: model(image)))

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import anyprec
 from anyprec.nn.packed import PackedWeight
+from anyprec.nn.weights import PackedCodes
 from anyprec.runtime.storage import read_file, write_file
 
 FORMS = ["fixed", "zstd"]
@@ -79,7 +80,7 @@ def test_no_latent_weight_is_stored_or_held(packed, loaded):
     for layer in loaded.quantized_layers.values():
         assert isinstance(layer.weight, PackedWeight)
         bytes_held = sum(
-            buffer.numel() * buffer.element_size() for buffer in layer.packed.buffers()
+            buffer.numel() * buffer.element_size() for buffer in layer.packed_operand.buffers()
         )
         assert bytes_held <= 2 * layer.weight.numel() + 4 * 3 * layer.weight.shape[0]
 
@@ -97,9 +98,9 @@ def test_a_single_quantized_weight_is_kept_and_computed_anew_after_a_switch(
 ):
     layer = loaded[3]
     calls = []
-    real = layer.packed.weight
+    real = layer.packed_operand.weight
     monkeypatch.setattr(
-        layer.packed,
+        layer.packed_operand,
         "weight",
         lambda index, *args, **kwargs: calls.append(index) or real(index, *args, **kwargs),
     )
@@ -114,7 +115,7 @@ def test_copies_compute_the_same(loaded, batch, again):
 
 def test_its_state_dict_fits_another_of_its_kind(loaded, packed, plain, batch):
     other = anyprec.load(packed, plain())
-    other[0].packed.points.zero_()
+    other[0].packed_operand.points.zero_()
     assert not equal(outputs(other, batch), outputs(loaded, batch))
     other.load_state_dict(loaded.state_dict())
     assert equal(outputs(other, batch), outputs(loaded, batch))
@@ -244,7 +245,7 @@ def test_a_standardised_weight_is_stored_as_the_codes_of_what_was_standardised(t
 
     loaded, latent = reload(tmp_path, make, torch.randn(2, 3, 8, 8))
     assert latent == {}
-    assert loaded[0].packed is not None
+    assert isinstance(loaded[0].weight_source, PackedCodes)
     assert loaded[2].weight_quantizer.axis == 1
     with pytest.raises(
         anyprec.PackedError, match="convolution.default needs the values of a weight"
@@ -277,7 +278,7 @@ def test_layers_that_cannot_be_packed_keep_their_weight_and_the_file_says_why(tm
         "normed": "its weight is no parameter, but computed",
         "head": "its weight is also 'table.weight', which is not packed",
     }
-    assert loaded.mixed.matrices.weight.packed is not None
+    assert isinstance(loaded.mixed.matrices.weight.weight_source, PackedCodes)
     assert loaded.head.weight is loaded.table.weight
     assert anyprec.inspect(tmp_path / "net").layers["head"].reason == latent["head"]
 
@@ -349,7 +350,8 @@ def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, 
     assert single.bits == model.resolve_bits(bits)
     assert all(len(one.weight) == len(one.activation) == 1 for one in single.candidates.values())
     assert all(
-        layer.packed.points.dtype == torch.int8 for layer in single.quantized_layers.values()
+        layer.packed_operand.points.dtype == torch.int8
+        for layer in single.quantized_layers.values()
     )
     assert list(single.configs) == (["mixed"] if bits == "mixed" else [])
     with torch.no_grad():

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.errors import BitsError, ConversionError
 from anyprec.model.conversion import revert
-from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.owners import FunctionalOwner
 
 BITS = (2, 4, 8)
 

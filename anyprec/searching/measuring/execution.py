@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from anyprec.bits import BitConfig, highest_config, lowest_config
 from anyprec.model.converted import ConvertedModel
 from anyprec.network.tracing import trace
-from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.owners import FunctionalOwner
 
 DEFAULT_MEMORY = 2 * 2**30
 """Bytes of intermediate results that are kept."""
