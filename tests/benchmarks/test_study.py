@@ -1,13 +1,15 @@
-"""The study's harness, end to end on noise: the numbers mean nothing, the bookkeeping must be right."""
+"""The study's harness, end to end on noise: the numbers mean nothing, the bookkeeping matters."""
 
 import argparse
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from timm.models._efficientnet_builder import decode_arch_def
@@ -16,11 +18,15 @@ from timm.models.efficientnet import EfficientNet
 import anyprec
 from anyprec.bits import LayerCandidates
 from benchmarks.common import records
+from benchmarks.study import any_precision, networks, workers
 from benchmarks.study import command as study
 from benchmarks.study import figures as study_figures
 from benchmarks.study import grid as study_grid
+from benchmarks.study import methods as study_methods
 from benchmarks.study import page as study_page
+from benchmarks.study import plots as study_plots
 from benchmarks.study import runs as study_runs
+from benchmarks.study import tables as study_tables
 
 pytest.importorskip("matplotlib")
 
@@ -49,8 +55,8 @@ TRACK = study_grid.Track(
 
 
 def small_network(num_classes: int) -> torch.nn.Module:
-    """Three blocks, depthwise convolutions among them."""
-    blocks = decode_arch_def([["ds_r1_k3_s2_c8"], ["ir_r1_k3_s2_e2_c8"]])
+    """Five layers, a depthwise convolution among them."""
+    blocks = decode_arch_def([["ds_r1_k3_s2_c8"]])
     return EfficientNet(blocks, num_classes=num_classes, num_features=16, stem_size=8)
 
 
@@ -63,7 +69,7 @@ def noise(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """The command line's options for a grid of one track on noise, in this process."""
-    monkeypatch.setitem(study_grid.NETWORKS, "small", small_network)
+    monkeypatch.setitem(networks.NETWORKS, "small", small_network)
     monkeypatch.setattr(study, "TRACKS", {"S": TRACK})
     data = study_runs.Data(noise(16), noise(8), noise(17))
     monkeypatch.setattr(study_runs, "cifar10", lambda *_: data)
@@ -124,8 +130,7 @@ def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
         entry["bitops"] for entry in other["mixed"]
     ]
 
-    study.render(options)
-    study.render(options)
+    study.render(options)  # replaces the first page
     page = options.page.read_text()
     assert page.startswith("# Results\n\nbefore\n")
     assert (
@@ -138,7 +143,9 @@ def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
         assert (options.pictures / f"study-{name}.png").stat().st_size > 1000
 
 
-def test_a_run_is_the_same_when_it_is_done_again(options):
+def test_a_run_is_the_same_when_it_is_done_again(options, monkeypatch):
+    # A network that is searched would be loaded, not trained again.
+    monkeypatch.setattr(study, "TRACKS", {"S": dataclasses.replace(TRACK, searches=())})
     options.only = ["*/full/0"]
     study.run(options)
     options.results = options.results.with_name("again.jsonl")
@@ -154,8 +161,8 @@ def test_a_run_is_the_same_when_it_is_done_again(options):
 def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
     longer = dataclasses.replace(TRACK, epochs=2, searches=())
     run = next(run for run in study_grid.grid([longer]) if run.name == "S/small/full/0")
-    place = study_runs.Place(options.data, options.data / "unbroken")
-    unbroken = study_runs.perform(run, place)
+    workspace = study_runs.Workspace(options.data, options.data / "unbroken")
+    unbroken = study_runs.perform(run, workspace)
 
     epochs = []
 
@@ -167,26 +174,26 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
 
     study_runs_instability = study_runs.instability
     monkeypatch.setattr(study_runs, "instability", dies_after_the_second_epoch)
-    place = study_runs.Place(options.data, options.data / "broken")
+    workspace = study_runs.Workspace(options.data, options.data / "broken")
     with pytest.raises(KeyboardInterrupt):
-        study_runs.perform(run, place)
-    assert len(list(place.kept.glob("*.snapshot"))) == 1
-    resumed = study_runs.perform(run, place)
+        study_runs.perform(run, workspace)
+    assert len(list(workspace.cache.glob("*.snapshot"))) == 1
+    resumed = study_runs.perform(run, workspace)
     assert len(epochs) == 3  # the first epoch was not trained again
     assert (unbroken["resumed"], resumed["resumed"]) == (False, True)
     for key in ("configs", "mixed", "losses", "trace"):
         assert resumed[key] == unbroken[key]
-    assert [path.suffix for path in place.kept.iterdir()] == [".pt"]
+    assert [path.suffix for path in workspace.cache.iterdir()] == [".pt"]
 
 
 def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wanted(
     options, monkeypatch
 ):
     run = next(run for run in study_grid.grid([TRACK]) if run.name == "S/small/ours/0")
-    place = study_runs.Place(options.data, options.data / "kept")
-    first = study_runs.perform(run, place)
+    workspace = study_runs.Workspace(options.data, options.data / "cache")
+    first = study_runs.perform(run, workspace)
     monkeypatch.delattr(study_runs, "train")
-    again = study_runs.perform(run, place)
+    again = study_runs.perform(run, workspace)
     kept = ("configs", "mixed", "losses", "trace", "training", "trained_at")
     assert {key: first[key] for key in kept} == {key: again[key] for key in kept}
     found = {name: entry["config"] for name, entry in first["searched"].items()}
@@ -195,14 +202,15 @@ def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wa
         run, track=dataclasses.replace(TRACK, search_evaluations=6, report_images=8)
     )
     assert all(
-        entry["evaluations"] <= 6 for entry in study_runs.perform(other, place)["searched"].values()
+        entry["evaluations"] <= 6
+        for entry in study_runs.perform(other, workspace)["searched"].values()
     )
     longer = dataclasses.replace(run, track=dataclasses.replace(TRACK, epochs=2))
     with pytest.raises(NameError, match="train"):
-        study_runs.perform(longer, place)
+        study_runs.perform(longer, workspace)
     monkeypatch.setattr(study_runs, "REVISION", study_grid.REVISION + 1)
     with pytest.raises(NameError, match="train"):
-        study_runs.perform(run, place)
+        study_runs.perform(run, workspace)
 
 
 def test_results_of_other_settings_are_not_this_study(options):
@@ -248,25 +256,25 @@ def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(optio
 def test_runs_that_train_one_start_network_side_by_side_take_that_of_the_first(
     options, monkeypatch
 ):
-    run = study_grid.Run(TRACK, "small", study_grid.methods(TRACK.bits)["float"], 0)
-    place = study_runs.Place(options.data, options.data / "kept")
+    run = study_grid.Run(TRACK, "small", study_methods.methods(TRACK.bits)["float"], 0)
+    workspace = study_runs.Workspace(options.data, options.data / "cache")
     name = next(iter(small_network(10).state_dict()))
     trained = study_runs.train_float
 
     def train_beside_another(network, *arguments, **settings):
         trained(network, *arguments, **settings)
-        if not list(place.kept.glob("*.pt")):
+        if not list(workspace.cache.glob("*.pt")):
             monkeypatch.setattr(study_runs, "train_float", trained)
-            other = study_runs.start_network(run, place, place.images(TRACK))
+            other = study_runs.start_network(run, workspace, workspace.images(TRACK))
             first.update(other.state_dict())
         with torch.no_grad():
             network.get_parameter(name).add_(1.0)
 
     first = {}
     monkeypatch.setattr(study_runs, "train_float", train_beside_another)
-    second = study_runs.start_network(run, place, place.images(TRACK))
+    second = study_runs.start_network(run, workspace, workspace.images(TRACK))
     assert torch.equal(second.get_parameter(name), first[name])
-    assert len(list(place.kept.iterdir())) == 1
+    assert len(list(workspace.cache.iterdir())) == 1
 
 
 def test_a_method_may_train_at_another_learning_rate(options):
@@ -283,110 +291,149 @@ def test_a_method_may_train_at_another_learning_rate(options):
     (row,) = [
         line
         for line in options.page.read_text().splitlines()
-        if line.startswith("| S/small | 2 | dedicated")
+        if re.match(r"\| S/small +\| 2 +\| dedicated", line)
     ]
     assert "not run yet" not in row
 
 
 def test_ours_are_the_defaults_of_anyprec():
-    ours = study_grid.methods((2, 4, 8))["ours"]
+    ours = study_methods.methods((2, 4, 8))["ours"]
     assert anyprec.Recipe().changed(**ours.recipe) == anyprec.Recipe()
     defaults = inspect.signature(anyprec.convert).parameters
     assert ours.convert == {name: defaults[name].default for name in ours.convert}
 
 
-def record(name, seed=0, *, track=TRACK, processor="here", cpu_seconds=60.0, **top1):
-    """Of a run, with the same top-1 for both kinds of statistics, or with (stored, re-estimated)."""
+def record(name, seed=0, *, track=TRACK, processor="this", cpu_seconds=60.0, **top1):
+    """Of a run, with the same top-1 for both kinds of statistics, or (stored, re-estimated)."""
     (run,) = [run for run in study_grid.grid([track]) if run.name == f"S/small/{name}/{seed}"]
-    pairs = {
-        width[1:]: value if isinstance(value, tuple) else (value, value)
-        for width, value in top1.items()
+    configs = {}
+    for width, value in top1.items():
+        stored, own = value if isinstance(value, tuple) else (value, value)
+        configs[width[1:]] = {"stored": stored, "own": own}
+    return {
+        "run": run.name,
+        "track": "S",
+        "network": "small",
+        "method": name,
+        "seed": seed,
+        "settings": run.settings,
+        "machine": {**records.machine(), "processor": processor},
+        "commit": "abc",
+        "frozen": [],
+        "training": {"cpu_seconds": cpu_seconds},
+        "configs": configs,
+        "mixed": [],
     }
-    configs = {width: {"stored": stored, "own": own} for width, (stored, own) in pairs.items()}
-    return {"run": run.name, "track": "S", "network": "small", "method": name, "seed": seed, "settings": run.settings,
-            "machine": {**records.machine(), "processor": processor}, "commit": "abc", "frozen": [],
-            "training": {"cpu_seconds": cpu_seconds}, "configs": configs,
-            "mixed": []}  # fmt: skip
+
+
+def study_of(*measured, track=TRACK):
+    """The study of made-up records, and its only workload."""
+    result = study_figures.Study(measured, [track])
+    return result, result.workloads[0]
 
 
 def test_the_worst_bit_width_of_stored_statistics_is_that_of_the_mean_over_seeds():
-    found = [record("ours", 0, w2=(50.0, 51.5), w3=(58.0, 58.6), w4=(60.0, 60.0)),
-             record("ours", 1, w2=(51.0, 49.5), w3=(58.0, 58.4), w4=(60.0, 60.1))]  # fmt: skip
-    study_of_them = study_figures.Study(found, [TRACK])
-    worst, added = study_figures.worst_reestimation(study_of_them, study_of_them.places[0], "ours")
+    first = record("ours", 0, w2=(50.0, 51.5), w3=(58.0, 58.6), w4=(60.0, 60.0))
+    second = record("ours", 1, w2=(51.0, 49.5), w3=(58.0, 58.4), w4=(60.0, 60.1))
+    worst, added = study_figures.worst_reestimation(*study_of(first, second), "ours")
     assert worst == 3
-    assert added == pytest.approx({0: 0.6, 1: 0.4})
+    assert added.to_dict() == pytest.approx({0: 0.6, 1: 0.4})
 
 
-def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_held_against_another_by_seed():
-    found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
-             record("plain", 1, w2=49.0, w3=60.0, w4=62.0, processor="elsewhere", cpu_seconds=6e6)]  # fmt: skip
-    study_of_them = study_figures.Study(found, [TRACK])
-    lines = study_page.method_table(
-        study_of_them, study_of_them.places[0], ["plain", "ours"], against="plain"
+def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_compared_by_seed():
+    slow = {"processor": "elsewhere", "cpu_seconds": 6e6}
+    measured = study_of(
+        record("ours", 0, w2=50.0, w3=58.0, w4=60.0),
+        record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
+        record("plain", 1, w2=49.0, w3=60.0, w4=62.0, **slow),
     )
-    header, _, plain, ours = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+    table = study_tables.method_table(*measured, ["plain", "ours"], against="plain")
+    assert table[["over plain", "minutes"]].to_numpy().tolist() == [["", ""], ["1.0", "1.0 ± 0.0"]]
+
+
+def test_dedicated_networks_count_together_only_if_all_are_there():
+    networks_of_both = [
+        record(f"dedicated-{width}", seed, **{f"w{width}": 50.0 + width + seed})
+        for width in (2, 3, 4)
+        for seed in (0, 1)
     ]
-    at, last = header.index("over plain"), header.index("minutes")
-    assert (plain[at], plain[last]) == ("", "")
-    assert (ours[at], ours[last]) == ("1.0", "1.0 ± 0.0")
+    measured = study_of(record("ours", 0, w2=53.0, w3=54.0, w4=55.0), *networks_of_both[:-1])
+    table = study_tables.method_table(*measured, ["ours"], against="ours", references=True)
+    dedicated = table.loc["dedicated", ["passes", "2", "4", "mean 2 to 4", "over ours", "minutes"]]
+    assert dedicated.to_list() == ["3 x 1", "52.5 ± 0.7", "54.0", "53.0", "-1.0", "3.0"]
 
 
 def test_variants_stand_beside_ours_of_the_same_seeds():
-    one = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "variant": (0,)})
-    found = [record("ours", 0, w2=50.0, w3=58.0, w4=60.0), record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
-             record("ours-per-tensor", 0, track=one, w2=49.0, w3=57.0, w4=59.0)]  # fmt: skip
-    study_of_them = study_figures.Study(found, [one])
-    lines = study_page._method_section(study_of_them, study_of_them.places[0])
-    shown = [
-        [cell.strip() for cell in line.split("|")][1:6]
-        for line in lines
-        if line.startswith("| ours")
-    ]
-    title = study_grid.methods(TRACK.bits)["ours"].title
-    assert [title, "4", "51.0 ± 1.4", "59.0 ± 1.4", "61.0 ± 1.4"] in shown  # among all methods
-    assert [title, "4", "50.0", "58.0", "60.0"] in shown  # above its variants
+    track = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "variant": (0,)})
+    measured = study_of(
+        record("ours", 0, w2=50.0, w3=58.0, w4=60.0),
+        record("ours", 1, w2=52.0, w3=60.0, w4=62.0),
+        record("ours-per-tensor", 0, track=track, w2=49.0, w3=57.0, w4=59.0),
+        track=track,
+    )
+    title = study_methods.methods(TRACK.bits)["ours"].title
+    assert [title, "4", "51.0 ± 1.4", "59.0 ± 1.4", "61.0 ± 1.4"] in cells(
+        study_page._methods_section(*measured), "| ours"
+    )
+    assert [title, "4", "50.0", "58.0", "60.0"] in cells(
+        study_page._variants_section(*measured), "| ours"
+    )
+
+
+def cells(lines, start):
+    """The first five cells of the rows of tables that begin with a text."""
+    rows = [line for line in "\n".join(lines).splitlines() if line.startswith(start)]
+    return [list(map(str.strip, row.split("|")))[1:6] for row in rows]
 
 
 def test_learning_rates_are_compared_on_the_seeds_that_they_have():
-    one = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "rate": (0,)})
-    found = [record("ours", 0, w2=50.0, w4=60.0), record("ours", 1, w2=52.0, w4=62.0),
-             record("ours-half-rate", 0, w2=49.0, w4=59.0)]  # fmt: skip
-    study_of_them = study_figures.Study(found, [one])
-    shown = [
-        [cell.strip() for cell in line.split("|")][4:7]
-        for line in study_page.rate_table(study_of_them)
-    ]
-    assert ["49.0", "50.0", "not run yet"] in shown
-    assert [record["run"] for record in study_page._of_rates(study_of_them)] == [
+    track = dataclasses.replace(TRACK, fewer={**TRACK.fewer, "rate": (0,)})
+    measured, _ = study_of(
+        record("ours", 0, w2=50.0, w4=60.0),
+        record("ours", 1, w2=52.0, w4=62.0),
+        record("ours-half-rate", 0, w2=49.0, w4=59.0),
+        track=track,
+    )
+    shown = study_tables.rate_table(measured)[["0.5 times", "1 times", "2 times"]]
+    assert ["49.0", "50.0", "not run yet"] in shown.to_numpy().tolist()
+    of_rates = study_tables.records_of_rates(measured)
+    assert sorted(record["run"] for record in of_rates) == [
         "S/small/ours-half-rate/0",
         "S/small/ours/0",
     ]
 
 
 def test_interference_is_drawn_on_the_seeds_that_it_has():
-    found = [record("dedicated-4", 0, w4=60.0), record("dedicated-4", 1, w4=64.0), record("ours", 0, w4=61.0),
-             record("ours", 1, w4=66.0), record("random-3-up", 0, w3=57.0, w4=58.0)]  # fmt: skip
-    panels = study_page.interference_panels(study_figures.Study(found, [TRACK]))
-    assert panels["S/small"] == {
-        "4 bits": [(4, 60.0), (3, 58.0)],
-        "4 bits, ours": [(2, 61.0)],
-        "3 bits": [(3, 57.0)],
-    }
+    measured = study_of(
+        record("dedicated-4", 0, w4=60.0),
+        record("dedicated-4", 1, w4=64.0),
+        record("ours", 0, w4=61.0),
+        record("ours", 1, w4=66.0),
+        record("random-3-up", 0, w3=57.0, w4=58.0),
+    )
+    trained, ours = study_plots.interference(*measured)
+    assert trained["4"].dropna().to_dict() == {"4": 60.0, "3": 58.0}
+    assert trained["3"].dropna().to_dict() == {"3": 57.0}
+    assert list(trained.index) == ["4", "3", "2"]  # ours are drawn at the last
+    assert list(trained.columns) == ["4", "3"]
+    assert ours.dropna().to_dict() == {"4": 61.0}
 
 
 def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
-    found = [
+    measured, _ = study_of(
         record("ours", w2=49.1, w4=59.9),
         record("dedicated-2", w2=50.0),
         record("dedicated-4", w4=60.0),
+    )
+    table = study_tables.dedicated_table(measured)
+    assert list(table.columns[2:]) == [
+        "4 bits (at least 0)",
+        "3 bits (at least -0.3)",
+        "2 bits (at least -1)",
     ]
-    header, rows = study_page.dedicated_rows(study_figures.Study(found, [TRACK]))
-    assert header[2:] == ("4 bits (at least 0)", "3 bits (at least -0.3)", "2 bits (at least -1)")
-    assert rows == [
-        ("S/small", "ours", "**-0.10**", "", "-0.90"),
-        ("S/small", "full method", "not run yet", "", ""),
+    assert table.to_numpy().tolist() == [
+        ["S/small", "ours", "**-0.10**", "", "-0.90"],
+        ["S/small", "full method", "not run yet", "", ""],
     ]
 
 
@@ -411,15 +458,14 @@ def test_a_track_says_whose_budgets_are_searched(options):
     assert ours["S/small/ours/0"].settings == both["S/small/ours/0"].settings
     assert ours["S/small/plain/0"].settings != both["S/small/plain/0"].settings
     assert (
-        study_runs.perform(ours["S/small/plain/0"], study_runs.Place(options.data, options.data))[
-            "searched"
-        ]
+        study_runs.perform(
+            ours["S/small/plain/0"], study_runs.Workspace(options.data, options.data)
+        )["searched"]
         == {}
     )
-    asked = study_page.search_table(study_figures.Study([], [fewer]))
-    assert [line.split("|")[2].strip() for line in asked[2:]] == [
-        ours["S/small/ours/0"].method.title
-    ]
+    empty = study_figures.Study([], [fewer])
+    asked = study_tables.search_table(empty)
+    assert list(asked["method"]) == [ours["S/small/ours/0"].method.title]
 
 
 def test_the_tracks_norms_judge_in_the_search(options, monkeypatch):
@@ -470,15 +516,16 @@ def test_a_line_that_was_cut_off_is_no_record_and_spoils_no_other(tmp_path):
 
 
 def test_verdicts_are_computed():
-    assert study_figures.verdict({0: 1.0, 1: 2.0}, 0.5) == "met by 1.00"
-    assert study_figures.verdict({0: -1.0}, -0.3) == "**missed by 0.70**"
-    assert study_figures.verdict({0: 0.1 + 0.2 - 0.0001}, 0.3) == "met by 0.00"
-    assert study_figures.verdict({}, 0.0) == "not run yet"
-    assert study_figures.difference({0: 3.0, 1: 5.0}, {1: 4.0, 2: 9.0}) == {1: 1.0}
+    first, second = pd.Series({0: 3.0, 1: 5.0}), pd.Series({1: 4.0, 2: 9.0})
+    assert study_figures.verdict(pd.Series([1.0, 2.0]), 0.5) == "met by 1.00"
+    assert study_figures.verdict(pd.Series([-1.0]), -0.3) == "**missed by 0.70**"
+    assert study_figures.verdict(pd.Series([0.1 + 0.2 - 0.0001]), 0.3) == "met by 0.00"
+    assert study_figures.verdict(pd.Series(dtype=float), 0.0) == "not run yet"
+    assert study_figures.cell(first - second) == "1.0"  # of the seed that both have
 
 
 def test_distillation_is_recursive():
-    criterion = study_grid.RecursiveDistillation(2)
+    criterion = any_precision.RecursiveDistillation(2)
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
     assert float(criterion(logits, labels)) == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, labels))
@@ -494,7 +541,7 @@ def test_any_precision_takes_each_uniform_bit_width_once_the_highest_first():
         "conv": LayerCandidates((2, 4, 8), (2, 4, 8)),
         "depthwise": LayerCandidates((4, 8), (4, 8)),
     }
-    sampler = study_grid.DescendingWidths((2, 4, 8))
+    sampler = any_precision.DescendingWidths((2, 4, 8))
     drawn = sampler.draw(candidates, 2, generator=torch.Generator(), instability={})
     assert [str(config["conv"]) for config in drawn] == [
         "W4A4",
@@ -527,28 +574,33 @@ _POOL = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
 sys.path.insert(0, sys.argv[1])
-from benchmarks.study import command as study
+from benchmarks.study.workers import begin_worker
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1, mp_context=context, initializer=study._begin_worker, initargs=(1,))
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin_worker, initargs=(1,))
     print(pool.submit(os.getpid).result(), flush=True)
     pool.submit(time.sleep, 600).result()
 """
 
 
+def lives(process):
+    """Whether a process, a folder of /proc, has not ended: a zombie has."""
+    return process.exists() and "Z" not in (process / "stat").read_text()
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="asks /proc whether a process lives")
 def test_workers_end_with_the_process_that_began_them(tmp_path):
+    assert study.begin_worker is workers.begin_worker  # what the pool below begins with
     script = tmp_path / "pool.py"
     script.write_text(_POOL)
-    begun = subprocess.Popen(
-        [sys.executable, script, Path(study.__file__).parents[2]], stdout=subprocess.PIPE, text=True
-    )
+    root = Path(study.__file__).parents[2]
+    begun = subprocess.Popen([sys.executable, script, root], stdout=subprocess.PIPE, text=True)
     worker = Path("/proc") / begun.stdout.readline().strip()
     assert worker.exists()
     begun.kill()
     begun.wait()
     begun.stdout.close()
     end = time.monotonic() + 30
-    while worker.exists() and "Z" not in (worker / "stat").read_text() and time.monotonic() < end:
+    while lives(worker) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not worker.exists() or "Z" in (worker / "stat").read_text()
+    assert not lives(worker)
