@@ -39,8 +39,9 @@ def batches(images: Images, batch_size: int, *, training: bool, seed: int = 0) -
 
     def collate(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         pixels, labels = zip(*pairs, strict=True)
-        stacked = torch.stack(list(map(augmented, pixels) if training else pixels))
-        stacked = stacked.contiguous(memory_format=torch.channels_last)
+        if training:
+            pixels = tuple(map(augmented, pixels))
+        stacked = torch.stack(pixels).contiguous(memory_format=torch.channels_last)
         return stacked.float().div_(127.5).sub_(1), torch.stack(labels)
 
     return DataLoader(
@@ -61,7 +62,9 @@ def augmented(image: Tensor) -> Tensor:
     grey = 128 if image.dtype == torch.uint8 else 0
     padded = nn.functional.pad(image, (most,) * 4, value=grey)
     shifted = padded[:, down : down + size, across : across + size]
-    return shifted.flip(2) if torch.rand(()) < 0.5 else shifted
+    if torch.rand(()) < 0.5:
+        return shifted.flip(2)
+    return shifted
 
 
 @torch.no_grad()

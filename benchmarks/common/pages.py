@@ -33,12 +33,16 @@ def origin(records: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({record["seed"] for record in records})
     machines = sorted({_machine(record["machine"]) for record in records})
     commits = sorted({record["commit"] for record in records})
-    word = "Seed" if len(seeds) == 1 else "Seeds"
+    word = _plural("Seed", len(seeds))
     listed = ", ".join(map(str, seeds))
     return f"({word} {listed}; {'; '.join(machines)}; commit {', '.join(commits)}.)"
 
 
 def _machine(described: Mapping[str, Any]) -> str:
-    threads = f"{described['threads']} thread" + ("s" if described["threads"] > 1 else "")
+    threads = f"{described['threads']} {_plural('thread', described['threads'])}"
     versions = f"torch {described['torch']}, timm {described['timm']}"
     return f"{described['processor']}, {threads}, {versions}"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

@@ -53,8 +53,9 @@ def commit() -> str:
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, threads and versions."""
+    on_gpu = device.startswith("cuda")
     return {
-        "processor": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "processor": torch.cuda.get_device_name() if on_gpu else _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -75,8 +75,7 @@ def methods(widths: Sequence[int]) -> dict[str, Method]:
     """All methods, for these candidate bit-widths."""
     widths = tuple(sorted(widths))
     core = list(_core(widths))
-    others = (_parts(widths), _rates(core), _interference(widths), _variants(widths))
-    listed = core + [method for group in others for method in group]
+    listed = [*core, *_parts(widths), *_rates(core), *_interference(widths), *_variants(widths)]
     return {method.name: method for method in listed}
 
 

@@ -17,15 +17,16 @@ pytest.importorskip("matplotlib")
 
 def small_case(*_: object, **__: object) -> search_cases.Case:
     torch.manual_seed(0)
-    convolutions = [
+    network = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.ReLU(),
         nn.Conv2d(4, 4, 3),
         nn.ReLU(),
         nn.Conv2d(4, 4, 3),
         nn.ReLU(),
-    ]
-    network = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 10))
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
     batches = [(torch.randn(8, 3, 8, 8), torch.arange(8)) for _ in range(2)]
     model = anyprec.convert(network, bits=(2, 3, 8), example_input=batches[0][0])
     anyprec.calibrate(model, batches)
@@ -41,7 +42,7 @@ def run(tmp_path, monkeypatch):
 
     def command(*arguments: str) -> list[dict]:
         assert search.main(["--results", str(results), *arguments]) == 0
-        return [json.loads(line) for line in results.read_text().splitlines()]
+        return list(map(json.loads, results.read_text().splitlines()))
 
     return command
 
@@ -49,12 +50,10 @@ def run(tmp_path, monkeypatch):
 def test_every_measurement_ends_up_on_the_page(run, tmp_path):
     run("work", "--networks", "small", "--budget", "W3A3")
     run("frontier", "--case", "small")
-    records = run(
-        "compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8"
-    )
-    again = run(
-        "compare", "--case", "small", "--seeds", "0", "1", "--budgets", "W3A3", "70% of W8A8"
-    )
+    comparison = ["compare", "--case", "small", "--seeds", "0", "1"]
+    comparison += ["--budgets", "W3A3", "70% of W8A8"]
+    records = run(*comparison)
+    again = run(*comparison)
     assert again == records  # nothing is measured twice
 
     work = {record["algorithm"]: record for record in records if record["kind"] == "work"}

@@ -3,10 +3,12 @@
 import argparse
 import dataclasses
 import inspect
+import itertools
 import re
 import subprocess
 import sys
 import time
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import pandas as pd
@@ -91,6 +93,17 @@ def options(tmp_path, monkeypatch):
     )
 
 
+def runs_of(track, seeds=None):
+    """The runs of a track by name."""
+    return {run.name: run for run in study_grid.grid([track], seeds=seeds)}
+
+
+def names_left(track, results):
+    """The runs of a track's first seed that have no result."""
+    left = study.unfinished(study_grid.grid([track], seeds=1), results)
+    return set(map(attrgetter("name"), left))
+
+
 def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
     options.only = ["*/float/0", "*/dedicated-2/0"]
     assert study.run(options) == 0
@@ -111,24 +124,23 @@ def test_a_grid_runs_resumes_and_renders_what_is_there(options, capsys):
     ]
     first = options.results.read_text()
     assert study.run(options) == 0
-    found = records.read(options.results)
-    names = [record["run"] for record in found]
+    measured = records.read(options.results)
+    names = list(map(itemgetter("run"), measured))
     assert options.results.read_text().startswith(first)  # what was done is not done again
     assert len(names) == len(set(names)) == 8
     assert study.run(options) == 0
     assert capsys.readouterr().out.rstrip().endswith("0 runs to do")
     assert not list(options.results.parent.glob("*.snapshot"))
 
-    full = next(record for record in found if record["method"] == "full")
+    by_method = {record["method"]: record for record in measured}
+    full = by_method["full"]
     assert full["steps"] == 2
     assert full["passes"] == 8
     assert len(full["trace"]) == 1
     assert len(full["mixed"]) == 2
     assert set(full["searched"]) == {"W4A4", "W3A3", "W2.5A2.5"}
-    other = next(record for record in found if record["method"] == "any-precision")
-    assert [entry["bitops"] for entry in full["mixed"]] == [
-        entry["bitops"] for entry in other["mixed"]
-    ]
+    mixed = by_method["any-precision"]["mixed"]
+    assert list(map(itemgetter("bitops"), full["mixed"])) == list(map(itemgetter("bitops"), mixed))
 
     study.render(options)  # replaces the first page
     page = options.page.read_text()
@@ -150,17 +162,14 @@ def test_a_run_is_the_same_when_it_is_done_again(options, monkeypatch):
     study.run(options)
     options.results = options.results.with_name("again.jsonl")
     study.run(options)
-    first, again = (
-        records.read(path)[0] for path in sorted(options.results.parent.glob("*.jsonl"))
-    )
-    assert {key: first[key] for key in ("configs", "mixed", "losses", "trace")} == {
-        key: again[key] for key in ("configs", "mixed", "losses", "trace")
-    }
+    (again,), (first,) = map(records.read, sorted(options.results.parent.glob("*.jsonl")))
+    for key in ("configs", "mixed", "losses", "trace"):
+        assert first[key] == again[key]
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
     longer = dataclasses.replace(TRACK, epochs=2, searches=())
-    run = next(run for run in study_grid.grid([longer]) if run.name == "S/small/full/0")
+    run = runs_of(longer)["S/small/full/0"]
     workspace = study_runs.Workspace(options.data, options.data / "unbroken")
     unbroken = study_runs.perform(run, workspace)
 
@@ -183,28 +192,27 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, monkeypatch):
     assert (unbroken["resumed"], resumed["resumed"]) == (False, True)
     for key in ("configs", "mixed", "losses", "trace"):
         assert resumed[key] == unbroken[key]
-    assert [path.suffix for path in workspace.cache.iterdir()] == [".pt"]
+    (start,) = workspace.cache.iterdir()
+    assert start.suffix == ".pt"
 
 
 def test_a_network_that_is_searched_is_trained_once_and_evaluated_as_often_as_wanted(
     options, monkeypatch
 ):
-    run = next(run for run in study_grid.grid([TRACK]) if run.name == "S/small/ours/0")
+    run = runs_of(TRACK)["S/small/ours/0"]
     workspace = study_runs.Workspace(options.data, options.data / "cache")
     first = study_runs.perform(run, workspace)
     monkeypatch.delattr(study_runs, "train")
     again = study_runs.perform(run, workspace)
-    kept = ("configs", "mixed", "losses", "trace", "training", "trained_at")
-    assert {key: first[key] for key in kept} == {key: again[key] for key in kept}
-    found = {name: entry["config"] for name, entry in first["searched"].items()}
-    assert {name: entry["config"] for name, entry in again["searched"].items()} == found
-    other = dataclasses.replace(
-        run, track=dataclasses.replace(TRACK, search_evaluations=6, report_images=8)
-    )
-    assert all(
-        entry["evaluations"] <= 6
-        for entry in study_runs.perform(other, workspace)["searched"].values()
-    )
+    for key in ("configs", "mixed", "losses", "trace", "training", "trained_at"):
+        assert first[key] == again[key]
+    assert set(first["searched"]) == set(again["searched"])
+    for budget, entry in first["searched"].items():
+        assert entry["config"] == again["searched"][budget]["config"]
+    shorter = dataclasses.replace(TRACK, search_evaluations=6, report_images=8)
+    searched = study_runs.perform(dataclasses.replace(run, track=shorter), workspace)["searched"]
+    for entry in searched.values():
+        assert entry["evaluations"] <= 6
     longer = dataclasses.replace(run, track=dataclasses.replace(TRACK, epochs=2))
     with pytest.raises(NameError, match="train"):
         study_runs.perform(longer, workspace)
@@ -229,9 +237,7 @@ def test_results_of_another_revision_are_not_this_study_but_for_the_float_networ
     options.only = ["*/float/0", "*/dedicated-2/0"]
     study.run(options)
     monkeypatch.setattr(study_grid, "REVISION", study_grid.REVISION + 1)
-    left = {
-        run.name for run in study.unfinished(study_grid.grid([TRACK], seeds=1), options.results)
-    }
+    left = names_left(TRACK, options.results)
     assert "S/small/dedicated-2/0" in left
     assert "S/small/float/0" not in left
 
@@ -239,16 +245,16 @@ def test_results_of_another_revision_are_not_this_study_but_for_the_float_networ
 def test_runs_of_one_seed_that_start_from_different_networks_are_not_mixed(options):
     options.only = ["*/float/0"]
     study.run(options)
-    found = records.read(options.results)[0]
+    measured = records.read(options.results)[0]
     options.only = ["*/dedicated-2/0"]
     options.results.write_text("")
-    records.append(options.results, {**found, "start": found["start"] + 1})
+    records.append(options.results, {**measured, "start": measured["start"] + 1})
     with pytest.raises(ValueError, match="the start network of S/small/0 has"):
         study.run(options)
     assert len(records.read(options.results)) == 1
     options.results.write_text("")
     # On another device the same network can judge an image or two of thousands differently.
-    records.append(options.results, {**found, "start": found["start"] + 0.04})
+    records.append(options.results, {**measured, "start": measured["start"] + 0.04})
     study.run(options)
     assert len(records.read(options.results)) == 2
 
@@ -265,8 +271,8 @@ def test_runs_that_train_one_start_network_side_by_side_take_that_of_the_first(
         trained(network, *arguments, **settings)
         if not list(workspace.cache.glob("*.pt")):
             monkeypatch.setattr(study_runs, "train_float", trained)
-            other = study_runs.start_network(run, workspace, workspace.images(TRACK))
-            first.update(other.state_dict())
+            beside = study_runs.start_network(run, workspace, workspace.images(TRACK))
+            first.update(beside.state_dict())
         with torch.no_grad():
             network.get_parameter(name).add_(1.0)
 
@@ -278,21 +284,14 @@ def test_runs_that_train_one_start_network_side_by_side_take_that_of_the_first(
 
 
 def test_a_method_may_train_at_another_learning_rate(options):
-    runs = {run.name: run for run in study_grid.grid([TRACK], seeds=1)}
-    rates = {
-        name: study_runs._recipe(runs[f"S/small/{name}/0"]).lr
-        for name in ("ours", "ours-half-rate", "ours-double-rate")
-    }
-    assert rates == {"ours": 0.05, "ours-half-rate": 0.025, "ours-double-rate": 0.1}
+    runs = runs_of(TRACK, seeds=1)
+    for name, rate in (("ours", 0.05), ("ours-half-rate", 0.025), ("ours-double-rate", 0.1)):
+        assert study_runs._recipe(runs[f"S/small/{name}/0"]).lr == rate
     options.only = ["*/dedicated-2/0", "*/dedicated-2-*-rate/0"]
     study.run(options)
     options.page.write_text("")
     study.render(options)
-    (row,) = [
-        line
-        for line in options.page.read_text().splitlines()
-        if re.match(r"\| S/small +\| 2 +\| dedicated", line)
-    ]
+    (row,) = re.findall(r"\| S/small +\| 2 +\| dedicated.*", options.page.read_text())
     assert "not run yet" not in row
 
 
@@ -300,16 +299,17 @@ def test_ours_are_the_defaults_of_anyprec():
     ours = study_methods.methods((2, 4, 8))["ours"]
     assert anyprec.Recipe().changed(**ours.recipe) == anyprec.Recipe()
     defaults = inspect.signature(anyprec.convert).parameters
-    assert ours.convert == {name: defaults[name].default for name in ours.convert}
+    for name, value in ours.convert.items():
+        assert value == defaults[name].default
 
 
 def record(name, seed=0, *, track=TRACK, processor="this", cpu_seconds=60.0, **top1):
     """Of a run, with the same top-1 for both kinds of statistics, or (stored, re-estimated)."""
-    (run,) = [run for run in study_grid.grid([track]) if run.name == f"S/small/{name}/{seed}"]
+    run = runs_of(track)[f"S/small/{name}/{seed}"]
     configs = {}
     for width, value in top1.items():
-        stored, own = value if isinstance(value, tuple) else (value, value)
-        configs[width[1:]] = {"stored": stored, "own": own}
+        pair = value if isinstance(value, tuple) else (value, value)
+        configs[width[1:]] = dict(zip(("stored", "own"), pair, strict=True))
     return {
         "run": run.name,
         "track": "S",
@@ -352,15 +352,14 @@ def test_minutes_are_of_the_machine_that_trained_ours_and_methods_are_compared_b
 
 
 def test_dedicated_networks_count_together_only_if_all_are_there():
-    networks_of_both = [
-        record(f"dedicated-{width}", seed, **{f"w{width}": 50.0 + width + seed})
-        for width in (2, 3, 4)
-        for seed in (0, 1)
-    ]
-    measured = study_of(record("ours", 0, w2=53.0, w3=54.0, w4=55.0), *networks_of_both[:-1])
+    dedicated = []
+    for width, seed in itertools.product((2, 3, 4), (0, 1)):
+        top1 = {f"w{width}": 50.0 + width + seed}
+        dedicated.append(record(f"dedicated-{width}", seed, **top1))
+    measured = study_of(record("ours", 0, w2=53.0, w3=54.0, w4=55.0), *dedicated[:-1])
     table = study_tables.method_table(*measured, ["ours"], against="ours", references=True)
-    dedicated = table.loc["dedicated", ["passes", "2", "4", "mean 2 to 4", "over ours", "minutes"]]
-    assert dedicated.to_list() == ["3 x 1", "52.5 ± 0.7", "54.0", "53.0", "-1.0", "3.0"]
+    shown = table.loc["dedicated", ["passes", "2", "4", "mean 2 to 4", "over ours", "minutes"]]
+    assert shown.to_list() == ["3 x 1", "52.5 ± 0.7", "54.0", "53.0", "-1.0", "3.0"]
 
 
 def test_variants_stand_beside_ours_of_the_same_seeds():
@@ -382,7 +381,7 @@ def test_variants_stand_beside_ours_of_the_same_seeds():
 
 def cells(lines, start):
     """The first five cells of the rows of tables that begin with a text."""
-    rows = [line for line in "\n".join(lines).splitlines() if line.startswith(start)]
+    rows = re.findall(rf"^{re.escape(start)}.*", "\n".join(lines), flags=re.MULTILINE)
     return [list(map(str.strip, row.split("|")))[1:6] for row in rows]
 
 
@@ -396,11 +395,8 @@ def test_learning_rates_are_compared_on_the_seeds_that_they_have():
     )
     shown = study_tables.rate_table(measured)[["0.5 times", "1 times", "2 times"]]
     assert ["49.0", "50.0", "not run yet"] in shown.to_numpy().tolist()
-    of_rates = study_tables.records_of_rates(measured)
-    assert sorted(record["run"] for record in of_rates) == [
-        "S/small/ours-half-rate/0",
-        "S/small/ours/0",
-    ]
+    names = map(itemgetter("run"), study_tables.records_of_rates(measured))
+    assert sorted(names) == ["S/small/ours-half-rate/0", "S/small/ours/0"]
 
 
 def test_interference_is_drawn_on_the_seeds_that_it_has():
@@ -440,31 +436,21 @@ def test_points_over_dedicated_networks_are_bold_where_they_are_too_few():
 def test_what_is_not_searched_does_not_depend_on_how_others_are(options):
     options.only = ["*/float/0", "*/dedicated-2/0"]
     study.run(options)
-    other = dataclasses.replace(TRACK, search_evaluations=13, search_norms="stored", mixed=3)
-    left = {
-        run.name for run in study.unfinished(study_grid.grid([other], seeds=1), options.results)
-    }
-    assert not left & {"S/small/float/0", "S/small/dedicated-2/0"}
-    runs = {run.name: run for run in study_grid.grid([TRACK])}
-    assert (
-        runs["S/small/ours/0"].settings
-        != dataclasses.replace(runs["S/small/ours/0"], track=other).settings
-    )
+    changed = dataclasses.replace(TRACK, search_evaluations=13, search_norms="stored", mixed=3)
+    assert not names_left(changed, options.results) & {"S/small/float/0", "S/small/dedicated-2/0"}
+    run = runs_of(TRACK)["S/small/ours/0"]
+    assert run.settings != dataclasses.replace(run, track=changed).settings
 
 
 def test_a_track_says_whose_budgets_are_searched(options):
     fewer = dataclasses.replace(TRACK, searches=("ours",))
-    both, ours = ({run.name: run for run in study_grid.grid([track])} for track in (TRACK, fewer))
+    both, ours = runs_of(TRACK), runs_of(fewer)
     assert ours["S/small/ours/0"].settings == both["S/small/ours/0"].settings
-    assert ours["S/small/plain/0"].settings != both["S/small/plain/0"].settings
-    assert (
-        study_runs.perform(
-            ours["S/small/plain/0"], study_runs.Workspace(options.data, options.data)
-        )["searched"]
-        == {}
-    )
-    empty = study_figures.Study([], [fewer])
-    asked = study_tables.search_table(empty)
+    plain = ours["S/small/plain/0"]
+    assert plain.settings != both["S/small/plain/0"].settings
+    workspace = study_runs.Workspace(options.data, options.data)
+    assert study_runs.perform(plain, workspace)["searched"] == {}
+    asked = study_tables.search_table(study_figures.Study([], [fewer]))
     assert list(asked["method"]) == [ours["S/small/ours/0"].method.title]
 
 
@@ -493,26 +479,22 @@ def test_the_most_valuable_runs_come_first():
     groups = [(run.method.group, run.seed) for run in study_grid.grid([track])]
     assert groups == sorted(groups, key=groups.index)
     assert groups[0] == ("core", track.seeds[0])
-    ablation, variant = (
-        groups.index((group, track.seeds_of(group)[0])) for group in ("ablation", "variant")
-    )
+    ablation = groups.index(("ablation", track.seeds_of("ablation")[0]))
+    variant = groups.index(("variant", track.seeds_of("variant")[0]))
     assert groups.index(("core", track.seeds[-1])) < ablation < variant
-    assert (
-        {seed for group, seed in groups if group == "rate"}
-        == set(track.seeds_of("rate"))
-        < set(track.seeds)
-    )
+    rate_seeds = {seed for group, seed in groups if group == "rate"}
+    assert rate_seeds == set(track.seeds_of("rate")) < set(track.seeds)
     runs = study_grid.grid(list(study_grid.TRACKS.values()))
-    assert len({run.name for run in runs}) == len(runs)
+    assert len(set(map(attrgetter("name"), runs))) == len(runs)
 
 
 def test_a_line_that_was_cut_off_is_no_record_and_spoils_no_other(tmp_path):
-    path = tmp_path / "found.jsonl"
-    records.append(path, {"run": "a"})
-    with path.open("a") as file:
-        file.write('{"run": "b", "conf')
-    records.append(path, {"run": "c"})
-    assert [record["run"] for record in records.read(path)] == ["a", "c"]
+    file = tmp_path / "records.jsonl"
+    records.append(file, {"run": "a"})
+    with file.open("a") as stream:
+        stream.write('{"run": "b", "conf')
+    records.append(file, {"run": "c"})
+    assert records.read(file) == [{"run": "a"}, {"run": "c"}]
 
 
 def test_verdicts_are_computed():
@@ -527,12 +509,10 @@ def test_verdicts_are_computed():
 def test_distillation_is_recursive():
     criterion = any_precision.RecursiveDistillation(2)
     logits, labels = torch.tensor([[2.0, 0.0]]), torch.tensor([1])
-    assert float(criterion(logits, labels)) == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, labels))
-    )
-    assert float(criterion(logits, labels)) == pytest.approx(
-        0.0
-    )  # the same prediction as the higher bit-width's
+    first = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert float(criterion(logits, labels)) == pytest.approx(first)
+    # The same prediction as the higher bit-width's.
+    assert float(criterion(logits, labels)) == pytest.approx(0.0)
     assert float(criterion(logits, labels)) > 1  # the labels again, in the next step
 
 
@@ -543,24 +523,14 @@ def test_any_precision_takes_each_uniform_bit_width_once_the_highest_first():
     }
     sampler = any_precision.DescendingWidths((2, 4, 8))
     drawn = sampler.draw(candidates, 2, generator=torch.Generator(), instability={})
-    assert [str(config["conv"]) for config in drawn] == [
-        "W4A4",
-        "W2A2",
-    ]  # after the max path, which is W8A8
-    assert [str(config["depthwise"]) for config in drawn] == ["W4A4", "W4A4"]
+    # After the max path, which is W8A8.
+    assert list(map(str, map(itemgetter("conv"), drawn))) == ["W4A4", "W2A2"]
+    assert list(map(str, map(itemgetter("depthwise"), drawn))) == ["W4A4", "W4A4"]
 
 
 def test_the_commands_say_what_they_would_do(tmp_path, capsys):
-    command = [
-        "run",
-        "--data",
-        str(tmp_path),
-        "--dry-run",
-        "--only",
-        "S/mobile/full/0",
-        "--results",
-        str(tmp_path / "none"),
-    ]
+    command = ["run", "--data", str(tmp_path), "--dry-run", "--only", "S/mobile/full/0"]
+    command += ["--results", str(tmp_path / "none")]
     assert study.main(command) == 0
     assert capsys.readouterr().out.splitlines() == ["1 runs to do", "S/mobile/full/0"]
     with pytest.raises(SystemExit, match="no run matches"):
