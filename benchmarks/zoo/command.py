@@ -39,7 +39,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.testing import Report, examine, examine_structure
+from anyprec.testing import Report, check_promises, check_structure
 from benchmarks.common.records import ROOT, commit
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def look_at(
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    structure = examine_structure(model)
+    structure = check_structure(model)
     if isinstance(model, anyprec.ConvertedModel):
         facts = model.anyprec_record.facts
         record |= {"input": facts.example_shape[1:], "untraceable": facts.untraceable}
@@ -108,8 +108,8 @@ def look_beyond(name: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = create()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    structure = examine_structure(model, torch.zeros(1, 3, size, size, device="meta"))
-    numbers = examine(create(), lambda: torch.randn(2, 3, size, size))
+    structure = check_structure(model, torch.zeros(1, 3, size, size, device="meta"))
+    numbers = check_promises(create(), lambda: torch.randn(2, 3, size, size))
     return {
         "name": name,
         "class": type(model).original_class.__name__
@@ -177,9 +177,9 @@ def look_at_features(name: str, arguments: dict[str, Any]) -> dict[str, str]:
         model = create_on_meta(name, features_only=True)
     except Exception as error:  # noqa: BLE001 (models refuse in their own ways)
         return {"none": f"{type(error).__name__}: {error}"[:200]}
-    broken = examine_structure(model).broken
+    broken = check_structure(model).broken
     if "convert" in broken:
-        broken = examine_structure(timm.create_model(name, features_only=True, **arguments)).broken
+        broken = check_structure(timm.create_model(name, features_only=True, **arguments)).broken
     return broken
 
 
@@ -214,7 +214,7 @@ def examine_at_smallest(
 
         report = Report()
         with report.check(FLOAT_RUNS):
-            report = examine(model, make_images)
+            report = check_promises(model, make_images)
         del model
         lacking = bool(report.unreached) or any(
             check.startswith("gradients") for check in report.broken
@@ -336,7 +336,7 @@ def look_at_all(waiting: list[str], options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     stamp = {"commit": commit(), "timm": timm.__version__, "torch": torch.__version__}
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["promises", "timm", "torch", "anyprec"]
+        ["timm", "torch", "anyprec.testing"]
     )
     with (
         Progress(disable=not sys.stdout.isatty()) as progress,
