@@ -26,7 +26,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import anyprec
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.owners import FunctionalOwner
-from anyprec.testing import examine
+from anyprec.testing import check_promises
 
 BITS = (2, 4, 8)
 
@@ -195,7 +195,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_a_network_of_each_kind_keeps_every_promise(name: str) -> None:
     create, size = NETWORKS[name]
-    report = examine(create(), lambda: torch.randn(4, 3, size, size), bits=BITS)
+    report = check_promises(create(), lambda: torch.randn(4, 3, size, size), bits=BITS)
     assert report.broken == {}
     assert report.held
     assert report.coverage.get("skipped", 0) == 0
@@ -218,7 +218,7 @@ def test_networks_of_hugging_face_keep_every_promise(kind: str) -> None:
     else:
         config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1])
         model = transformers.ResNetForImageClassification(config)
-    report = examine(model, lambda: torch.randn(4, 3, 32, 32), bits=BITS)
+    report = check_promises(model, lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert report.broken == {}
     assert report.coverage.get("skipped", 0) == 0
 
@@ -228,11 +228,11 @@ def test_the_checks_find_a_weight_that_is_not_quantized(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         FunctionalOwner, "forward", lambda self, *args: super(FunctionalOwner, self).forward(*args)
     )
-    report = examine(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
+    report = check_promises(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert "layer 'both' was not reached" in report.broken["calibrate"]
     monkeypatch.undo()
     monkeypatch.setattr(QuantizedLayer, "quantized_weight", lambda self, weight: weight)
-    report = examine(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
+    report = check_promises(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert {"gradients at 2 bits", "gradients at 8 bits"} <= report.broken.keys()
 
 
@@ -256,6 +256,6 @@ def test_experts_count_once_in_the_size() -> None:
 
 
 def test_a_layer_to_which_the_float_network_passes_no_gradient_is_named_and_excused() -> None:
-    report = examine(Bypassed(), lambda: torch.randn(4, 3, 16, 16), bits=BITS)
+    report = check_promises(Bypassed(), lambda: torch.randn(4, 3, 16, 16), bits=BITS)
     assert report.broken == {}
     assert report.unreached == ["unheard"]
