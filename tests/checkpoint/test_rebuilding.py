@@ -7,8 +7,8 @@ import timm
 import torch
 
 import anyprec
-from anyprec.checkpoint.architecture import FORBIDDEN_ARGUMENTS, create, create_skeleton
 from anyprec.checkpoint.document import Architecture, Document
+from anyprec.checkpoint.rebuilding import FORBIDDEN_ARGUMENTS, create, create_skeleton
 from anyprec.runtime.storage import read_file
 
 
