@@ -67,7 +67,7 @@ BOMB = zstandard.ZstdCompressor().compress(bytes(2**26))
         (
             BOMB,
             2**26,
-            r"it declares 67108864 bytes in a frame of \d+, expected 67108864 and at most 256 for one",
+            r"it declares 67108864 bytes in .* \d+, expected 67108864 and at most 256 for one",
         ),
         (BOMB, 100, "it declares 67108864 bytes .* expected 100 and"),
         (

@@ -1,4 +1,4 @@
-"""The document in the metadata is not trusted: whatever it says, loading succeeds or raises `CheckpointError`."""
+"""The document in the metadata is not trusted: loading succeeds or raises `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -227,7 +227,8 @@ HOSTILE = [
     ),
     (
         lambda raw: raw.update(configs={"x": {"0": "4"}}),
-        "cannot read '4' as a precision: write it as 'W4A6' (weight bits, activation bits) - at `$.configs[...]`",
+        "cannot read '4' as a precision: write it as 'W4A6' "
+        "(weight bits, activation bits) - at `$.configs[...]`",
     ),
     (
         lambda raw: raw.update(configs={"x": {"0": "W1A9"}}),
@@ -271,7 +272,8 @@ HOSTILE = [
     ),
     (
         _settings(only={"0": "x"}),
-        "cannot read 'x' as a precision: write it as 'W4A6' (weight bits, activation bits) - at `$.settings.only`",
+        "cannot read 'x' as a precision: write it as 'W4A6' "
+        "(weight bits, activation bits) - at `$.settings.only`",
     ),
     (
         lambda raw: raw.update(packing=3),
@@ -353,8 +355,8 @@ def test_a_hostile_document_is_refused_and_the_network_left(
 
 
 @pytest.mark.parametrize("field", [
-    "format", "version", "architecture", "settings", "layers", "norms", "uncounted", "example_shape", "untraceable",
-    "configs", "aliases", "pretrained_cfg",
+    "format", "version", "architecture", "settings", "layers", "norms", "uncounted",
+    "example_shape", "untraceable", "configs", "aliases", "pretrained_cfg",
 ])  # fmt: skip
 def test_a_missing_field_is_named(tamper, plain, field):
     path = tamper(lambda raw: raw.pop(field))
@@ -410,9 +412,12 @@ def test_messages_stay_short(tamper, plain, change):
 
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(list("01358x")), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(list("01358x")), inner, max_size=3)
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 @settings(

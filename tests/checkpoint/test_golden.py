@@ -1,7 +1,8 @@
-"""Files as the version that introduced their format wrote them: every later version computes the same.
+"""Files as the version that introduced their format wrote them: all later ones compute the same.
 
-Files and expected outputs lie beside this test. They are never made anew; a changed format gets new ones
-(call `make_golden` with other names). They are of format 2: training form, packed `fixed`, packed `zstd`.
+Files and expected outputs lie beside this test. They are never made anew; a changed format gets new
+ones (call `make_golden` with other names). They are of format 2: training form, packed `fixed`,
+packed `zstd`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def golden_outputs(model: anyprec.ConvertedModel) -> dict[str, list[list[float]]
 
 
 def make_golden(folder: Path = HERE) -> None:
-    """Write the files of the present format and their expected outputs; how those of format 2 were made."""
+    """Write the files of the present format and their expected outputs."""
     torch.manual_seed(0)
     images = golden_images()
     model = anyprec.convert(
@@ -75,8 +76,9 @@ def test_golden_files_still_load_and_compute_the_same(name):
     assert found.keys() <= expected.keys()
     assert len(found) >= len(REQUESTS) - 1
     for request, values in found.items():
-        # Another machine may sum a convolution in another order, an error of some 1e-7 of values near 1. No input of
-        # a quantizer lies so close to a rounding border that this could move it to another code.
+        # Another machine may sum a convolution in another order, an error of some 1e-7 of values
+        # near 1. No input of a quantizer lies so close to a rounding border that this could move it
+        # to another code.
         torch.testing.assert_close(
             torch.tensor(values), torch.tensor(expected[request]), rtol=1e-5, atol=1e-6
         )
