@@ -30,7 +30,7 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.checkpoint.packing import PREFIX
+from anyprec.checkpoint.packed_tensors import PREFIX
 from anyprec.runtime.storage import opened
 from benchmarks.common.pretrained import efficientnet_lite0
 

@@ -1,4 +1,4 @@
-"""The packed form: nothing of any precision is lost, nothing of the latent weights is kept, and what needs them says so."""
+"""The packed form: every precision survives, no latent weight does, and what needs them says so."""
 
 from __future__ import annotations
 
@@ -223,11 +223,11 @@ def test_options_that_mean_nothing_are_refused(tmp_path, model, options, message
     assert not list(tmp_path.iterdir())
 
 
-# --- Layers of other kinds ----------------------------------------------------------------------------------------
+# --- Layers of other kinds ------------------------------------------------------------------------
 
 
 def reload(tmp_path, make, images, norm="per-pair"):
-    """A network and what comes back from its packed file, with the file's account of layers that kept their weight."""
+    """What comes back from a network's packed file, and why layers kept their latent weight."""
     torch.manual_seed(1)
     model = anyprec.convert(
         make().eval(), bits=(2, 4), norm=norm, first_last_bits=None, example_input=images[:1]
@@ -254,7 +254,7 @@ def test_a_standardised_weight_is_stored_as_the_codes_of_what_was_standardised(t
 
 
 class Mixed(nn.Module):
-    """A weight that follows the image, a weight that is computed, and one that is also an embedding."""
+    """A weight that follows the image, one that is computed, and one that is also an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def test_layers_that_cannot_be_packed_keep_their_weight_and_the_file_says_why(tm
 
 
 class Shared(nn.Module):
-    """One parameter in two layers, whose step sizes differ, one layer at two places, and rows of a weight."""
+    """A parameter in two layers of different step sizes, a layer at two paths, rows of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, pe
     assert equal(outputs(loaded, batch.to(dtype)), outputs(model, batch.to(dtype)))
 
 
-# --- One configuration --------------------------------------------------------------------------------------------
+# --- One configuration ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["training", *FORMS])
@@ -403,7 +403,7 @@ def test_a_configuration_that_is_none_is_refused(packed, plain, photograph):
         )
 
 
-# --- Forged files -------------------------------------------------------------------------------------------------
+# --- Forged files ---------------------------------------------------------------------------------
 
 
 def _forge(path, change):
@@ -419,31 +419,66 @@ CELLS = "anyprec.packed.5.cells"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, packing: tensors.pop(CELLS), r"layer '5' cannot be unpacked: its parts are \['low'\]"),
-        (lambda tensors, packing: tensors.update({CELLS: tensors[CELLS].float()}), "its cells are no bytes"),
-        (lambda tensors, packing: tensors.update({CELLS: torch.full((24,), 255).byte()}), "a cell is out of range"),
-        (lambda tensors, packing: tensors.update({CELLS: tensors[CELLS][:5].clone()}), "layer '5' is damaged"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.5.low": torch.zeros(9).byte()}), "9 bytes of low bits"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.5.places": torch.zeros(1)}), "its parts are"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.9.cells": torch.zeros(1)}), "of no packed layer"),
+        (
+            lambda tensors, packing: tensors.pop(CELLS),
+            r"layer '5' cannot be unpacked: its parts are \['low'\]",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: tensors[CELLS].float()}),
+            "its cells are no bytes",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: torch.full((24,), 255).byte()}),
+            "a cell is out of range",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: tensors[CELLS][:5].clone()}),
+            "layer '5' is damaged",
+        ),
+        (
+            lambda tensors, packing: tensors.update(
+                {"anyprec.packed.5.low": torch.zeros(9).byte()}
+            ),
+            "9 bytes of low bits",
+        ),
+        (
+            lambda tensors, packing: tensors.update({"anyprec.packed.5.places": torch.zeros(1)}),
+            "its parts are",
+        ),
+        (
+            lambda tensors, packing: tensors.update({"anyprec.packed.9.cells": torch.zeros(1)}),
+            "of no packed layer",
+        ),
         (lambda tensors, packing: packing.update(coding="fixed"), "its parts are"),
         (lambda tensors, packing: packing["layers"].pop("5"), "of no packed layer"),
         (
             lambda tensors, packing: tensors.update(
-                {"anyprec.packed.5.places": torch.tensor([24]), "anyprec.packed.5.codes": torch.zeros(3, 1).char()}
+                {
+                    "anyprec.packed.5.places": torch.tensor([24]),
+                    "anyprec.packed.5.codes": torch.zeros(3, 1).char(),
+                }
             ),
             "its exceptions are out of range",
         ),
         (
             lambda tensors, packing: tensors.update(
-                {"anyprec.packed.5.places": torch.tensor([3]), "anyprec.packed.5.codes": torch.full((3, 1), 5).char()}
+                {
+                    "anyprec.packed.5.places": torch.tensor([3]),
+                    "anyprec.packed.5.codes": torch.full((3, 1), 5).char(),
+                }
             ),
             "its exceptions are out of range",
         ),
-        (lambda tensors, packing: tensors["5.input_quantizer.step"].fill_(torch.nan), "no step sizes for the inputs of 1 layers"),
-        (lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan), "a step size is not finite"),
+        (
+            lambda tensors, packing: tensors["5.input_quantizer.step"].fill_(torch.nan),
+            "no step sizes for the inputs of 1 layers",
+        ),
+        (
+            lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan),
+            "a step size is not finite",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_forged_packed_layer_is_refused_and_the_network_left(
     packed, plain, photograph, change, message
 ):
@@ -465,7 +500,7 @@ def test_exceptions_in_a_file_win_over_cells(packed, plain):
     assert [int(layer.weight_codes(index).flatten()[3]) for index in range(3)] == [-2, 7, -9]
 
 
-# --- Training form ------------------------------------------------------------------------------------------------
+# --- Training form --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
