@@ -38,7 +38,7 @@ from anyprec.model.converted import (
     require_converted,
     require_latents,
 )
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED

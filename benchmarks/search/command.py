@@ -24,16 +24,11 @@ from typing import Any, Literal
 import torch
 
 import anyprec
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.runtime.modes import evaluating
-from anyprec.searching.algorithms.evaluations import Evaluations
-from anyprec.searching.algorithms.moves import Move, Walk
-from anyprec.searching.algorithms.predictor import Predictor
+from anyprec.searching.algorithms import Answer, Question, Settings, make_space, run_search
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.registry import Settings, run_algorithm
-from anyprec.searching.algorithms.space import Point, make_space
-from anyprec.searching.budget.budgets import parse_budget
-from anyprec.searching.budget.costs import search_costs
+from anyprec.searching.budget import parse_budgets
 from anyprec.searching.measuring.evaluator import Evaluator
 from benchmarks.common.images import accuracy
 from benchmarks.common.records import ROOT, append, commit, machine, read
@@ -50,18 +45,6 @@ SEEDS = (0, 1, 2)
 
 
 # --- Work saved ---------------------------------------------------------------------------------------------------
-
-
-class CountingWalk(Walk):
-    """Counts the moves that an algorithm asks for: without a memo each would be a forward pass over all images."""
-
-    asked = 0
-
-    def measure(self, point: Point, moves: Iterable[Move]) -> None:
-        """See `Walk`."""
-        listed = list(moves)
-        self.asked += len(listed)
-        super().measure(point, listed)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -91,15 +74,14 @@ def count_work(case: Case, algorithm: str, budget: str) -> dict[str, Any]:
     macs = {path: layer.macs for path, layer in cost_model(case.model).layers.items()}
     done = dict.fromkeys(macs, 0)
     with counting(case.model, done):
-        walk, evaluator, seconds = searched(case, algorithm, budget)
-    found = walk.evaluations.best(walk.problem.fits)
-    assert found is not None
+        answer, evaluator, seconds = searched(case, algorithm, budget)
+    assert answer.best is not None
     whole = sum(macs.values())
     return {
         "algorithm": algorithm,
-        "score": walk.evaluations.losses[found],
-        "asked": walk.asked,
-        "evaluations": len(walk.evaluations),
+        "score": answer.losses[answer.best],
+        "asked": answer.moves_asked,
+        "evaluations": len(answer.losses),
         "layers": len(case.model.candidates),
         "batches": len(case.selection),
         "layer_runs": evaluator.layer_runs,
@@ -137,18 +119,25 @@ def searched(
     *,
     norms: Literal["stored", "batch"] = "stored",
     settings: Settings | None = None,
-) -> tuple[CountingWalk, Evaluator, float]:
+) -> tuple[Answer, Evaluator, float]:
     """One algorithm below one budget, as `anyprec.search` runs it; the seconds that it took."""
     model = case.model
-    priced = search_costs(cost_model(model), None)
-    space = make_space(model.current_candidates)
-    problem = Problem(space, parse_budget(budget, priced), priced)
+    costs = cost_model(model)
+    question = Question(
+        space=make_space(model.current_candidates),
+        costs=costs,
+        budgets=parse_budgets(budget, costs),
+        algorithm=algorithm,
+        settings=settings or Settings(),
+        whole_frontier=False,
+    )
     start = time.perf_counter()
     with evaluating(model), model.using_bits(model.bits):
         evaluator = Evaluator(model, case.selection, "divergence", norms=norms)
-        walk = CountingWalk(problem, Evaluations(evaluator), Predictor(space))
-        run_algorithm(algorithm, walk, settings or Settings())
-    return walk, evaluator, time.perf_counter() - start
+        answer = run_search(question, evaluator, set_anchor=evaluator.set_anchor)
+    if answer.stopped != "finished":
+        raise KeyboardInterrupt
+    return answer, evaluator, time.perf_counter() - start
 
 
 # --- Frontiers ----------------------------------------------------------------------------------------------------
@@ -244,11 +233,10 @@ def compared(case: Case, wanted: dict[str, Any], limit: int | None) -> dict[str,
     settings = Settings(seed=wanted["seed"])
     if limit is not None:
         settings = dataclasses.replace(settings, evaluations=limit)
-    walk, _, seconds = searched(
+    answer, _, seconds = searched(
         case, wanted["algorithm"], wanted["budget"], norms=wanted["norms"], settings=settings
     )
-    losses, problem = walk.evaluations.losses, walk.problem
-    config = walk.evaluations.best(problem.fits)
+    losses, problem, config = answer.losses, answer.problem, answer.best
     assert config is not None
     uniform = min(problem.fitting_uniform, key=losses.__getitem__)
     return {
