@@ -20,7 +20,8 @@ from anyprec.errors import (
 )
 from anyprec.model.conversion import convert
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.cost import Cost, CostModel, cost_model, cost_of
+from anyprec.model.cost import Cost, CostModel
+from anyprec.model.costing import cost_model, cost_of
 from anyprec.searching.budget.budgets import Budget
 from anyprec.searching.result import SearchResult
 from anyprec.searching.search import search

@@ -38,7 +38,7 @@ from anyprec.checkpoint.statistics import statistics_tensors
 from anyprec.errors import BitsError
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anyprec.model.conversion import DEFAULT_BITS, convert
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.testing.outputs import require
 from anyprec.testing.report import Report
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import anyprec
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from benchmarks.common.images import accuracy
 from benchmarks.common.records import ROOT, append, commit, machine, read
 from benchmarks.search.cases import CASES, Case, Sources, untrained

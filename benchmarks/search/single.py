@@ -1,6 +1,6 @@
 """One search algorithm below one budget, as `anyprec.search` runs it, with what it did on the way.
 
-Only this file imports what is private to `anyprec.searching`.
+Only this file knows how `anyprec.search` is put together.
 """
 
 from __future__ import annotations
@@ -13,16 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import anyprec
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.runtime.modes import evaluating
-from anyprec.searching.algorithms.evaluations import Evaluations
-from anyprec.searching.algorithms.moves import Move, Walk
-from anyprec.searching.algorithms.predictor import Predictor
-from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.registry import Settings, run_algorithm
-from anyprec.searching.algorithms.space import Point, make_space
-from anyprec.searching.budget.budgets import parse_budget
-from anyprec.searching.budget.costs import search_costs
+from anyprec.searching.algorithms import Answer, Question, Settings, make_space, run_search
+from anyprec.searching.budget import parse_budgets
 from anyprec.searching.measuring.evaluator import Evaluator
 from benchmarks.study.runs import Batches
 
@@ -82,50 +76,43 @@ def search_once(
     settings = Settings(seed=seed)
     if evaluations is not None:
         settings = dataclasses.replace(settings, evaluations=evaluations)
-    priced = search_costs(cost_model(model), None)
-    space = make_space(model.current_candidates)
-    problem = Problem(space, parse_budget(budget, priced), priced)
+    costs = cost_model(model)
+    question = Question(
+        space=make_space(model.current_candidates),
+        costs=costs,
+        budgets=parse_budgets(budget, costs),
+        algorithm=algorithm,
+        settings=settings,
+        whole_frontier=False,
+    )
     start = time.perf_counter()
     with evaluating(model), model.using_bits(model.bits):
         evaluator = Evaluator(model, batches, "divergence", norms=norms)
-        walk = _CountingWalk(problem, Evaluations(evaluator), Predictor(space))
-        run_algorithm(algorithm, walk, settings)
+        answer = run_search(question, evaluator, set_anchor=evaluator.set_anchor)
     seconds = time.perf_counter() - start
-    losses = walk.evaluations.losses
-    config = walk.evaluations.best(problem.fits)
-    assert config is not None
+    if answer.stopped != "finished":
+        raise KeyboardInterrupt
+    assert answer.best is not None
     # Every algorithm measures the uniform configurations that fit before anything else.
-    uniform = min(problem.fitting_uniform, key=losses.__getitem__)
+    uniform = min(answer.problem.fitting_uniform, key=answer.losses.__getitem__)
     return Outcome(
-        config=config,
-        score=losses[config],
-        utilisation=problem.utilisation(config),
+        config=answer.best,
+        score=answer.losses[answer.best],
+        utilisation=answer.problem.utilisation(answer.best),
         uniform=uniform,
-        uniform_score=losses[uniform],
-        trace=_trace(walk),
-        evaluations=len(losses),
-        asked=walk.asked,
+        uniform_score=answer.losses[uniform],
+        trace=_trace(answer),
+        evaluations=len(answer.losses),
+        asked=answer.moves_asked,
         layer_runs=evaluator.layer_runs,
         seconds=round(seconds, 1),
     )
 
 
-class _CountingWalk(Walk):
-    """Counts the moves that an algorithm asks for."""
-
-    asked = 0
-
-    def measure(self, point: Point, moves: Iterable[Move]) -> None:
-        """See `Walk`."""
-        listed = list(moves)
-        self.asked += len(listed)
-        super().measure(point, listed)
-
-
-def _trace(walk: Walk) -> list[list[float]]:
+def _trace(answer: Answer) -> list[list[float]]:
     trace, best = [], math.inf
-    for count, (config, loss) in enumerate(walk.evaluations.losses.items(), 1):
-        if loss < best and walk.problem.fits(config):
+    for count, (config, loss) in enumerate(answer.losses.items(), 1):
+        if loss < best and answer.problem.fits(config):
             best = loss
             trace.append([count, loss])
     return trace

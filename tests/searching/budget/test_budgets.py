@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates, uniform
 from anyprec.errors import BitsError, BudgetError
+from anyprec.searching.algorithms.constraints import make_space
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.space import make_space
-from anyprec.searching.budget.budgets import Budget, parse_budget, utilisation
+from anyprec.searching.budget import Budget, parse_budget
+from anyprec.searching.budget.budgets import utilisation
 
 WIDTHS = (2, 3, 4, 6)
 
