@@ -12,7 +12,9 @@ import pandas as pd
 def write_part(page: Path, name: str, command: str, text: str) -> None:
     """Put `text` between the markers of a part; without markers, at the end of the page."""
     begin, end = f"<!-- {name}: written by {command} -->", f"<!-- end of the {name} -->"
-    old = page.read_text() if page.exists() else "# Results\n"
+    old = "# Results\n"
+    if page.exists():
+        old = page.read_text()
     part = f"{begin}\n\n{text}\n\n{end}"
     if begin in old:
         before, _, rest = old.partition(begin)
