@@ -13,8 +13,8 @@ the layers before it correct their quantized weights instead.
 A copy can serve several uniform precisions: a depthwise convolution without 2 bits takes 3 in W2A2
 as in W3A3, where its inputs are others; behind a sum one copy serves all. So a norm keeps
 statistics of each such uniform precision beside its copies. In any case a configuration can have
-statistics of its own (`update_norms`). Both override the copies' while their configuration is active
-in eval mode.
+statistics of its own (`update_norms`). Both override the copies' while their configuration is
+active in eval mode.
 
 The copies themselves are in `norm_bank.py`.
 """
