@@ -35,7 +35,7 @@ def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class SmallNet(nn.Module):
-    """A stem, a depthwise block with a residual sum, a concatenation, a classifier: one of each kind of edge."""
+    """A stem, a depthwise block with a sum, a concatenation, a classifier: each kind of edge."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig, Bits, highest_config, shorten
 from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
-from anyprec.model.converted import ConvertedModel, Request, require_converted
+from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.switching import switchable_norms
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of
@@ -28,7 +28,7 @@ from anyprec.runtime.processes import process_count, sum_over_processes
 def update_norms(
     model: ConvertedModel,
     loader: Iterable[Batch],
-    bits: Request = "all",
+    bits: BitsRequest = "all",
     *,
     batches: int | None = None,
     anchored: bool = False,

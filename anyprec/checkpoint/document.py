@@ -28,7 +28,7 @@ from anyprec.nn.norms import NormSharing
 FORMAT_VERSION = 2
 """The one format that is written and read."""
 
-Coding = Literal["fixed", "zstd"]
+PackedCoding = Literal["fixed", "zstd"]
 """How cells are stored: in fields of fixed length, or entropy-coded; see `coding.py`."""
 
 _MAX_DEPTH = 16
@@ -84,7 +84,7 @@ class Packing(_Object, frozen=True):
         compressed: Other tensors that are stored as one Zstandard frame, by name.
     """
 
-    coding: Coding
+    coding: PackedCoding
     layers: dict[str, TensorRecord]
     latent: dict[str, str]
     compressed: dict[str, TensorRecord]

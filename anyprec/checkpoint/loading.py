@@ -35,7 +35,7 @@ from anyprec.checkpoint.rebuilding import (
 from anyprec.checkpoint.statistics import fitting_statistics
 from anyprec.errors import AnyprecError, BitsError, CheckpointError, NotCalibratedError
 from anyprec.model.conversion import apply_settings, revert
-from anyprec.model.converted import ConvertedModel, Request
+from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.batches import device_of
 from anyprec.runtime.storage import opened
@@ -45,7 +45,7 @@ def load(
     path: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
-    bits: Request = None,
+    bits: BitsRequest = None,
     device: str | torch.device = "cpu",
 ) -> ConvertedModel:
     """Read a converted model from a file that `save` wrote.
@@ -101,7 +101,7 @@ def load(
         return _converted(model, content, bits, target)
 
 
-def _require_loadable(model: Any, bits: Request) -> None:
+def _require_loadable(model: Any, bits: BitsRequest) -> None:
     if model is None:
         return
     if not isinstance(model, nn.Module):
@@ -142,7 +142,7 @@ def _rebuilt(content: Content, path: str, device: torch.device) -> nn.Module:
 
 
 def _converted(
-    network: nn.Module, content: Content, bits: Request, device: torch.device
+    network: nn.Module, content: Content, bits: BitsRequest, device: torch.device
 ) -> ConvertedModel:
     document = content.document
     try:
@@ -161,7 +161,7 @@ def _converted(
 
 
 def _filled(
-    model: ConvertedModel, content: Content, bits: Request, device: torch.device
+    model: ConvertedModel, content: Content, bits: BitsRequest, device: torch.device
 ) -> ConvertedModel:
     """Copy the file's values and configurations; all is checked before anything is changed."""
     document, omitted = content.document, content.omitted(model)
@@ -202,7 +202,7 @@ def _packed_layers(model: ConvertedModel, document: Document) -> dict[str, Quant
 
 
 def _requested(
-    model: ConvertedModel, bits: Request, configs: dict[str, BitConfig]
+    model: ConvertedModel, bits: BitsRequest, configs: dict[str, BitConfig]
 ) -> BitConfig | None:
     """The configuration that is asked for: a named one of the file, or any other."""
     if isinstance(bits, str) and bits in configs:

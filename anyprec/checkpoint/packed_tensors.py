@@ -24,7 +24,7 @@ from anyprec.checkpoint.coding import (
     from_fixed,
     to_fixed,
 )
-from anyprec.checkpoint.document import Coding, TensorRecord
+from anyprec.checkpoint.document import PackedCoding, TensorRecord
 from anyprec.errors import CheckpointError
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.quantizers import WeightQuantizer
@@ -49,7 +49,7 @@ class LayerCells:
 
 
 def to_tensors(
-    stored: LayerCells, candidates: tuple[int, ...], coding: Coding
+    stored: LayerCells, candidates: tuple[int, ...], coding: PackedCoding
 ) -> dict[str, Tensor]:
     """The parts of a packed layer, by their names."""
     width = bits_needed(cell_count(candidates))
@@ -75,7 +75,7 @@ def from_tensors(
     layer: QuantizedLayer,
     steps: Tensor,
     record: TensorRecord,
-    coding: Coding,
+    coding: PackedCoding,
     path: str,
 ) -> LayerCells:
     """The cells of a layer, from untrusted tensors.
@@ -108,7 +108,7 @@ def from_tensors(
 def _require_parts(
     tensors: Mapping[str, Tensor],
     candidates: tuple[int, ...],
-    coding: Coding,
+    coding: PackedCoding,
     path: str,
     *,
     corrects: bool,
@@ -138,7 +138,7 @@ def _read_cells(
     tensors: Mapping[str, Tensor],
     candidates: tuple[int, ...],
     count: int,
-    coding: Coding,
+    coding: PackedCoding,
     path: str,
 ) -> Tensor:
     width = bits_needed(cell_count(candidates))

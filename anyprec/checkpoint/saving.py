@@ -23,10 +23,10 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.architecture import find_architecture
 from anyprec.checkpoint.coding import compress, to_planes
 from anyprec.checkpoint.document import (
-    Coding,
     Document,
     LayerEntry,
     NoteEntry,
+    PackedCoding,
     Packing,
     SettingsEntry,
     TensorRecord,
@@ -54,7 +54,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     packed: bool = False,
-    coding: Coding = "zstd",
+    coding: PackedCoding = "zstd",
     latents: torch.dtype | None = None,
     configs: Mapping[str, BitConfig | SearchResult] | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -168,7 +168,7 @@ def _training_form(model: ConvertedModel, document: Document) -> tuple[dict[str,
 
 
 def _packed_form(
-    model: ConvertedModel, document: Document, coding: Coding
+    model: ConvertedModel, document: Document, coding: PackedCoding
 ) -> tuple[dict[str, Tensor], Document]:
     facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
     paths, latent = split_layers(model)

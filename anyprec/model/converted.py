@@ -23,7 +23,7 @@ from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
 from anyprec.nn.weights import PackedCodes
 
-Request = BitsLike | Mapping[str, BitsLike] | None
+BitsRequest = BitsLike | Mapping[str, BitsLike] | None
 """What `set_bits` takes: see `ConvertedModel.set_bits`."""
 
 
@@ -128,7 +128,7 @@ class ConvertedModel(Specialized):
                 active[path] = layer.bits
         return BitConfig(active) if active else None
 
-    def resolve_bits(self, request: Request) -> BitConfig | None:
+    def resolve_bits(self, request: BitsRequest) -> BitConfig | None:
         """The configuration that `set_bits(request)` would make active, without doing so.
 
         Raises:
@@ -136,7 +136,7 @@ class ConvertedModel(Specialized):
         """
         return None if request is None else _resolve(request, self.candidates, self.configs)
 
-    def set_bits(self, request: Request) -> None:
+    def set_bits(self, request: BitsRequest) -> None:
         """Switch the precision of the network, at once and without touching a weight.
 
         Args:
@@ -170,7 +170,7 @@ class ConvertedModel(Specialized):
         switch(self, layers, config)
 
     @contextmanager
-    def using_bits(self, request: Request) -> Iterator[None]:
+    def using_bits(self, request: BitsRequest) -> Iterator[None]:
         """Switch for a `with` block; the precision before is restored, also after an exception.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anyprec.bits import BitConfig
-from anyprec.model.converted import ConvertedModel, Request, require_converted
+from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.cost import Cost, CostModel, LayerCost, Uncounted
 
 _QUANTIZATION = ("weight_quantizer.", "input_quantizer.", "bank.")
@@ -39,7 +39,7 @@ def cost_model(model: ConvertedModel) -> CostModel:
     )
 
 
-def cost_of(model: ConvertedModel, bits: Request | BitConfig = "active") -> Cost:
+def cost_of(model: ConvertedModel, bits: BitsRequest | BitConfig = "active") -> Cost:
     """What a configuration of a converted model costs.
 
     Args:

@@ -19,13 +19,13 @@ from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import first_reason, holding_back_interrupts
 from anyprec.runtime.progress import Bar, progress_bar
-from anyprec.searching.algorithms.constraints import Allowed, make_space
+from anyprec.searching.algorithms.constraints import AllowedBits, make_space
 from anyprec.searching.algorithms.question import Answer, Question, run_search
 from anyprec.searching.algorithms.registry import Settings
 from anyprec.searching.budget.reading import BudgetLike, parse_budgets
-from anyprec.searching.measuring.evaluator import Evaluator, Norms, Objective
+from anyprec.searching.measuring.evaluator import Evaluator, Objective, SearchNorms
 from anyprec.searching.measuring.execution import DEFAULT_MEMORY
-from anyprec.searching.measuring.grouping import Tied, tied_groups
+from anyprec.searching.measuring.grouping import TiedLayers, tied_groups
 from anyprec.searching.measuring.memo import Memo
 from anyprec.searching.result import SearchResult
 
@@ -37,11 +37,11 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     *,
     algorithm: str = "combined",
     objective: Objective = "loss",
-    norms: Norms = "stored",
+    norms: SearchNorms = "stored",
     batches: int | None = None,
     costs: Mapping[str, UserCost] | None = None,
-    allowed: Allowed | Mapping[str, Allowed] | None = None,
-    tied: Tied = (),
+    allowed: AllowedBits | Mapping[str, AllowedBits] | None = None,
+    tied: TiedLayers = (),
     alpha: float = 1.5,
     seed: int = 0,
     max_evaluations: int | None = None,
@@ -201,7 +201,7 @@ def _expected_evaluations(question: Question) -> int:
 
 
 def _result(
-    question: Question, answer: Answer, objective: Objective, norms: Norms, layer_runs: int
+    question: Question, answer: Answer, objective: Objective, norms: SearchNorms, layer_runs: int
 ) -> SearchResult:
     if answer.best is None:  # interrupted before anything that fits was measured
         raise KeyboardInterrupt

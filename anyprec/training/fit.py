@@ -30,7 +30,7 @@ from anyprec.training.loop import EpochRecord, Run
 from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import STEP_SIZES, param_groups
 from anyprec.training.recipe import Recipe, resolve_recipe
-from anyprec.training.training_path import Criterion, Term
+from anyprec.training.training_path import Criterion, LossTerm
 
 
 def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
@@ -43,7 +43,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     optimizer: torch.optim.Optimizer | None = None,
     teacher: nn.Module | None = None,
     mixup: Mixup | None = None,
-    terms: Sequence[Term] = (),
+    terms: Sequence[LossTerm] = (),
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
     compiled: bool | Mapping[str, Any] = False,

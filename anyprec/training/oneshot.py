@@ -35,7 +35,7 @@ from anyprec.training.drawing import ConfigDrawer
 from anyprec.training.features import FeatureDistances
 from anyprec.training.operands import WeightOperands
 from anyprec.training.recipe import Recipe, resolve_recipe
-from anyprec.training.training_path import PathLoss, StepState, Term, TrainingPath
+from anyprec.training.training_path import LossTerm, PathLoss, StepState, TrainingPath
 
 
 class OneShot:
@@ -95,7 +95,7 @@ class OneShot:
         total_steps: int,
         recipe: Recipe | None = None,
         teacher: nn.Module | None = None,
-        terms: Sequence[Term] = (),
+        terms: Sequence[LossTerm] = (),
         compiled: bool = False,
         seed: int = 0,
         **changes: Any,

@@ -29,7 +29,7 @@ from anyprec.model.costing import cost_model
 from benchmarks.common.images import accuracy
 from benchmarks.common.records import ROOT, append, commit, machine, read
 from benchmarks.search.cases import CASES, Case, Sources, untrained
-from benchmarks.search.single import Norms, divergences, search_once
+from benchmarks.search.single import SearchNorms, divergences, search_once
 
 RESULTS = ROOT / "benchmarks" / "results" / "search.jsonl"
 WORK_NETWORKS = ("resnet18", "mobilenetv2_100")
@@ -145,7 +145,7 @@ def image_count(batches: Collection[Any]) -> int:
 
 
 def at_uniform_costs(
-    case: Case, result: anyprec.SearchResult, norms: Norms
+    case: Case, result: anyprec.SearchResult, norms: SearchNorms
 ) -> dict[str, list[list[float]]]:
     """The uniform configurations and the best that was found for at most the BitOPs of each.
 

@@ -20,7 +20,7 @@ from anyprec.searching.budget import parse_budgets
 from anyprec.searching.measuring.evaluator import Evaluator
 from benchmarks.study.runs import Batches
 
-Norms = Literal["stored", "batch"]
+SearchNorms = Literal["stored", "batch"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def search_once(
     *,
     algorithm: str,
     budget: str,
-    norms: Norms = "stored",
+    norms: SearchNorms = "stored",
     seed: int = 0,
     evaluations: int | None = None,
 ) -> Outcome:
@@ -122,7 +122,7 @@ def divergences(
     model: anyprec.ConvertedModel,
     batches: Batches,
     configs: Iterable[anyprec.BitConfig],
-    norms: Norms,
+    norms: SearchNorms,
 ) -> dict[anyprec.BitConfig, float]:
     """The divergence of configurations from the float network."""
     with evaluating(model), model.using_bits(model.bits):

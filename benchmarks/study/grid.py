@@ -70,7 +70,7 @@ class Track:
     norm_batches: int = 16
     mixed: int = 20
     search_evaluations: int
-    search_norms: anyprec.searching.evaluator.Norms = "batch"
+    search_norms: anyprec.searching.evaluator.SearchNorms = "batch"
     searches: tuple[str, ...] = ("plain", "full", "ours")
 
     @property

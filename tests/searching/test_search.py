@@ -1,4 +1,4 @@
-"""`search` on a real (small) network: contracts of the result, objectives, and the model left as it was."""
+"""`search` on a small network: contracts of the result, objectives, the model left as it was."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_search_comes_close_to_the_best_of_all_configurations(
     )
     fitting = [config for config in everything if costs.bitops(config) <= limit]
     scores = sorted(evaluator(config) for config in fitting[:: max(1, len(fitting) // 400)])
-    # A few images make neighbouring configurations a matter of rounding: among the best percent is what counts.
+    # With few images neighbours differ by roundings: to be among the best percent counts.
     assert result.score <= scores[len(scores) // 100]
 
 

@@ -10,14 +10,14 @@ from anyprec.bits import Bits, Candidates, LayerCandidates, check_bit_width, mat
 from anyprec.errors import BitsError
 from anyprec.searching.algorithms.space import Choice, Space
 
-Allowed = int | str | Bits | Sequence["int | str | Bits | tuple[int, int]"]
+AllowedBits = int | str | Bits | Sequence["int | str | Bits | tuple[int, int]"]
 """Bit-widths (for both operands) or precisions that a layer may take; see `make_space`."""
 
 
 def make_space(
     candidates: Candidates,
     *,
-    allowed: Allowed | Mapping[str, Allowed] | None = None,
+    allowed: AllowedBits | Mapping[str, AllowedBits] | None = None,
     tied: Iterable[Sequence[str]] = (),
 ) -> Space:
     """The space of a network's candidates under constraints.
@@ -58,7 +58,7 @@ class _Rule:
         return in_widths or bits in self.precisions
 
 
-def _read_rule(allowed: Allowed) -> _Rule:
+def _read_rule(allowed: AllowedBits) -> _Rule:
     entries = [allowed] if isinstance(allowed, (int, str, Bits)) else list(allowed)
     if not entries:
         msg = "allowed=() leaves nothing: name bit-widths such as (4, 8), "
@@ -76,7 +76,7 @@ def _read_rule(allowed: Allowed) -> _Rule:
 
 
 def _restrict(
-    options: dict[str, list[Bits]], paths: list[str], allowed: Allowed, candidates: Candidates
+    options: dict[str, list[Bits]], paths: list[str], allowed: AllowedBits, candidates: Candidates
 ) -> None:
     """Leave only what a rule permits to the layers at `paths`."""
     rule = _read_rule(allowed)

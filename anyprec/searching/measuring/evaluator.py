@@ -37,7 +37,7 @@ lower is better."""
 
 OBJECTIVES = ("loss", "error", "divergence")
 
-Norms = Literal["stored", "batch"]
+SearchNorms = Literal["stored", "batch"]
 
 
 class Evaluator:
@@ -74,7 +74,7 @@ class Evaluator:
         loader: Iterable[Batch],
         objective: Objective = "loss",
         *,
-        norms: Norms = "stored",
+        norms: SearchNorms = "stored",
         batches: int | None = None,
         reuse: bool = True,
         memory: int = DEFAULT_MEMORY,

@@ -14,13 +14,13 @@ from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.modes import evaluating
 from anyprec.searching.measuring.execution import trace_converted
 
-Tied = Literal["inputs", "residual"] | Iterable[Sequence[str]]
+TiedLayers = Literal["inputs", "residual"] | Iterable[Sequence[str]]
 """A rule, or groups of paths or patterns."""
 
 _ADDITIONS = (operator.add, operator.iadd, "add", "add_")
 
 
-def tied_groups(model: ConvertedModel, tied: Tied) -> list[Sequence[str]]:
+def tied_groups(model: ConvertedModel, tied: TiedLayers) -> list[Sequence[str]]:
     """The groups that `tied` means for a network.
 
     Raises:

@@ -41,11 +41,11 @@ class CostsAndJudge:
 
 
 class FakeNetwork(CostsAndJudge):
-    """Layers with MACs, weights and sensitivities of a spread that real networks have; both ends fixed at 8 bits.
+    """Layers with MACs, weights and sensitivities as uneven as in real networks; ends have 8 bits.
 
-    Quantization noise of an operand falls with its bits as base^-bits, where the base is its own: the search supposes
-    4 for all. The loss is the sum of the noises ("separable"), plus terms of neighbouring layers ("interacting"),
-    or bounded ("saturating").
+    Quantization noise of an operand falls with its bits as base^-bits, where the base is its own:
+    the search supposes 4 for all. The loss is the sum of the noises ("separable"), plus terms of
+    neighbouring layers ("interacting"), or bounded ("saturating").
     """
 
     names = ("bitops", "size", "latency")
@@ -175,7 +175,7 @@ network = cache(FakeNetwork)
 
 KINDS = ["separable", "interacting", "saturating"]
 SEEDS = range(2)
-# One BitOP above and below each uniform configuration; nothing fits below W2A2, and W4A4 is the highest.
+# One BitOP above and below each uniform configuration. Nothing fits below W2A2, the lowest.
 THRESHOLDS = [(2, 0), (2, 1), (3, -1), (3, 0), (3, 1), (4, -1)]
 
 
@@ -339,7 +339,10 @@ LOSSES: dict[str, Callable[[int, BitConfig], float]] = {
 
 
 class AnyNetwork(CostsAndJudge):
-    """A small problem of any shape, which counts what it is asked. Costs are MACs x bits, or any table at all."""
+    """A small problem of any shape, which counts what it is asked.
+
+    Costs are MACs x bits, or any table at all.
+    """
 
     names = ("bitops", "latency")
 
@@ -363,7 +366,8 @@ class AnyNetwork(CostsAndJudge):
         self.budget = Budget(**limits)
 
     def __repr__(self) -> str:
-        return f"AnyNetwork({self.candidates}, {self.macs}, {self.budget.limits}, {self.kind}, {self.seed})"
+        limits = self.budget.limits
+        return f"AnyNetwork({self.candidates}, {self.macs}, {limits}, {self.kind}, {self.seed})"
 
     def of_layer(self, name: str, path: str, bits: Bits) -> float:
         if name == "bitops":
@@ -537,7 +541,7 @@ def test_what_the_descent_leaves_over_is_spent(algorithm):
 
 
 class Sheltered(FakeNetwork):
-    """The loss is a fraction of what it would be as long as all but `reach` layers have the same bits."""
+    """The loss is discounted while all but `reach` layers have the same bits."""
 
     def __init__(self, seed: int, *, reach: int, discount: float) -> None:
         super().__init__(seed, layers=10)
