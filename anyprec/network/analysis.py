@@ -106,7 +106,9 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
     use = observation.uses.get(path, WeightUse())
     name = observation.parameters[path]
     parameter = model.get_parameter(name)
-    axis = next(iter(use.axes)) if len(use.axes) == 1 else None
+    axis = None
+    if len(use.axes) == 1:
+        (axis,) = use.axes
     return LayerFacts(
         path=path,
         calls=use.calls,

@@ -156,7 +156,8 @@ class _Watcher(TorchFunctionMode):
         self._weights = _Weights(model)
         self.observation = Observation(example_input.shape[0], self._weights.parameters)
         self._module_paths = {id(module): path for path, module in model.named_modules()}
-        self._running: list[tuple[str, nn.Module | None]] = [("", None)]
+        # The modules that are running, the innermost last.
+        self._running: list[tuple[str, nn.Module]] = [("", model)]
         # Tensors are keys by identity, and are not kept alive.
         self._producers: Any = WeakIdKeyDictionary()
         self._varying: Any = WeakIdKeyDictionary({example_input: True})
@@ -226,15 +227,16 @@ class _Watcher(TorchFunctionMode):
         macs = operator.macs(input_, operand, result)
         source = self._weight_behind(operand)
         if source is None:
-            module = self._running[-1][1]
-            name = "the network" if module is None else type(module).__name__
-            self._add_uncounted(f"weight of no layer, in {name}", macs)
+            kind = type(self._running[-1][1]).__name__
+            self._add_uncounted(f"weight of no layer, in {kind}", macs)
             return
         path, weight = source
-        rows = operand.shape[1:] == weight.shape[1:]
         use = self._add_use(path, macs, input_, operand)
-        use.axes.add(operator.channel_axis if rows else None)
-        use.only_rows &= rows
+        if operand.shape[1:] == weight.shape[1:]:
+            use.axes.add(operator.channel_axis)
+        else:
+            use.axes.add(None)
+            use.only_rows = False
         use.derived |= self._weights.find(operand) is None
         self._producers[result] = path
 
@@ -267,8 +269,10 @@ class _Watcher(TorchFunctionMode):
                     continue
                 path, weight = source
                 use = self._add_use(path, macs, factors[1 - index], factor)
-                is_einsum = func is torch.einsum
-                use.axes.add(None if is_einsum else _product_axis(weight, factor, index))
+                axis = None
+                if func is not torch.einsum:
+                    axis = _product_axis(weight, factor, index)
+                use.axes.add(axis)
                 return
         self._add_uncounted(getattr(func, "__name__", str(func)).strip("_"), macs)
 
@@ -304,14 +308,14 @@ class _Watcher(TorchFunctionMode):
 _NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
 
 
-def _has_only_matrix(module: nn.Module | None) -> bool:
+def _has_only_matrix(module: nn.Module) -> bool:
     """Whether a module has a weight matrix, and no layer inside.
 
     Then an operand in it is made from that weight (a mixture of experts).
     """
     weight = getattr(module, "weight", None)
     is_matrix = isinstance(weight, nn.Parameter) and weight.ndim > 1
-    return module is not None and is_matrix and not any(named_layers(module))
+    return is_matrix and not any(named_layers(module))
 
 
 def _product_axis(parameter: Tensor, factor: Tensor, index: int) -> int | None:

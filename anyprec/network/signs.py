@@ -109,4 +109,6 @@ def _lower_limit(node: fx.Node) -> float:
     limit = node.kwargs.get("min", node.kwargs.get("min_val"))
     if len(node.args) > 1:
         limit = node.args[1]
-    return float(limit) if isinstance(limit, (int, float)) else -math.inf
+    if isinstance(limit, (int, float)):
+        return float(limit)
+    return -math.inf
