@@ -26,7 +26,7 @@ from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
 from anyprec.model.costing import cost_model, cost_of
-from anyprec.model.record import ConfigNote, ConversionRecord, ConvertSettings, Coverage
+from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
@@ -76,7 +76,6 @@ __all__ = [
     "CheckpointInfo",
     "ConfigNote",
     "ConversionError",
-    "ConversionRecord",
     "ConvertSettings",
     "ConvertedModel",
     "Cost",

@@ -63,8 +63,8 @@ def test_importing_does_not_import_what_only_some_need() -> None:
     assert run.stdout.strip() == "[]"
 
 
-INSIDE = {"Observers", "WeightSource"}
-"""Types of attributes of `QuantizedLayer` that are how it works, not for users."""
+INSIDE = {"ConversionRecord", "Observers", "WeightSource"}
+"""Types of attributes of networks and layers that are how they work, not for users."""
 
 
 def names_in(annotation: Any) -> set[str]:

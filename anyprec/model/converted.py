@@ -297,6 +297,6 @@ def _summary_row(
         candidates=candidates,
         input_kind=input_kind,
         bits=bits,
-        floor=record.frozen.get(coverage.path),
+        lowest=record.frozen.get(coverage.path),
         reason=coverage.reason,
     )

@@ -38,6 +38,7 @@ lower is better."""
 OBJECTIVES = ("loss", "error", "divergence")
 
 SearchNorms = Literal["stored", "batch"]
+"""Whose statistics norms use in a search: those that the model holds, or those of each batch."""
 
 
 class Evaluator:
