@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.undecayed import Undecayed
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
@@ -42,7 +43,7 @@ Statistics = tuple[Tensor, Tensor]
 """Running mean and variance, shape `(channels,)` each."""
 
 
-class NormBank(nn.Module):
+class NormBank(Undecayed):
     """The copies of one BatchNorm, a row each.
 
     Args:

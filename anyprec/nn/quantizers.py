@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+from anyprec.nn.undecayed import Undecayed
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -38,7 +39,7 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
     return scale
 
 
-class _Switchable(nn.Module):
+class _Switchable(Undecayed):
     """The active candidate of a quantizer: as a number for eager mode, and as data for compiled networks."""
 
     choice: Tensor
