@@ -25,6 +25,7 @@ from anyprec.nn.norms import Statistics, SwitchableNorm
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import NO_LATENTS
 from anyprec.nn.specialize import Specialized
+from anyprec.nn.undecayed import undecayed_parameters
 
 Request = BitsLike | Mapping[str, BitsLike] | None
 """What `set_bits` takes: see `ConvertedModel.set_bits`."""
@@ -228,6 +229,17 @@ class ConvertedModel(Specialized):
         own = self._own_keys()
         return {key: value for key, value in self.state_dict().items() if key not in own}
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay, for timm: the network's own and ours.
+
+        Ours are step sizes and norm copies.
+        """
+        names = undecayed_parameters(self)
+        original = getattr(super(), "no_weight_decay", None)
+        if original is not None:
+            names.update(original())
+        return names
+
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
         """Set training mode.
 
@@ -373,12 +385,28 @@ def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
     """`model`, if it was made by `convert`.
 
     Raises:
-        ConversionError: It was not.
+        ConversionError: It was not, or it is a wrapper (`DataParallel`, `torch.compile`) around
+            one.
     """
     if isinstance(model, ConvertedModel):
         return model
+    inner = _converted_inside(model)
+    if inner is not None:
+        msg = f"{purpose} needs the converted model itself, got a {type(model).__name__} around it: "
+        msg += f"pass its `.{inner}`, the network as it was before it was wrapped"
+        raise ConversionError(msg)
     msg = f"{purpose} needs a converted model, got {type(model).__name__}: call anyprec.convert(model) first"
     raise ConversionError(msg)
+
+
+def _converted_inside(model: object) -> str | None:
+    """Path of the first converted model inside `model`, if there is one."""
+    if not isinstance(model, nn.Module):
+        return None
+    for path, module in model.named_modules():
+        if isinstance(module, ConvertedModel):
+            return path
+    return None
 
 
 def require_latents(model: ConvertedModel, *, purpose: str) -> None:
