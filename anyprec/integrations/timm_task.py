@@ -7,8 +7,8 @@ add up to those of the whole step.
     model = anyprec.convert(timm.create_model(...))
     anyprec.calibrate(model, loader)
     task = OneShotTask(model, total_steps=updates, device=device)
-    groups = anyprec.param_groups(model, weight_decay=2.5e-5)
-    optimizer = timm.optim.create_optimizer_v2(groups, opt="sgd", lr=0.02)
+    groups = anyprec.param_groups(model)  # the optimizer's weight decay, for weights alone
+    optimizer = timm.optim.create_optimizer_v2(groups, opt="sgd", lr=0.02, weight_decay=2.5e-5)
     task.follow(optimizer)
     for input, target in loader:
         result = task(input, target)

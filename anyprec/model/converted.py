@@ -21,6 +21,7 @@ from anyprec.model.summary import Summary, SummaryRow
 from anyprec.model.switching import submodule_or_none, switch, switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
+from anyprec.nn.undecayed import undecayed_parameters
 from anyprec.nn.weights import PackedCodes
 
 BitsRequest = BitsLike | Mapping[str, BitsLike] | None
@@ -236,6 +237,17 @@ class ConvertedModel(Specialized):
         added = added_keys(self)
         return {key: value for key, value in self.state_dict().items() if key not in added}
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay, for timm: the network's own and ours.
+
+        Ours are step sizes and norm copies.
+        """
+        names = undecayed_parameters(self)
+        original = getattr(super(), "no_weight_decay", None)
+        if original is not None:
+            names.update(original())
+        return names
+
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
         """Set training mode.
 
@@ -251,13 +263,27 @@ def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
     """`model`, if it was made by `convert`.
 
     Raises:
-        ConversionError: It was not.
+        ConversionError: It was not, or it is a wrapper (`DataParallel`, `torch.compile`) around
+            one.
     """
     if isinstance(model, ConvertedModel):
         return model
+    inner = _converted_inside(model)
+    if inner is not None:
+        msg = f"{purpose} needs the converted model itself, got a {type(model).__name__} around "
+        msg += f"it: pass its `.{inner}`, the network as it was before it was wrapped"
+        raise ConversionError(msg)
     msg = f"{purpose} needs a converted model, got {type(model).__name__}: call "
     msg += "anyprec.convert(model) first"
     raise ConversionError(msg)
+
+
+def _converted_inside(model: object) -> str | None:
+    """Path of the first converted model inside `model`, if there is one."""
+    if not isinstance(model, nn.Module):
+        return None
+    paths = (path for path, module in model.named_modules() if isinstance(module, ConvertedModel))
+    return next(paths, None)
 
 
 def _resolve(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anyprec.nn.undecayed import Undecayed
+
 Statistics = tuple[Tensor, Tensor]
 """Running mean and variance, shape `(channels,)` each."""
 
@@ -19,7 +21,7 @@ STATISTICS = ("running_mean", "running_var")
 AFFINE = ("weight", "bias")
 
 
-class NormBank(nn.Module):
+class NormBank(Undecayed):
     """The copies of one BatchNorm, a row each.
 
     Args:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+from anyprec.nn.undecayed import Undecayed
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -40,7 +41,7 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
     return scale
 
 
-class _Switchable(nn.Module):
+class _Switchable(Undecayed):
     """A quantizer with an active candidate: a number in eager mode, data in compiled networks.
 
     Attributes:
@@ -99,7 +100,7 @@ class WeightQuantizer(_Switchable):
         half = 2 ** (self.candidates[index] - 1)
         return -half, half - 1
 
-    def forward(self, weight: Tensor, index: int) -> Tensor:
+    def forward(self, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # its base is a norm by name only
         """Fake-quantize `weight` at a candidate; differentiable in both weight and step size."""
         qmin, qmax = self.limits(index)
         group = weight.numel() // self.step.shape[1]  # weights that share a step size
@@ -196,7 +197,7 @@ class InputQuantizer(_Switchable):
         zero = self._zero_points[index]
         return -zero, 2 ** self.candidates[index] - 1 - zero
 
-    def forward(self, values: Tensor, index: int) -> Tensor:
+    def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
         scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)

@@ -69,7 +69,12 @@ class ConfigDrawer:
         self._instability = self._measure_instability(derived)
         if self._scheduler is not None:
             time = (step + 1) / self._total_steps
-            frozen = self._scheduler.choose_frozen(self._instability, self._model.candidates, time)
+            frozen = self._scheduler.choose_frozen(
+                self._instability,
+                self._model.candidates,
+                time,
+                current=self._model.current_candidates,
+            )
             self._model.freeze(frozen)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from anyprec.errors import TrainingError
 from anyprec.nn.functional import along, effective_step
 
 
@@ -22,10 +23,48 @@ def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: flo
 
     Returns:
         A scalar, in nats.
+
+    Raises:
+        TrainingError: Either is no tensor of shape `(batch, classes)`, or their shapes differ.
     """
+    require_logits(logits, of="the network's output")
+    require_logits(target_logits, of="the target of distillation")
+    if logits.shape != target_logits.shape:
+        msg = "distillation compares logits of one shape: the network returned "
+        msg += (
+            f"{tuple(logits.shape)}, its target has {tuple(target_logits.shape)}. Give all paths "
+        )
+        msg += f"of a step the same batch, and the teacher the same classes; {_REMEDY}"
+        raise TrainingError(msg)
     student = F.log_softmax(widened(logits) / temperature, dim=-1)
     teacher = F.log_softmax(widened(target_logits.detach()) / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def require_logits(output: object, *, of: str) -> None:
+    """Refuse what the distillation term cannot compare: anything but logits `(batch, classes)`.
+
+    A softmax over the last axis of a dense output would run over image columns, and over a single
+    class it is 1 whatever the network says.
+
+    Args:
+        output: What a network returned.
+        of: Whose it is, for the message.
+
+    Raises:
+        TrainingError: It is no tensor of two axes with at least two classes.
+    """
+    if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
+        return
+    what = type(output).__name__
+    if isinstance(output, Tensor):
+        what = f"a tensor of shape {tuple(output.shape)}"
+    msg = "distillation needs logits as one tensor of shape (batch, classes), of two classes or "
+    msg += f"more: {of} is {what}; {_REMEDY}"
+    raise TrainingError(msg)
+
+
+_REMEDY = "set distillation=0, and add a distillation term of your own with OneShot(terms=[...])"
 
 
 def quantization_error(

@@ -22,19 +22,21 @@ def param_groups(
     model: ConvertedModel,
     *,
     lr: float | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     step_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Three parameter groups: weights, norms and biases, step sizes.
 
     Only weights have weight decay, except those that the network names in timm's
-    `no_weight_decay()`. Left out are parameters that require no gradient, and the float network's
-    own affine parameters of norms that have copies, which no quantized path uses.
+    `no_weight_decay()`; the other groups say 0, whatever the optimizer's own value is. Left out are
+    parameters that require no gradient, and the float network's own affine parameters of norms that
+    have copies, which no quantized path uses.
 
     Args:
         model: A converted model.
         lr: Learning rate of all groups; None leaves it to the optimizer.
-        weight_decay: For the weights.
+        weight_decay: For the weights; None leaves it to the optimizer, whose own value then holds
+            for them.
         step_lr_scale: Factor on `lr` for step sizes; their gradients are already scaled
             (`anyprec.nn.quantizers.gradient_scale`).
 
@@ -52,10 +54,12 @@ def param_groups(
         raise ValueError(msg)
     weights, undecayed, step_sizes = _sort_parameters(model)
     groups: list[dict[str, Any]] = [
-        {"name": "weights", "weight_decay": weight_decay, "params": weights},
+        {"name": "weights", "params": weights},
         {"name": "norms and biases", "weight_decay": 0.0, "params": undecayed},
         {"name": STEP_SIZES, "weight_decay": 0.0, "params": step_sizes},
     ]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
     groups = [group for group in groups if group["params"]]
     if lr is not None:
         for group in groups:

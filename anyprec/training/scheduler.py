@@ -5,6 +5,9 @@ other, and the lowest one of an unstable layer most: its weights lie near roundi
 flip at every step. So at some moments of training the most unstable layers lose their lowest
 candidate until the next such moment, fewer and fewer of them.
 
+Instability is taken over the candidates in use. A frozen layer has lost the largest term of its
+mean, so it ranks lower at the next event and is freed: the frozen set rotates.
+
 Times are fractions of training, so that a short run and a long one mean the same.
 """
 
@@ -82,22 +85,34 @@ class BitWidthScheduler:
         return self.last_ratio + fall * (1 + math.cos(math.pi * time)) / 2
 
     def choose_frozen(
-        self, instability: Instability, candidates: Candidates, time: float
+        self,
+        instability: Instability,
+        candidates: Candidates,
+        time: float,
+        *,
+        current: Candidates | None = None,
     ) -> dict[str, Bits]:
         """Choose at an event which layers lose their lowest candidates, until the next event.
 
         Args:
-            instability: Of every layer that has several weight bit-widths. The measure of a layer
-                is the mean over these of the fraction divided by the bit-width.
+            instability: Of every layer that has several weight bit-widths, at all of them. The
+                measure of a layer is the mean of the fraction divided by the bit-width, over its
+                bit-widths in use.
             candidates: All candidates of every layer.
             time: From 0 to 1.
+            current: The candidates in use, without those that the last event froze; None is all.
 
         Returns:
             The lowest precision that these layers keep, as `ConvertedModel.freeze` takes it. All
             others keep all their candidates.
         """
         paths = [path for path, layer in candidates.items() if len(layer.weight) > 1]
-        measures = {path: layer_instability(instability[path]) for path in paths}
+        measures = {}
+        for path in paths:
+            in_use = candidates[path] if current is None else current[path]
+            measures[path] = layer_instability(
+                {bits: instability[path][bits] for bits in in_use.weight}
+            )
         # The sort is stable: of equally unstable layers the first in the network is frozen.
         paths.sort(key=lambda path: -measures[path])
         chosen = set(paths[: int(len(paths) * self.ratio(time))])

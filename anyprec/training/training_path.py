@@ -18,7 +18,7 @@ from anyprec.errors import TrainingError
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count
-from anyprec.training.losses import distillation_loss, quantization_error, widened
+from anyprec.training.losses import distillation_loss, quantization_error, require_logits, widened
 from anyprec.training.operands import WeightOperands
 from anyprec.training.parameters import touch, unused_parameters
 from anyprec.training.recipe import Recipe
@@ -81,13 +81,13 @@ class TrainingPath:
 
         Args:
             output: What the network returned at this path's configuration; for distillation,
-                logits of shape `(batch, classes)`.
+                logits of shape `(batch, classes)`, two classes or more.
             targets: Whatever `criterion` takes.
             criterion: Task loss.
 
         Raises:
-            TrainingError: The max path's loss was not taken first, or the loop over the paths is
-                left.
+            TrainingError: The max path's loss was not taken first, the loop over the paths is left,
+                or there is distillation and `output` is no such logits.
         """
         if self._step.is_over:
             msg = "a path's loss is taken inside the loop over paths(), while the path is active"
@@ -129,7 +129,7 @@ class PathLoss:
         """The teacher's logits, if there is one.
 
         Raises:
-            TrainingError: There is one, and no `images`.
+            TrainingError: There is one, and no `images`, or it returns no logits.
         """
         if self._teacher is None:
             return None
@@ -138,6 +138,8 @@ class PathLoss:
             raise TrainingError(msg)
         with evaluating(self._teacher), torch.no_grad():
             logits: Tensor = self._teacher(images)
+        if self._recipe.distillation > 0:
+            require_logits(logits, of="the teacher's output")
         return logits
 
     def compose(
@@ -160,15 +162,20 @@ class PathLoss:
     def _task_and_distillation(
         self, path: TrainingPath, step: StepState, output: Any, task: Tensor
     ) -> list[_WeightedTerm]:
+        share = self._recipe.distillation
+        if share > 0 and (self._teacher is not None or not path.is_last):
+            # At the max path already: later paths would refuse it after work was done.
+            require_logits(output, of="the network's output")
         if path.is_max and isinstance(output, Tensor):
             step.max_logits = output.detach()
-        share = self._recipe.distillation
         has_target = not path.is_max or self._teacher is not None
         if share == 0 or not has_target:
             return [_WeightedTerm("task", 1.0, task)]
         target = step.teacher_logits if path.is_max else step.max_logits
-        if target is None or not isinstance(output, Tensor):
-            raise TrainingError(_explain_missing_logits(path, output))
+        if target is None:
+            msg = "distillation needs the max path's logits: call loss() on every path in order, "
+            msg += "or set distillation=0"
+            raise TrainingError(msg)
         distillation = distillation_loss(output, target, temperature=self._recipe.temperature)
         return [
             _WeightedTerm("task", 1 - share, task),
@@ -213,11 +220,3 @@ class _WeightedTerm:
 
     def weighted(self) -> Tensor:
         return self.weight * widened(self.value)
-
-
-def _explain_missing_logits(path: TrainingPath, output: Any) -> str:
-    owner = "the teacher's" if path.is_max else "the max path's"
-    msg = f"distillation needs {owner} logits as one tensor"
-    if not isinstance(output, Tensor):
-        msg += f" (the network returns a {type(output).__name__})"
-    return f"{msg}: call loss() on every path in order, or set distillation=0"

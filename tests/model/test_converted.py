@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -350,3 +351,44 @@ def test_timms_ema_follows_a_converted_model(
     model.eval().set_bits(4)
     ema.module.set_bits(4)
     assert torch.equal(ema.module(x), model(x))
+
+
+def wrapped(net: anyprec.ConvertedModel, wrapper: str) -> nn.Module:
+    if wrapper == "compiled":
+        return torch.compile(net, backend="eager")
+    if wrapper == "compiled and parallel":
+        return torch.compile(nn.DataParallel(net), backend="eager")
+    if wrapper == "averaged":
+        return torch.optim.swa_utils.AveragedModel(net)
+    return nn.DataParallel(net)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "inner"),
+    [
+        ("parallel", "module"),
+        ("averaged", "module"),
+        ("compiled", "_orig_mod"),
+        ("compiled and parallel", "_orig_mod.module"),
+    ],
+)
+def test_a_wrapper_around_a_converted_model_is_refused_with_what_to_pass(
+    wrapper: str, inner: str, net: anyprec.ConvertedModel, images: Tensor, tmp_path: Path
+) -> None:
+    network = wrapped(net, wrapper)
+    loader = [(images, torch.arange(8) % 5)]
+    calls = {
+        "fit": lambda: anyprec.fit(network, loader, epochs=1),
+        "OneShot": lambda: anyprec.OneShot(network, total_steps=1),
+        "param_groups": lambda: anyprec.param_groups(network),
+        "calibrate": lambda: anyprec.calibrate(network, [images]),
+        "update_norms": lambda: anyprec.update_norms(network, [images]),
+        "search": lambda: anyprec.search(network, loader, "W4A4"),
+        "save": lambda: anyprec.save(network, tmp_path / "file.safetensors"),
+        "cost_of": lambda: anyprec.cost_of(network, 4),
+    }
+    for purpose, call in calls.items():
+        text = rf"{purpose} needs the converted model itself, .*pass its `\.{inner}`, the network"
+        with pytest.raises(ConversionError, match=text):
+            call()
+    assert net.get_submodule("") is network.get_submodule(inner) or wrapper == "averaged"

@@ -188,16 +188,65 @@ def test_a_path_has_no_loss_once_the_loop_is_left(
         path.loss(net(images), labels, F.cross_entropy)
 
 
-def test_a_network_with_several_outputs_is_told_what_distillation_needs(
-    net: anyprec.ConvertedModel,
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2, 3)), "the network's output is tuple"),
+        ({"logits": torch.zeros(2, 3)}, "the network's output is dict"),
+        (torch.zeros(2, 5, 4, 4), r"is a tensor of shape \(2, 5, 4, 4\); set distillation=0"),
+        (torch.zeros(2, 7, 3), r"is a tensor of shape \(2, 7, 3\); set distillation=0"),
+        (torch.zeros(2), r"is a tensor of shape \(2,\)"),
+        (torch.zeros(2, 1), r"of two classes or more: the network's output is a .*\(2, 1\)"),
+    ],
+)
+def test_outputs_that_distillation_cannot_compare_are_refused_at_the_first_path(
+    output: object, text: str, net: anyprec.ConvertedModel
 ) -> None:
+    def criterion(_output: object, _targets: object) -> Tensor:
+        return torch.zeros((), requires_grad=True)
+
     oneshot = anyprec.OneShot(net, total_steps=1)
     paths = oneshot.paths()
-    outputs = (torch.zeros(2, 3), torch.zeros(2, 3))
-    next(paths).loss(outputs, None, lambda output, _: output[0].sum())
-    with pytest.raises(TrainingError, match=r"as one tensor \(the network returns a tuple\)"):
-        next(paths).loss(outputs, None, lambda output, _: output[0].sum())
+    with pytest.raises(TrainingError, match=text):
+        next(paths).loss(output, None, criterion)
     paths.close()
+    for settings in ({"distillation": 0.0}, {"random_paths": 0}):
+        oneshot = anyprec.OneShot(net, total_steps=1, **settings)
+        for path in oneshot.paths():
+            assert path.loss(output, None, criterion) == 0
+    if isinstance(output, Tensor):
+        with pytest.raises(TrainingError, match=text):
+            distillation_loss(output, output)
+
+
+def test_logits_of_other_shapes_are_no_target_of_distillation(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    paths = anyprec.OneShot(net, total_steps=1).paths()
+    next(paths).loss(net(images), labels, F.cross_entropy)
+    with pytest.raises(TrainingError, match=r"returned \(4, 5\), its target has \(8, 5\)"):
+        next(paths).loss(net(images[:4]), labels[:4], F.cross_entropy)
+    paths.close()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "text"),
+    [
+        (nn.Conv2d(3, 5, 1), r"the teacher's output is a tensor of shape \(8, 5, 16, 16\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(768, 4)), r"its target has \(8, 4\)"),
+    ],
+)
+def test_a_teacher_with_other_outputs_is_refused(
+    teacher: nn.Module,
+    text: str,
+    net: anyprec.ConvertedModel,
+    images: Tensor,
+    labels: Tensor,
+) -> None:
+    oneshot = anyprec.OneShot(net, total_steps=1, teacher=teacher)
+    with pytest.raises(TrainingError, match=text):
+        for path in oneshot.paths(images):
+            path.loss(net(images), labels, F.cross_entropy)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -154,6 +155,71 @@ def test_frozen_candidates_are_not_drawn_and_decided_anew_at_each_event(
     net.freeze({})
     run(net, oneshot, images, labels, 1)
     assert free in net.frozen
+
+
+def simulated_events(
+    instability: dict[str, dict[int, float]],
+    candidates: dict[str, LayerCandidates],
+    count: int,
+    *,
+    scheduler: BitWidthScheduler,
+) -> list[set[str]]:
+    """Layers that each of several events freezes, while the instability stays as it is."""
+    frozen_sets = []
+    current = dict(candidates)
+    for _ in range(count):
+        frozen = scheduler.choose_frozen(instability, candidates, 0.5, current=current)
+        current = dict(candidates)
+        for path, lowest in frozen.items():
+            current[path] = candidates[path].above(lowest)
+        frozen_sets.append(set(frozen))
+    return frozen_sets
+
+
+def test_the_frozen_set_rotates_while_instability_stays_the_same() -> None:
+    """A frozen layer loses the large term of its lowest bit-width, and others come before it."""
+    candidates, instability = {}, {}
+    for index in range(20):
+        widths = (3, 4, 6) if index % 4 == 0 else (2, 3, 4, 6)
+        candidates[f"layer{index}"] = LayerCandidates(widths, widths)
+        instability[f"layer{index}"] = {
+            bits: 0.24 * (1 - 0.004 * index) * (1 - 0.02 * bits) for bits in widths
+        }
+    scheduler = BitWidthScheduler(first_ratio=0.35, last_ratio=0.35)
+    frozen_sets = simulated_events(instability, candidates, 20, scheduler=scheduler)
+    assert all(len(frozen) == 7 for frozen in frozen_sets)
+    # No layer is frozen twice running: fifteen have 2 bits, which make the largest term.
+    for before, after in itertools.pairwise(frozen_sets):
+        assert not before & after
+    assert len(set.union(*frozen_sets)) >= 14
+
+
+def test_a_layer_that_stays_far_less_stable_than_others_stays_frozen() -> None:
+    widths = LayerCandidates((2, 3), (2, 3))
+    candidates = dict.fromkeys(("calm", "wild", "mild"), widths)
+    instability = {"calm": {2: 0.01, 3: 0.01}, "wild": {2: 0.5, 3: 0.5}, "mild": {2: 0.1, 3: 0.1}}
+    scheduler = BitWidthScheduler(first_ratio=0.34, last_ratio=0.34)
+    frozen_sets = simulated_events(instability, candidates, 4, scheduler=scheduler)
+    assert frozen_sets == [{"wild"}] * 4
+
+
+def test_training_ranks_layers_by_the_candidates_in_use(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    scheduler = BitWidthScheduler(start=0.0, period=0.25, late=1.0, first_ratio=0.4, last_ratio=0.4)
+    oneshot = anyprec.OneShot(net, total_steps=4, scheduler=scheduler)
+    # Alike but for a little: without rotation the first layer would be frozen at every event.
+    wide = {2: 0.3, 3: 0.1, 4: 0.1, 8: 0.1}
+    oneshot._drawer._measure_instability = lambda _derived: {
+        "depthwise": {3: 0.1, 4: 0.1, 8: 0.1},
+        "pointwise": wide,
+        "head": {**wide, 2: 0.29},
+    }
+    frozen = []
+    for _ in range(4):
+        run(net, oneshot, images, labels, 1)
+        frozen.append(set(net.frozen))
+    assert frozen == [{"pointwise"}, {"head"}, {"pointwise"}, {"head"}]
 
 
 def test_frozen_candidates_are_seen_in_the_summary(net: anyprec.ConvertedModel) -> None:
