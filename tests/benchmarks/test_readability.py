@@ -29,9 +29,9 @@ class Box:
     """A docstring of an attribute."""
 
     def find(self, other):
-        found = math.inf if other else 0
-        self.own = found
-        return found
+        _found = math.inf if other else 0
+        self.own = _found
+        return _found
 '''
 
 COMPLEX = """
@@ -75,7 +75,7 @@ def test_expressions(figures: Figures) -> None:
 
 def test_names(figures: Figures) -> None:
     # TEXT, SQUARES, value, PAIRS, row, column, TABLE, cell, line, Box, size, find, self, other,
-    # found, own
+    # _found, own
     assert figures.names == 16
     assert figures.vague == 3
 
