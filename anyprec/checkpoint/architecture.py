@@ -58,7 +58,7 @@ def find_architecture(
     Raises:
         CheckpointError: timm makes another network from the name and arguments.
     """
-    name = timm_name(model)
+    name = _timm_name(model)
     if name is None:
         if model_args:
             network = model.original_class.__name__
@@ -90,7 +90,7 @@ def find_architecture(
     raise CheckpointError(msg)
 
 
-def timm_name(model: nn.Module) -> str | None:
+def _timm_name(model: nn.Module) -> str | None:
     """The timm name of a network, or None."""
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else None

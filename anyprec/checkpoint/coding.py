@@ -25,13 +25,13 @@ from torch import Tensor
 
 from anyprec.errors import CheckpointError
 
-LARGEST_RATIO = 256
+_LARGEST_RATIO = 256
 """What compresses more than so many times is stored as it is, and such a frame is not opened.
 
 So no frame of a few bytes can fill the memory.
 """
 
-SMALL = 4096
+_SMALL = 4096
 """Bytes that may be compressed at any ratio."""
 
 _LEVEL = 3
@@ -105,7 +105,7 @@ def decompress(frame: Tensor, size: int, what: str) -> bytes:
         msg = f"{what} is damaged: {error}"
         raise CheckpointError(msg) from error
     msg = f"{what} declares {declared} bytes in a frame of {len(raw)}, expected {size} and at most "
-    msg += f"{LARGEST_RATIO} for one"
+    msg += f"{_LARGEST_RATIO} for one"
     raise CheckpointError(msg)
 
 
@@ -122,4 +122,4 @@ def from_planes(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
 
 
 def _is_plausible(size: int, stored: int) -> bool:
-    return size <= max(SMALL, LARGEST_RATIO * stored)
+    return size <= max(_SMALL, _LARGEST_RATIO * stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,6 @@ from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts
 from anyprec.runtime.storage import StoredFile, opened
 from anyprec.runtime.tables import TableContent
-
-_ELEMENT_BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BF16": 16}
-"""Bits of the dtypes whose name does not hold them, or other digits too."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +204,9 @@ def _size_of_parts(file: StoredFile, prefix: str) -> int:
 
 def _size(file: StoredFile, name: str) -> int:
     dtype, shape = file.shapes[name]
-    bits = _ELEMENT_BITS.get(dtype)
-    if bits is None:
-        digits = "".join(character for character in dtype if character.isdigit())
-        bits = int(digits or 0)
+    # The first number in a name of safetensors is an element's bits ("F8_E4M3"); "BOOL" has none.
+    number = re.search(r"\d+", dtype)
+    bits = int(number[0]) if number else 8
     return bits * math.prod(shape) // 8
 
 

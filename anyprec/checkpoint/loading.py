@@ -172,6 +172,7 @@ def _filled(
     statistics = fitting_statistics(model, document, content.statistics(config), only=config)
     packed = _packed_layers(model, document)
     cells = {path: content.cells(path, layer) for path, layer in packed.items()}
+    # Freezing checks what it is given before it changes the model. Nothing after it can fail.
     _freeze(model, document)
     materialize(model, device, besides=omitted)
     model.load_state_dict({**model.state_dict(), **content.state})
@@ -224,8 +225,11 @@ def _require_calibrated(model: ConvertedModel, content: Content, *, wanted: bool
     packed = content.document.packing is not None
     if not packed and not wanted:
         return
-    steps = {path: content.state[f"{path}.input_quantizer.step"] for path in model.quantized_layers}
-    missing = [path for path, step in steps.items() if not torch.isfinite(step).all()]
+    missing = []
+    for path in model.quantized_layers:
+        step = content.state[f"{path}.input_quantizer.step"]
+        if not torch.isfinite(step).all():
+            missing.append(path)
     if missing:
         msg = f"the checkpoint has no step sizes for the inputs of {len(missing)} layers "
         msg += f"({shorten(missing, 3)})"
@@ -254,6 +258,7 @@ def _match_dtypes(network: nn.Module, content: Content, *, only: tuple[str, ...]
 def _start(model: ConvertedModel, config: BitConfig | None) -> None:
     """Set the precision that a network has after loading."""
     if config is not None:
+        # Of a training file: a single configuration needs no latent weights.
         if not model.is_packed:
             pack(model)
         narrow(model, config)

@@ -33,7 +33,7 @@ def require_float_fit(
     """
     added = added_prefixes(network, document.facts)
     floats = {name: tensor for name, tensor in state.items() if not name.startswith(added)}
-    require_same_tensors(_without(network.state_dict(), omitted), floats)
+    _require_same_tensors(_without(network.state_dict(), omitted), floats)
     _require_modules(network, document.facts)
 
 
@@ -71,7 +71,7 @@ def require_state_fit(
     Raises:
         CheckpointError: Tensors, ties or zero points do not fit.
     """
-    require_same_tensors(_without(model.state_dict(), omitted), state)
+    _require_same_tensors(_without(model.state_dict(), omitted), state)
     _require_same_ties(model, state)
     for path, layer in model.quantized_layers.items():
         zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
@@ -100,7 +100,7 @@ def fitting_configs(model: ConvertedModel, document: Document) -> dict[str, BitC
     return fitting
 
 
-def require_same_tensors(expected: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+def _require_same_tensors(expected: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
     """Compare names, shapes and dtypes of a network's tensors with those of a file.
 
     Raises:
@@ -127,6 +127,7 @@ def require_same_tensors(expected: Mapping[str, Any], stored: Mapping[str, Tenso
 
 def added_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
     """Prefixes of the names of all tensors that conversion adds, or would add."""
+    # Facts name a shared module by its first path.
     canonical = {id(module): path for path, module in network.named_modules()}
     matrices = _matrices(facts)
     prefixes: list[str] = []
@@ -173,9 +174,17 @@ def _matrices(facts: NetworkFacts) -> dict[str, list[str]]:
 def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
     """Layers have their weight, norms are BatchNorms, owners are modules around their layer."""
     modules = dict(network.named_modules())
-    layers = [path for path, layer in facts.layers.items() if not holds_layer(network, layer)]
-    norms = [path for path in facts.norms if not _is_batch_norm(path, modules)]
-    owned = [path for path, layer in facts.layers.items() if not _has_owner(layer, modules)]
+    layers, owned, norms = [], [], []
+    for path, layer in facts.layers.items():
+        if not holds_layer(network, layer):
+            layers.append(path)
+        if not _has_owner(layer, modules):
+            owned.append(path)
+    for path in facts.norms:
+        # The empty path is the network itself, which cannot be replaced.
+        is_batch_norm = isinstance(modules.get(path), _BatchNorm)
+        if not path or not is_batch_norm:
+            norms.append(path)
     problems = _list_problems(
         {
             "no layers ": layers,
@@ -197,11 +206,6 @@ def _list_problems(names: Mapping[str, list[str]]) -> str:
         if affected
     ]
     return "; ".join(problems)
-
-
-def _is_batch_norm(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    # The empty path is the network itself, which cannot be replaced.
-    return bool(path) and isinstance(modules.get(path), _BatchNorm)
 
 
 def _has_owner(layer: LayerFacts, modules: Mapping[str, nn.Module]) -> bool:

@@ -57,6 +57,7 @@ def to_tensors(
     if coding == "fixed":
         tensors["cells"] = to_fixed(stored.cells, width)
     else:
+        # Zstandard codes whole bytes: the upper one of each cell, which alone gains from it.
         low_bits = max(0, width - 8)
         high = (stored.cells >> low_bits).to(torch.uint8).flatten()
         frame = compress(high.numpy().tobytes())
@@ -95,6 +96,7 @@ def from_tensors(
     quantizer, axis = layer.weight_quantizer, layer.weight_source.corrected_axis
     count = math.prod(record.shape)
     _require_parts(tensors, quantizer.candidates, coding, path, corrects=axis is not None)
+    # Thresholds of step sizes that are not finite have no order.
     _require(bool(torch.isfinite(steps).all()), path, "a step size is not finite")
     cells = _read_cells(tensors, quantizer.candidates, count, coding, path)
     moments = None
@@ -113,6 +115,7 @@ def _require_parts(
     *,
     corrects: bool,
 ) -> None:
+    # Exactly these: a part too many would be read by no one, and may be meant for another layer.
     expected = {"cells"}
     if coding == "zstd" and cell_count(candidates) > 256:
         expected.add("low")

@@ -37,6 +37,7 @@ def names_of_weights(
 ) -> set[str]:
     """Every name in the network's state of the latent weights of these layers."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
+    # By id, since a tied weight stands at the names of other modules, too.
     weights = {id(parameters.get(weight_name(facts[path]))) for path in paths}
     return {name for name, parameter in parameters.items() if id(parameter) in weights}
 
@@ -46,8 +47,11 @@ def split_layers(model: ConvertedModel) -> tuple[list[str], dict[str, str]]:
     facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = _names_of_parameters(model)
-    obstacles = {path: _obstacle(layer, facts[path], parameters) for path, layer in layers.items()}
-    latent = {path: reason for path, reason in obstacles.items() if reason is not None}
+    latent: dict[str, str] = {}
+    for path, layer in layers.items():
+        reason = _obstacle(layer, facts[path], parameters)
+        if reason is not None:
+            latent[path] = reason
     while True:
         packed = {weight_name(facts[path]): path for path in layers if path not in latent}
         shared = _shared_weights(packed, names, parameters)
@@ -55,7 +59,7 @@ def split_layers(model: ConvertedModel) -> tuple[list[str], dict[str, str]]:
             break
         # A layer that keeps its weight makes those keep theirs that share it, so look again.
         latent.update(shared)
-    # An expert layer's weight is packed as the matrices that it mixes.
+    # An expert layer's weight is packed after all, as the matrices that it mixes.
     reasons = {
         path: reason for path, reason in latent.items() if weight_name(facts[path]) not in packed
     }
@@ -156,6 +160,7 @@ def _as_operand(rows: Tensor, shape: tuple[int, ...], quantizer: WeightQuantizer
     axis = quantizer.axis
     if axis is None:
         return rows.reshape(shape)
+    # `per_channel` moves the channel axis to the front and flattens the others.
     channels_first = (shape[axis], *shape[:axis], *shape[axis + 1 :])
     return rows.reshape(channels_first).movedim(0, axis).contiguous()
 

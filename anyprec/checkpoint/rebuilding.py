@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -114,9 +114,10 @@ def has_all_tensors_in(network: nn.Module, names: Collection[str]) -> bool:
         for name, _ in module.named_buffers(recurse=False):
             if f"{prefix}{name}" not in names:
                 return False
-        attributes = {name: value for name, value in vars(module).items() if name not in _STORES}
-        if any(isinstance(value, Tensor) for value in _leaves(attributes)):
-            return False
+        # Tensors in plain attributes, in lists above all, are in no state.
+        for name, value in vars(module).items():
+            if name not in _STORES and _holds_tensor(value):
+                return False
     return True
 
 
@@ -149,15 +150,13 @@ def _zeros_like(tensor: Tensor, device: torch.device) -> Tensor:
     return zeros
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """Everything in nested collections that is no collection."""
+def _holds_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or a collection with one in it, however deep."""
     if isinstance(value, dict):
         value = tuple(value.values())
     if isinstance(value, (list, tuple, set)):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor)
 
 
 _STORES = {"_parameters", "_buffers", "_modules"}

@@ -17,7 +17,7 @@ from anyprec.searching.budget.budgets import Budget
 
 
 class Costs:
-    """One layer. The size is its weight bits; the device runs 4-bit weights as fast as 2-bit ones."""
+    """One layer. Its size is its weight bits; 4-bit weights run as fast as 2-bit ones."""
 
     names = ("bitops", "size", "latency")
     candidates: ClassVar = {"fc": LayerCandidates((2, 4, 8), (4, 8))}

@@ -406,7 +406,8 @@ def test_an_impossible_budget_is_refused_with_what_is_achievable(costs):
     expected = (
         "no configuration fits the budget 1 KBitOPs and 5 MiB and 1 bits: achievable are "
         "7.629 GBitOPs to 17.45 GBitOPs and 153.2 KiB to 457.6 KiB and 2.01 bits to 6.003 bits "
-        "(each by itself), every layer at its cheapest to every layer at its highest option; raise the budget, or offer lower candidate bit-widths"
+        "(each by itself), every layer at its cheapest to every layer at its highest option; "
+        "raise the budget, or offer lower candidate bit-widths"
     )
     with pytest.raises(BudgetError, match=re.escape(expected)):
         require_reachable(Budget(bitops=1000, size=5 * 8 * 2**20, average_bits=1), costs)
