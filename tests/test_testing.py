@@ -85,10 +85,8 @@ def forget_what_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def give_a_float_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    adopt = "_adopt_replacements"
-    classes = [anyprec.ConvertedModel, *anyprec.ConvertedModel.__subclasses__()]
-    owner = next(cls for cls in classes if hasattr(cls, adopt))
-    monkeypatch.setattr(owner, adopt, lambda self, before: None)
+    adopt = "anyprec.model.classifier._adopt_replacements"
+    monkeypatch.setattr(adopt, lambda model, before: None)
 
 
 SABOTAGES: list[tuple[Callable[[pytest.MonkeyPatch], None], set[str]]] = [

@@ -10,8 +10,6 @@ import torch
 
 from tests.training import distributed_training
 
-pytestmark = pytest.mark.xdist_group("torchrun")
-
 
 @pytest.fixture(scope="module")
 def runs(under_torchrun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def test_an_unknown_algorithm_is_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_measuring_what_looks_best_saves_most_evaluations(kind):
-    net = FakeNetwork(1, layers=16, widths=(2, 3, 4, 5, 6), kind=kind)
+    net = FakeNetwork(1, layers=10, widths=(2, 3, 4, 5, 6), kind=kind)
     budget = parse_budget("W4A4", net)
     results = {name: searched(net, budget, name) for name in OURS}
     best = min(result.loss for result in results.values())
