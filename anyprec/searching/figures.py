@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 def result_table(result: SearchResult) -> Table:
     """The frontier and the uniform configurations."""
-    names = {measured.config: "searched" for measured in result.frontier}
-    names |= {config: uniform_name(config) for config in result.uniform}
+    measured_configs = {measured.config: measured for measured in result.frontier}
+    for config in filter(result.evaluated.__contains__, result.uniform):
+        measured_configs[config] = result.measured(config)
     rows = []
-    for config, name in names.items():
-        measured = result.measured(config)
+    for config, measured in measured_configs.items():
+        name = uniform_name(config) if config in result.uniform else "searched"
         rows.append((name, measured.cost, measured.score, measured.accuracy))
     return frontier_table(sorted(rows, key=lambda row: row[1].bitops), objective=result.objective)
 
@@ -36,7 +37,7 @@ def plot_result(result: SearchResult, file: str | Path, *, title: str) -> None:
     cost_name = next(iter(result.budget.limits))
 
     def points(configs: Iterable[BitConfig]) -> list[tuple[float, float]]:
-        shown = [config for config in configs if config in scores]
+        shown = filter(scores.__contains__, configs)
         return [(result.costs.total(cost_name, config), scores[config]) for config in shown]
 
     frontier_plot(

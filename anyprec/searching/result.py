@@ -110,16 +110,18 @@ class SearchResult:
             BudgetError: The budget cannot be read, or nothing that was evaluated fits it.
         """
         limits = parse_budget(budget, self.costs)
-        fitting = [
-            config for config in self.evaluated if utilisation(config, limits, self.costs) <= 1
-        ]
-        if not fitting:
-            ranges = {}
-            for name in limits.limits:
-                totals = [self.costs.total(name, config) for config in self.evaluated]
-                ranges[name] = min(totals), max(totals)
-            raise unreachable(limits, ranges)
-        return self.measured(min(fitting, key=self.evaluated.__getitem__))
+        best = None
+        for config, score in self.evaluated.items():
+            fits = utilisation(config, limits, self.costs) <= 1
+            if fits and (best is None or score < self.evaluated[best]):
+                best = config
+        if best is not None:
+            return self.measured(best)
+        ranges = {}
+        for name in limits.limits:
+            totals = [self.costs.total(name, config) for config in self.evaluated]
+            ranges[name] = min(totals), max(totals)
+        raise unreachable(limits, ranges)
 
     def measured(self, config: BitConfig) -> MeasuredConfig:
         """All that is known of a configuration that was evaluated."""

@@ -180,7 +180,7 @@ class _Watch:
         self._done = 0
         bar.expect(self._expected)
 
-    def note(self, config: BitConfig, score: float, measured: bool) -> None:  # noqa: FBT001 (a callback)
+    def note(self, config: BitConfig, score: float, measured: bool) -> None:  # noqa: FBT001
         """Called with each evaluation."""
         if measured:
             self._memo.write(config, score)
@@ -195,9 +195,12 @@ class _Watch:
 def _expected_evaluations(question: Question) -> int:
     """What a search takes, roughly: single moves at each start, then a few dozen turns."""
     problems = question.problems
-    starts = {problem.start: problem for problem in problems if problem.start is not None}
-    moves = sum(2 * len(problem.space.choices) for problem in starts.values())
-    return len(problems[0].full_space.uniform) + moves + 60 * len(problems)
+    single_moves = {}
+    for problem in problems:
+        if problem.start is not None:
+            single_moves[problem.start] = 2 * len(problem.space.choices)
+    uniform = len(problems[0].full_space.uniform)
+    return uniform + sum(single_moves.values()) + 60 * len(problems)
 
 
 def _result(
@@ -207,13 +210,12 @@ def _result(
         raise KeyboardInterrupt
     if not isinstance(objective, str):
         objective = getattr(objective, "__name__", "objective")
-    uniform = question.space.equal_widths
     return SearchResult(
         config=answer.best,
         score=answer.losses[answer.best],
         budget=answer.problem.budget,
         evaluated=dict(answer.losses),
-        uniform=tuple(config for config in uniform if config in answer.losses),
+        uniform=tuple(filter(answer.losses.__contains__, question.space.equal_widths)),
         costs=question.costs,
         objective=objective,
         norms=norms,

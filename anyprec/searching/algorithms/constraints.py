@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from anyprec.bits import Bits, Candidates, LayerCandidates, check_bit_width, match_paths, shorten
+from anyprec.bits import Bits, Candidates, check_bit_width, match_paths, shorten
 from anyprec.errors import BitsError
 from anyprec.searching.algorithms.space import Choice, Space
 
@@ -35,17 +35,16 @@ def make_space(
         BitsError: A path or pattern matches nothing, a bit-width is out of range, or nothing is
             left for a layer.
     """
-    options = {path: _options(layer) for path, layer in candidates.items()}
+    options = {}
+    for path, layer in candidates.items():
+        pairs = itertools.product(layer.weight, layer.activation)
+        options[path] = list(itertools.starmap(Bits, pairs))
     if allowed is not None:
         rules = allowed if isinstance(allowed, Mapping) else {"*": allowed}
         for pattern, rule in rules.items():
             _restrict(options, _matching(pattern, candidates), rule, candidates)
     groups = _groups(candidates, tied)
-    return Space(tuple(Choice(paths, _common_options(paths, options)) for paths in groups))
-
-
-def _options(layer: LayerCandidates) -> list[Bits]:
-    return [Bits(*pair) for pair in itertools.product(layer.weight, layer.activation)]
+    return Space(tuple(_choice(paths, options) for paths in groups))
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,19 @@ def _restrict(
         options[path] = permitted
 
 
-def _common_options(
-    paths: tuple[str, ...], options: Mapping[str, Sequence[Bits]]
-) -> tuple[Bits, ...]:
-    common = set(options[paths[0]]).intersection(*(options[path] for path in paths))
+def _choice(paths: tuple[str, ...], options: Mapping[str, Sequence[Bits]]) -> Choice:
+    common = set(options[paths[0]]).intersection(*map(options.__getitem__, paths))
     if not common:
         msg = f"the tied layers {shorten(paths)} have no precision in common: "
         msg += "tie others, or allow more"
         raise BitsError(msg)
-    return tuple(bits for bits in options[paths[0]] if bits in common)
+    return Choice(paths, tuple(sorted(common)))
 
 
 def _groups(candidates: Candidates, tied: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
     """Layers by choice, in network order."""
     # Each layer starts as a group of its own, numbered in network order.
-    group_of = {path: number for number, path in enumerate(candidates)}
+    group_of = dict(zip(candidates, itertools.count(), strict=False))
     for patterns in tied:
         if isinstance(patterns, str):
             msg = f"tied={patterns!r} is not a list of groups: write tied=[[{patterns!r}, ...]]"
@@ -113,14 +110,14 @@ def _groups(candidates: Candidates, tied: Iterable[Sequence[str]]) -> list[tuple
     groups: dict[int, list[str]] = {}
     for path, number in group_of.items():
         groups.setdefault(number, []).append(path)
-    return [tuple(paths) for paths in groups.values()]
+    return list(map(tuple, groups.values()))
 
 
 def _merge(group_of: dict[str, int], patterns: Sequence[str], candidates: Candidates) -> None:
     """Make one group of all groups that the patterns touch."""
     merged: set[int] = set()
     for pattern in patterns:
-        merged.update(group_of[path] for path in _matching(pattern, candidates))
+        merged.update(map(group_of.__getitem__, _matching(pattern, candidates)))
     for path, number in group_of.items():
         if number in merged:
             group_of[path] = min(merged)

@@ -73,7 +73,6 @@ class _Descent:
         """Take the round's best move."""
         self._walk.set_anchor(self.current)
         downs, ups = self._useful_downs(), self._undoing_ups()
-        savings = {move: self._walk.saving(self.current, move) for move in (*downs, *ups)}
         if not self._lazy:
             self._walk.measure(self.current, [*downs, *ups])
         while True:
@@ -83,15 +82,25 @@ class _Descent:
                 # The lowest options of arbitrary costs need not fit together.
                 self._arrive(self._cheapest())
                 return
-            increases = [self._increase(move) for move in moves]
-            scores = scored(increases, [savings[move] for move in moves], alpha=self._alpha)
-            best = moves[scores.index(min(scores))]
+            best = self._best(moves)
             # Only a measured move is taken. Lazily, its prediction put it first, and the
             # measurement may show that another one is better.
             if self._walk.knows(best.apply(self.current)):
                 self._arrive(best.apply(self.current))
                 return
             self._walk.measure(self.current, [best])
+
+    def _best(self, moves: list[Move]) -> Move:
+        """The move of lowest score, the first of equal ones."""
+        increases = normalised(list(map(self._increase, moves)))
+        savings = normalised(list(map(self._saving, moves)))
+        scores = []
+        for increase, saving in zip(increases, savings, strict=True):
+            scores.append(self._alpha * increase - saving)
+        return moves[scores.index(min(scores))]
+
+    def _saving(self, move: Move) -> float:
+        return self._walk.saving(self.current, move)
 
     def _arrive(self, point: Point) -> None:
         self._passed[point] = self._walk.utilisation(point)
@@ -110,7 +119,7 @@ class _Descent:
         downs = self._walk.downs(self.current)
         # Under several limits a down may save nothing of the one that binds. Such downs are of use
         # only if there are no others.
-        saving = [move for move in downs if self._walk.saving(self.current, move) > 0] or downs
+        saving = [move for move in downs if self._saving(move) > 0] or downs
         # After an up, the way back down is no use either.
         return [move for move in saving if move.apply(self.current) not in self._passed] or saving
 
@@ -137,17 +146,11 @@ class _Descent:
         return self._walk.loss(self.current) + self._increase(up) < bound
 
 
-def scored(increases: Sequence[float], savings: Sequence[float], *, alpha: float) -> list[float]:
-    """The trade of each move, lower is better."""
-    pairs = zip(normalised(increases), normalised(savings), strict=True)
-    return [alpha * increase - saving for increase, saving in pairs]
-
-
 def normalised(values: Sequence[float]) -> list[float]:
     """Finite values between their minimum (0) and maximum (1); infinite ones stay."""
     # Halves, since the range of two large floats may overflow.
     halves = [value / 2 for value in values]
-    finite = [half for half in halves if math.isfinite(half)]
+    finite = list(filter(math.isfinite, halves))
     lowest = min(finite, default=0.0)
     width = max(finite, default=0.0) - lowest
     scaled = []

@@ -39,6 +39,7 @@ def leap(walk: Walk, start: Point) -> None:
     walk.set_anchor(start)
     walk.measure(start, walk.downs(start))
     best = best_point(walk)
+    # Near the best uniform point the predictions are good; further away more can be gained.
     for reach in _REACHES:
         target = _propose(walk, start, best, reach=reach)
         if target is not None:
@@ -73,6 +74,7 @@ def improve(
     turns, arrived = 0, True
     while turns < patience:
         if arrived:
+            # The gain may be several changes away from what was settled on before: look around.
             current, tried = _settle(walk, current)
             turns = 0
         evaluations_before = len(walk.evaluations)
@@ -96,8 +98,7 @@ def improve(
 def _try_exchange(walk: Walk, current: Point, target: Point) -> None:
     """Measure an exchange, and if it does not gain, what it is made of."""
     if walk.loss(target) >= walk.loss(current):
-        moves = _single_moves(walk, current, target)
-        walk.measure(current, [move for move in moves if not walk.knows(move.apply(current))])
+        walk.measure(current, _unknown_single_moves(walk, current, target))
 
 
 def _has_gained(walk: Walk, current: Point, evaluations_before: int) -> bool:
@@ -144,6 +145,8 @@ def _propose(walk: Walk, start: Point, middle: Point, *, reach: float) -> Point 
 
 def _exchange(walk: Walk, current: Point, tried: set[Point]) -> Point | None:
     """The point of largest predicted gain over `current`; None if nothing is predicted to gain."""
+    # Most options are ruled out, which keeps the program small: HiGHS takes most of a search's time
+    # beside the forward passes.
     losses = []
     for number, choice in enumerate(walk.problem.space.choices):
         losses.append([math.inf] * len(choice.options))
@@ -163,6 +166,11 @@ class _Change(NamedTuple):
     increase: float
     saving: float
 
+    @property
+    def price(self) -> float:
+        """Loss for each share of the budget that is saved, or gain for each that is paid."""
+        return self.increase / self.saving
+
 
 def _promising_changes(walk: Walk, current: Point) -> list[_Change]:
     """The changes of one choice that are best at a common price of loss per cost.
@@ -173,10 +181,11 @@ def _promising_changes(walk: Walk, current: Point) -> list[_Change]:
     changes = _possible_changes(walk, current)
     # The best gain per cost that is paid, and the least loss per cost that is saved. Between these
     # two prices an exchange pays.
-    gains = [-change.increase / -change.saving for change in changes if change.saving < 0]
-    losses = [change.increase / change.saving for change in changes if change.saving > 0]
-    price = (max(gains, default=0.0) + min(losses, default=0.0)) / 2
+    gain = max((change.price for change in changes if change.saving < 0), default=0.0)
+    loss = min((change.price for change in changes if change.saving > 0), default=0.0)
+    price = (gain + loss) / 2
     changes.sort(key=lambda change: change.increase - price * change.saving)
+    # Both kinds are needed for an exchange, however many good ones of the other kind there are.
     costly = [change for change in changes if change.saving < 0]
     saving = [change for change in changes if change.saving >= 0]
     return costly[:_POOL] + saving[:_POOL]
@@ -204,6 +213,7 @@ def _settle(walk: Walk, point: Point) -> tuple[Point, set[Point]]:
         program need not propose.
     """
     while True:
+        # Other budgets and the descent measured points that no exchange of this one proposed.
         around = {
             measured
             for measured in walk.measured
@@ -225,13 +235,17 @@ def _predicted_increase(walk: Walk, choice: int, before: int, after: int) -> flo
     return math.inf if increase is None else increase
 
 
-def _single_moves(walk: Walk, current: Point, target: Point) -> list[Move]:
-    """The changes between two points, each by itself, also if it passes several options."""
+def _unknown_single_moves(walk: Walk, current: Point, target: Point) -> list[Move]:
+    """The changes between two points, each by itself, as far as they were not measured here.
+
+    One may pass several options.
+    """
     moves = []
     for number, choice in enumerate(walk.problem.space.choices):
         before, after = current[number], target[number]
-        if before != after:
-            moves.append(Move(number, before, after, lowers=after in choice.below[before]))
+        move = Move(number, before, after, lowers=after in choice.below[before])
+        if before != after and not walk.knows(move.apply(current)):
+            moves.append(move)
     return moves
 
 

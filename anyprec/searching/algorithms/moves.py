@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from anyprec.searching.algorithms.evaluations import Evaluations
@@ -79,6 +79,7 @@ class Walk:
 
     def loss(self, point: Point) -> float:
         """The loss of a point, measured if it is not known."""
+        # Looked up by point first: making a configuration of a point takes longer.
         loss = self.measured.get(point)
         if loss is None:
             return self.evaluations(self.problem.space.config(point))
@@ -104,6 +105,7 @@ class Walk:
         excluded: Collection[Point] = (),
     ) -> Point | None:
         """The point of least total loss that fits; see `program.allocate`."""
+        # What exceeds the budget by a rounding error does not fit: the promise is exact.
         for limit in _LIMITS:
             target = allocate(
                 losses, self.problem.shares, limit=limit, near=near, excluded=excluded
@@ -118,19 +120,17 @@ class Walk:
 
     def downs(self, point: Point) -> list[Move]:
         """Every single move down."""
-        moves = []
-        for number, choice in enumerate(self.problem.space.choices):
-            before = point[number]
-            moves += [Move(number, before, after, lowers=True) for after in choice.below[before]]
-        return moves
+        return list(self._moves(point, lowers=True))
 
     def ups(self, point: Point) -> list[Move]:
         """Every single move up."""
-        moves = []
+        return list(self._moves(point, lowers=False))
+
+    def _moves(self, point: Point, *, lowers: bool) -> Iterator[Move]:
         for number, choice in enumerate(self.problem.space.choices):
-            before = point[number]
-            moves += [Move(number, before, after, lowers=False) for after in choice.above[before]]
-        return moves
+            neighbours = choice.below if lowers else choice.above
+            for option in neighbours[point[number]]:
+                yield Move(number, point[number], option, lowers=lowers)
 
     def saving(self, point: Point, move: Move) -> float:
         """Share of the budget that a move sets free; negative for what it costs."""
@@ -152,6 +152,7 @@ class Walk:
     def increase(self, point: Point, move: Move) -> float | None:
         """The loss increase of a move: measured, or predicted; None if nothing is known."""
         target = move.apply(point)
+        # A measurement in this very context is better than any prediction.
         if self.knows(target) and self.knows(point):
             return difference(self.loss(target), self.loss(point))
         options = self.problem.space.options[move.choice]

@@ -25,7 +25,7 @@ class Predictor:
     """
 
     def __init__(self, space: Space) -> None:
-        self._widths = [choice.widths for choice in space.choices]
+        self._choices = space.choices
         self._lowerings: dict[tuple[int, Operand], _Lowerings] = {}
         self._joint: dict[int, float] = {}
 
@@ -72,7 +72,7 @@ class Predictor:
         if (low, high) in measured:
             return measured[low, high]
         # Step by step, since each step has its own nearest measurement.
-        between = [width for width in self._widths[choice][operand] if low <= width <= high]
+        between = [width for width in self._choices[choice].widths[operand] if low <= width <= high]
         return math.fsum(_extrapolated(measured, *step) for step in itertools.pairwise(between))
 
 

@@ -49,10 +49,12 @@ class Problem:
     @cached_property
     def shares(self) -> list[list[list[float]]]:
         """Share of each limit that each option uses: `shares[limit][choice][option]`."""
-        return [self._shares_of_limit(name) for name in self._limits]
-
-    def _shares_of_limit(self, name: str) -> list[list[float]]:
-        return [self._shares_of_choice(name, choice) for choice in self.space.choices]
+        tables: list[list[list[float]]] = []
+        for name in self._limits:
+            tables.append([])
+            for choice in self.space.choices:
+                tables[-1].append(self._shares_of_choice(name, choice))
+        return tables
 
     def _shares_of_choice(self, name: str, choice: Choice) -> list[float]:
         return [self._share(name, choice, bits) for bits in choice.options]
@@ -69,16 +71,15 @@ class Problem:
 
     def _cheapest_of_each_choice(self) -> Point:
         point = []
-        for number, choice in enumerate(self.space.choices):
-            rows = [table[number] for table in self.shares]
-            largest_shares = [max(shares) for shares in zip(*rows, strict=True)]
-            point.append(min(range(len(choice.options)), key=largest_shares.__getitem__))
+        for shares_by_limit in zip(*self.shares, strict=True):
+            largest_shares = list(map(max, zip(*shares_by_limit, strict=True)))
+            point.append(largest_shares.index(min(largest_shares)))
         return tuple(point)
 
     @cached_property
     def fitting_uniform(self) -> tuple[BitConfig, ...]:
         """The uniform configurations that fit, those of equal bit-widths first."""
-        return tuple(config for config in self.full_space.uniform if self.fits(config))
+        return tuple(filter(self.fits, self.full_space.uniform))
 
     @cached_property
     def start(self) -> Point | None:

@@ -165,7 +165,7 @@ def run_search(
         losses=evaluations.losses,
         best=evaluations.best(problem.fits),
         stopped=stopped,
-        moves_asked=sum(walk.moves_asked for walk in run.walks),
+        moves_asked=run.moves_asked,
     )
 
 
@@ -177,7 +177,11 @@ class _Run:
         self._evaluations = evaluations
         # Budgets that leave the same options to choose from share what was learned.
         self._predictors: dict[Space, Predictor] = {}
-        self.walks: list[Walk] = []
+        self._walks: list[Walk] = []
+
+    @property
+    def moves_asked(self) -> int:
+        return sum(walk.moves_asked for walk in self._walks)
 
     def search_budgets(self) -> None:
         question = self._question
@@ -192,6 +196,7 @@ class _Run:
     def sketch_range(self) -> None:
         question, first = self._question, self._question.problems[0]
         name = next(iter(first.budget.limits))
+        # Of the full space: an option that cannot pay below one budget may pay below another.
         for budget in _budgets_of_range(question.space, name, question.costs):
             problem = Problem(question.space, budget, question.costs)
             sketch(self._walk(problem), first.space.highest)
@@ -199,7 +204,7 @@ class _Run:
     def _walk(self, problem: Problem) -> Walk:
         predictor = self._predictors.setdefault(problem.space, Predictor(problem.space))
         walk = Walk(problem, self._evaluations, predictor)
-        self.walks.append(walk)
+        self._walks.append(walk)
         return walk
 
 
@@ -208,15 +213,13 @@ def _budgets_of_range(space: Space, name: str, costs: CostModel) -> list[Budget]
 
     They are those of the uniform configurations, and some between each two.
     """
-    all_totals = {costs.total(name, config) for config in space.equal_widths}
-    totals = sorted(total for total in all_totals if total > 0)
+    totals = sorted({costs.total(name, config) for config in space.equal_widths} - {0})
     limits = totals[:1]
     for low, high in itertools.pairwise(totals):
         for step in range(1, _BETWEEN):
             limits.append(low * (high / low) ** (step / _BETWEEN))
         limits.append(high)
-    finite = filter(math.isfinite, reversed(limits))
-    return [Budget.of({name: float(limit)}) for limit in finite]
+    return [Budget.of({name: float(limit)}) for limit in reversed(limits) if limit < math.inf]
 
 
 def _require_positive(name: str, value: float | None) -> None:

@@ -39,10 +39,8 @@ def run_algorithm(name: str, walk: Walk, settings: Settings) -> None:
     Uniform configurations that fit are measured first, so that the result is never worse.
 
     Raises:
-        SearchError: There is no such algorithm.
         Stopped: The evaluations or the time are used up.
     """
-    require_algorithm(name)
     for config in walk.problem.fitting_uniform:
         walk.evaluations(config)
     if not walk.problem.fitting_uniform:

@@ -10,7 +10,6 @@ not be a full product: a choice may offer W4A4 and W8A8 only. User constraints a
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -39,20 +38,22 @@ class Choice:
     @cached_property
     def below(self) -> tuple[tuple[int, ...], ...]:
         """For each option the next lower ones: below it, with nothing in between."""
-        below = []
+        below: list[list[int]] = []
         for upper in self.options:
-            indices = [i for i, lower in enumerate(self.options) if self._is_next(lower, upper)]
-            below.append(tuple(indices))
-        return tuple(below)
+            below.append([])
+            for index, lower in enumerate(self.options):
+                if self._is_next(lower, upper):
+                    below[-1].append(index)
+        return tuple(map(tuple, below))
 
     @cached_property
     def above(self) -> tuple[tuple[int, ...], ...]:
         """For each option the next higher ones."""
-        above = []
-        for lower in self.options:
-            indices = [i for i, upper in enumerate(self.options) if self._is_next(lower, upper)]
-            above.append(tuple(indices))
-        return tuple(above)
+        above: list[list[int]] = [[] for _ in self.options]
+        for upper, lower_options in enumerate(self.below):
+            for lower in lower_options:
+                above[lower].append(upper)
+        return tuple(map(tuple, above))
 
     def at_least(self, bits: Bits) -> int:
         """The lowest option with at least these bit-widths; if too high, the highest counts."""
@@ -60,19 +61,23 @@ class Choice:
             min(bits.weight, self.widths["weight"][-1]),
             min(bits.activation, self.widths["activation"][-1]),
         )
-        sums = [option.weight + option.activation for option in self.options]
-        enough = [index for index, option in enumerate(self.options) if dominates(option, wanted)]
-        if enough:
-            return min(enough, key=lambda index: (sums[index], index))
+        by_sum = sorted(range(len(self.options)), key=self._sum_and_index)
+        for index in by_sum:
+            if dominates(self.options[index], wanted):
+                return index
         # No single option has both bit-widths: the highest comes nearest.
-        return max(range(len(sums)), key=lambda index: (sums[index], index))
+        return by_sum[-1]
+
+    def _sum_and_index(self, index: int) -> tuple[int, int]:
+        return self.options[index].weight + self.options[index].activation, index
 
     @cached_property
     def widths(self) -> dict[Operand, list[int]]:
         """The bit-widths that occur, ascending."""
-        weights = {bits.weight for bits in self.options}
-        activations = {bits.activation for bits in self.options}
-        return {"weight": sorted(weights), "activation": sorted(activations)}
+        widths: dict[Operand, list[int]] = {}
+        for operand in OPERANDS:
+            widths[operand] = sorted({getattr(bits, operand) for bits in self.options})
+        return widths
 
     def distance(self, first: int, second: int) -> int:
         """Bit-widths between two options, of the operand that differs more."""
@@ -109,11 +114,6 @@ class Space:
     def options(self) -> tuple[tuple[Bits, ...], ...]:
         """The options of each choice."""
         return tuple(choice.options for choice in self.choices)
-
-    @property
-    def size(self) -> int:
-        """Number of configurations."""
-        return math.prod(len(choice.options) for choice in self.choices)
 
     def config(self, point: Point) -> BitConfig:
         """The configuration of a point."""
@@ -163,14 +163,16 @@ class Space:
         Equal bit-widths come first; each part is in descending order.
         """
         pairs = itertools.product(self._widths("weight"), self._widths("activation"))
-        mixed = sorted((Bits(*pair) for pair in pairs if pair[0] != pair[1]), reverse=True)
-        configs = [self.config(self.at_least(bits)) for bits in mixed]
-        return tuple(dict.fromkeys([*self.equal_widths, *configs]))
+        configs = list(self.equal_widths)
+        for weight, activation in sorted(pairs, reverse=True):
+            if weight != activation:
+                configs.append(self.config(self.at_least(Bits(weight, activation))))
+        return tuple(dict.fromkeys(configs))
 
     @cached_property
     def equal_widths(self) -> tuple[BitConfig, ...]:
         """Those of `uniform` whose two bit-widths are the same."""
-        return tuple(self.config(point) for point in reversed(self.equal_points))
+        return tuple(map(self.config, reversed(self.equal_points)))
 
     @cached_property
     def equal_points(self) -> tuple[Point, ...]:

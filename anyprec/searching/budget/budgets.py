@@ -79,8 +79,11 @@ class Budget:
         Raises:
             BudgetError: as the constructor.
         """
-        fields = {name: limit for name, limit in limits.items() if name in _FIELDS}
-        user_limits = {name: limit for name, limit in limits.items() if name not in _FIELDS}
+        fields: dict[str, float] = {}
+        user_limits: dict[str, float] = {}
+        for name, limit in limits.items():
+            group = fields if name in _FIELDS else user_limits
+            group[name] = limit
         return cls(**fields, own=user_limits)
 
     @property
@@ -128,10 +131,9 @@ def unreachable(budget: Budget, ranges: Mapping[str, tuple[float, float]]) -> Bu
         'no configuration fits the budget 512 B: achievable are 1 KiB to 4 KiB, every lay'
     """
     # The lower end is rounded up, so that it is itself a budget that can be reached.
-    shown = [
-        f"{_show(name, low, rounding=ROUND_CEILING)} to {_show(name, high)}"
-        for name, (low, high) in ranges.items()
-    ]
+    shown = []
+    for name, (low, high) in ranges.items():
+        shown.append(f"{_show(name, low, rounding=ROUND_CEILING)} to {_show(name, high)}")
     each = " (each by itself)" if len(shown) > 1 else ""
     msg = (
         f"no configuration fits the budget {budget}: achievable are {' and '.join(shown)}{each}, "

@@ -7,6 +7,7 @@ function from configuration to number.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -95,7 +96,7 @@ class Evaluator:
         if callable(objective):
             self.unable = "the objective is a function of the whole model"
             return
-        self._image_count = self._total([len(images) for images in self._images])
+        self._image_count = self._total(list(map(len, self._images)))
         if objective == "divergence":
             self._targets = [F.log_softmax(logits, dim=-1) for logits in self._reference()]
         if not reuse:
@@ -118,8 +119,8 @@ class Evaluator:
                 value = of_first_process(float(self._objective(self._model)))
             else:
                 with self._normalising(), self._explaining():
-                    sums = [self._judge(number) for number in range(len(self._images))]
-                    value = self._total(sums) / self._image_count
+                    sums = map(self._judge, range(len(self._images)))
+                    value = self._total(list(sums)) / self._image_count
         return value if math.isfinite(value) else math.inf
 
     def set_anchor(self, config: BitConfig) -> None:
@@ -140,7 +141,7 @@ class Evaluator:
                 _add(batch_digest, value)
             batch_digests.append((position, batch_digest.hexdigest()))
         # Sorted by position, so that the number of processes does not matter.
-        of_all = sorted(entry for entries in of_all_processes(batch_digests) for entry in entries)
+        of_all = sorted(itertools.chain.from_iterable(of_all_processes(batch_digests)))
         digest.update(repr(of_all).encode())
         return digest.hexdigest()
 
@@ -169,11 +170,13 @@ class Evaluator:
     def _reference(self) -> list[Tensor]:
         """Logits of the float network; of the highest precision if there are no float weights."""
         try:
-            with self._model.using_bits(None), torch.no_grad():
-                return [self._logits(self._model(images)) for images in self._images]
+            return self._logits_at(None)
         except PackedError:
-            with self._model.using_bits(highest_config(self._model.candidates)), torch.no_grad():
-                return [self._logits(self._model(images)) for images in self._images]
+            return self._logits_at(highest_config(self._model.candidates))
+
+    def _logits_at(self, config: BitConfig | None) -> list[Tensor]:
+        with self._model.using_bits(config), torch.no_grad():
+            return [self._logits(self._model(images)) for images in self._images]
 
     def _judge(self, number: int) -> float:
         """The objective summed over the images of one batch."""

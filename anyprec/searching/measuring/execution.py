@@ -60,7 +60,7 @@ class PartialExecution:
         self._memory = memory
         self._stored: list[dict[fx.Node, Any]] = [{} for _ in range(batches)]
         self._versions: dict[tuple[int, fx.Node], list[int]] = {}
-        self._storable = {node for node in self._nodes if self._is_worth_storing(node)}
+        self._storable = set(filter(self._is_worth_storing, self._nodes))
         self._anchor: dict[fx.Node, Any] = {}
         self.layer_runs = 0
 
@@ -83,16 +83,11 @@ class PartialExecution:
             return None, reason
         return execution, None
 
-    @property
-    def layers(self) -> int:
-        """Executions of quantized layers in one whole forward pass."""
-        return sum(self._layers.values())
-
     def set_anchor(self, config: BitConfig) -> None:
         """From now on store what is computed at `config`; what differs there is dropped."""
         with self._model.using_bits(config):
             states = self._states()
-        stale = self._differing(states)
+        stale = self._differing(states)  # by the old anchor, at which the values were computed
         for stored in self._stored:
             for node in stale & stored.keys():
                 del stored[node]
@@ -115,7 +110,9 @@ class PartialExecution:
         self, plan: list[fx.Node], batch: int, images: Tensor, differing: set[fx.Node]
     ) -> None:
         stored, environment = self._stored[batch], self._interpreter.env
-        last_use = {source: node for node in plan for source in node.all_input_nodes}
+        last_use = {}
+        for node in plan:
+            last_use.update(dict.fromkeys(node.all_input_nodes, node))
         for node in plan:
             for source in node.all_input_nodes:
                 if source not in environment:
@@ -146,13 +143,13 @@ class PartialExecution:
                 continue
             needed.add(node)
             waiting.extend(node.all_input_nodes)
-        return [node for node in self._nodes if node in needed]
+        return list(filter(needed.__contains__, self._nodes))
 
     def _states(self) -> dict[fx.Node, Any]:
         """What the value of each node depends on, beside its inputs."""
         states: dict[fx.Node, Any] = {}
         for node, modules in self._switching.items():
-            states[node] = tuple(self._state(module) for module in modules)
+            states[node] = list(map(self._state, modules))
         return states
 
     def _state(self, module: _Switching) -> Any:
@@ -167,7 +164,7 @@ class PartialExecution:
         differing: set[fx.Node] = set()
         for node in self._nodes:
             is_changed = self._anchor.get(node) != states[node]
-            if is_changed or any(source in differing for source in node.all_input_nodes):
+            if is_changed or not differing.isdisjoint(node.all_input_nodes):
                 differing.add(node)
         return differing
 
@@ -191,7 +188,7 @@ class PartialExecution:
         for index in first_of_shape.values():
             try:
                 reason = self._try_batch(index, images[index])
-            except Exception as error:  # noqa: BLE001 (a graph may fail in any way that a network can)
+            except Exception as error:  # noqa: BLE001 (it may fail as any network can)
                 reason = f"executing its graph fails with {type(error).__name__}: {error}"
             if reason is not None:
                 return reason
@@ -269,4 +266,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _versions(value: Any) -> list[int]:
     """How often each tensor was changed in place."""
-    return [tensor._version for tensor in _tensors(value)]  # noqa: SLF001 (torch has no public name for it)
+    # torch has no public name for it.
+    return [tensor._version for tensor in _tensors(value)]  # noqa: SLF001

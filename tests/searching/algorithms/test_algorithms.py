@@ -276,7 +276,7 @@ def test_an_unknown_algorithm_is_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_measuring_what_looks_best_saves_most_evaluations(kind):
-    net = FakeNetwork(1, layers=10, widths=(2, 3, 4, 5, 6), kind=kind)
+    net = FakeNetwork(2, layers=10, widths=(2, 3, 4, 5), kind=kind)
     budget = parse_budget("W4A4", net)
     results = {name: searched(net, budget, name) for name in OURS}
     best = min(result.loss for result in results.values())
@@ -543,8 +543,8 @@ def test_what_the_descent_leaves_over_is_spent(algorithm):
 class Sheltered(FakeNetwork):
     """The loss is discounted while all but `reach` layers have the same bits."""
 
-    def __init__(self, seed: int, *, reach: int, discount: float) -> None:
-        super().__init__(seed, layers=10)
+    def __init__(self, seed: int, *, layers: int, reach: int, discount: float) -> None:
+        super().__init__(seed, layers=layers)
         self.reach, self.discount = reach, discount
 
     def loss(self, config):
@@ -554,24 +554,25 @@ class Sheltered(FakeNetwork):
 
 
 @pytest.mark.parametrize("algorithm", ["combined", "lazy"])
-@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize(("seed", "discount"), [(13, 0.4), (27, 0.5)])
 def test_a_better_uniform_configuration_does_not_keep_from_improving_what_the_descent_found(
-    seed, algorithm
+    seed, discount, algorithm
 ):
-    # No few changes of uniform gain, so that improving the best alone would end there.
-    net = Sheltered(seed, reach=0, discount=0.4)
+    # No few changes of uniform gain, so that improving the best alone ends there: at 1.0.
+    net = Sheltered(seed, layers=7, reach=0, discount=discount)
     result = searched(net, parse_budget("W3A3", net), algorithm)
     assert result.loss <= 0.93 * net.loss(uniform(3, net.candidates))
 
 
 @pytest.mark.parametrize("algorithm", OURS)
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize(("seed", "layers"), [(0, 7), (2, 8)])
 def test_a_uniform_configuration_that_is_better_than_what_the_descent_found_is_improved(
-    seed, algorithm
+    seed, layers, algorithm
 ):
-    net = Sheltered(seed, reach=2, discount=0.2)
+    # Improving what the descent found alone ends at 0.71 and, without greedy's measurements, 1.0.
+    net = Sheltered(seed, layers=layers, reach=2, discount=0.2)
     result = searched(net, parse_budget("W3A3", net), algorithm)
-    assert result.loss <= 0.8 * net.loss(uniform(3, net.candidates))
+    assert result.loss <= 0.65 * net.loss(uniform(3, net.candidates))
 
 
 @pytest.mark.parametrize("seed", [2, 3])
