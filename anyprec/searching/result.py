@@ -18,7 +18,8 @@ from anyprec.searching.budget.reading import BudgetLike, parse_budget
 from anyprec.searching.figures import plot_result, result_table
 from anyprec.searching.stored import read_result, write_result
 
-_SHOWN_PRECISIONS = 8
+_SHOWN_PRECISIONS = 6
+"""The most frequent ones, in the text of a result."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MeasuredConfig:
         accuracy: Top-1 in percent on `report_loader`; None if it was not measured there.
     """
 
-    config: BitConfig
+    config: BitConfig = field(repr=False)
     score: float
     cost: Cost
     accuracy: float | None = None

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.bits import BitConfig, Bits
+from anyprec.bits import BitConfig, Bits, LayerCandidates
 from anyprec.errors import BitsError, BudgetError, NotCalibratedError, SearchError
+from anyprec.model.cost import CostModel, LayerCost
 from anyprec.model.costing import cost_model
 from anyprec.searching.measuring.evaluator import Evaluator
 
@@ -33,7 +34,7 @@ def test_the_result_fits_and_is_not_worse_than_uniform_configurations_that_fit(
     net: anyprec.ConvertedModel,
     batches: list[tuple[Tensor, Tensor]],
 ) -> None:
-    result = anyprec.search(net, batches, budget, objective=objective, max_evaluations=40)
+    result = anyprec.search(net, batches, budget, objective=objective, max_evaluations=24)
     assert result.utilisation <= 1
     costs = cost_model(net)
     for name, limit in result.budget.limits.items():
@@ -62,7 +63,7 @@ def test_the_search_comes_close_to_the_best_of_all_configurations(
         for bits in itertools.product(*choices)
     )
     fitting = [config for config in everything if costs.bitops(config) <= limit]
-    scores = sorted(evaluator(config) for config in fitting[:: max(1, len(fitting) // 400)])
+    scores = sorted(evaluator(config) for config in fitting[:: max(1, len(fitting) // 200)])
     # With few images neighbours differ by roundings: to be among the best percent counts.
     assert result.score <= scores[len(scores) // 100]
 
@@ -458,3 +459,59 @@ def test_pictures_and_table(result: anyprec.SearchResult, tmp_path: Path) -> Non
     names = list(table.columns[0].cells)
     assert "W3A3" in names
     assert table.row_count == len({f.config for f in result.frontier} | set(result.uniform))
+
+
+def many_layers(count: int) -> anyprec.SearchResult:
+    """A result for so many layers with long paths, of which each has another precision."""
+    paths = [f"stages.{index // 100}.blocks.{index}.mlp.fc1" for index in range(count)]
+    widths = tuple(range(2, 9))
+    precisions = itertools.cycle(itertools.product(widths, repeat=2))
+    config = BitConfig(dict(zip(paths, precisions, strict=False)))
+    costs = CostModel(
+        layers={path: LayerCost(path, 10**7, 10**5) for path in paths},
+        candidates=dict.fromkeys(paths, LayerCandidates(widths, widths)),
+    )
+    uniform = [BitConfig(dict.fromkeys(paths, bits)) for bits in (2, 4, 8)]
+    evaluated = {config: 0.01234, **dict.fromkeys(uniform, 0.5)}
+    return anyprec.SearchResult(
+        config=config,
+        score=0.01234,
+        budget=anyprec.Budget(bitops=200e9, size=10**9, own={"energy": 10}),
+        evaluated=evaluated,
+        uniform=tuple(uniform),
+        costs=costs.with_costs({"energy": lambda path, bits: bits.weight / count}),
+        objective="divergence",
+        norms="stored",
+        stopped="max_evaluations",
+        layer_runs=100,
+    )
+
+
+def test_a_result_is_shown_on_a_screen_however_many_layers_there_are() -> None:
+    result = many_layers(700)
+    for text in (repr(result), str(result)):
+        assert len(text) <= 1200
+        assert len(text.splitlines()) <= 20
+        assert max(map(len, text.splitlines())) <= 120
+    text = repr(result)
+    assert "700 layers: 15 x W2A2, " in text
+    assert "43 more precisions" in text
+    assert "divergence   0.01234" in text
+    assert f"{result.cost.bitops / 1e9:.4g} GBitOPs" in text
+    assert f"{result.budget}, {result.utilisation:.1%} used" in text
+    assert "4, max_evaluations" in text
+    assert ".config" in text
+    assert '.at("5 MiB")' in text
+    for part in (result.frontier[0], result.cost, result.costs):
+        assert len(repr(part)) <= 300
+
+
+def test_a_measured_configuration_of_few_layers_is_counted_by_precision(
+    result: anyprec.SearchResult,
+) -> None:
+    line = next(line for line in repr(result).splitlines() if "layers:" in line)
+    counts = [part.split(" x ") for part in line.split("layers: ")[1].split(", ")]
+    bits = list(result.config.values())
+    assert {(int(count), name) for count, name in counts} == {
+        (bits.count(each), str(each)) for each in bits
+    }

@@ -54,7 +54,7 @@ class FakeNetwork(CostsAndJudge):
         self,
         seed: int,
         *,
-        layers: int = 6,
+        layers: int = 5,
         widths: tuple[int, ...] = (2, 3, 4),
         kind: str = "separable",
     ):
@@ -215,7 +215,7 @@ def test_the_loss_is_within_1_percent_of_the_best_between_the_uniform_budgets(
 @pytest.mark.parametrize("algorithm", OURS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_limit_on_size_alone_leaves_activations_at_their_highest(seed, algorithm):
-    net = network(seed)
+    net = network(seed, layers=6)
     low, high = (net.total("size", uniform(width, net.candidates)) for width in (2, 4))
     for share in (0.2, 0.5, 0.8):
         limit = low + share * (high - low)
