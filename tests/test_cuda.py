@@ -103,10 +103,9 @@ def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: 
     assert all(torch.isfinite(tensor).all() for tensor in on_gpu.parameters())
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning"
-)  # of parts of torch that its compiler imports
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # its compiler's advice
+# Parts of torch that its compiler imports are deprecated, and the compiler gives advice.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_compiled_training_is_eager_training(
     on_gpu: anyprec.ConvertedModel, loader: Loader
 ) -> None:

@@ -101,7 +101,7 @@ def update_norms(
 def hand_over_affine(model: ConvertedModel) -> None:
     """Give the float network's norms scale and shift of the highest precision, which learned."""
     with model.using_bits(highest_config(model.candidates)):
-        for norm in dict(switchable_norms(model)).values():
+        for _, norm in switchable_norms(model):
             norm.take_over_affine()
 
 
@@ -114,8 +114,7 @@ def _update_copies(
     include_float: bool,
 ) -> None:
     """Estimate every copy of every norm, and the statistics beside them."""
-    norms = dict(switchable_norms(model))
-    norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
+    norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
     if not norms:
         return
     batches = held_images(loader, limit, device_of(model))

@@ -79,7 +79,7 @@ def calibrate(
             layer.input_quantizer.set_grid(*grids[path])
             with torch.no_grad():
                 layer.weight_quantizer.step.copy_(steps[path])
-        for norm in dict(switchable_norms(model)).values():
+        for _, norm in switchable_norms(model):
             if norm.bank is not None:
                 norm.bank.copy_from(norm)
         update_norms(model, images[:norm_batches], anchored=True)

@@ -15,8 +15,8 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.document import Document
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.switching import switchable_norms
 from anyprec.nn.norm_bank import Statistics
-from anyprec.nn.norms import SwitchableNorm
 
 STATISTICS_PREFIX = "anyprec.statistics."
 _PARTS = ("mean", "variance")
@@ -51,7 +51,7 @@ def fitting_statistics(
         CheckpointError: A configuration does not fit the network, or the tensors are not those of
             its norms.
     """
-    norms = _running_means(model)
+    norms = {path: norm.running_mean for path, norm in switchable_norms(model)}
     numbers = _numbers(document, only)
     expected: dict[str, Tensor] = {}
     for number in numbers:
@@ -82,15 +82,6 @@ def _names(number: int, path: str) -> tuple[str, ...]:
 def _numbers(document: Document, only: BitConfig | None) -> list[int]:
     configs = enumerate(document.statistics)
     return [number for number, config in configs if only is None or config == only]
-
-
-def _running_means(model: ConvertedModel) -> dict[str, Tensor]:
-    means: dict[str, Tensor] = {}
-    for path in model.anyprec_record.norms:
-        norm = model.get_submodule(path)
-        if isinstance(norm, SwitchableNorm):
-            means[path] = norm.running_mean
-    return means
 
 
 def _require_statistic(name: str, tensor: Tensor, running_mean: Tensor) -> None:

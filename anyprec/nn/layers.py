@@ -9,7 +9,7 @@ was standardised.
 
 Not here: bare parameters (`matrices.py`), weights that are used without calling their layer
 (`owners.py`), where a quantized weight comes from (`weights.py`), which layers a network has
-(`network/graph.py`), and the operators (`operators.py`).
+(`network/analysis.py`), and the operators (`operators.py`).
 """
 
 from __future__ import annotations

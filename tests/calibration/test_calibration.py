@@ -182,9 +182,8 @@ def test_after_training_the_float_network_takes_over_the_scale_and_shift_of_the_
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for bank in (net.stem_norm.bank, net.depthwise_norm.bank):
-            bank.weight.mul_(
-                1 + torch.rand(bank.weight.shape, generator=generator)
-            )  # what training would do
+            # What training would do.
+            bank.weight.mul_(1 + torch.rand(bank.weight.shape, generator=generator))
             bank.bias.add_(torch.rand(bank.bias.shape, generator=generator))
     update_norms(net, [images])
     assert torch.equal(net.depthwise_norm.weight, before)

@@ -31,9 +31,8 @@ def test_fields_come_back_and_stand_where_the_format_says(width, count, seed):
     assert stored.dtype == torch.uint8
     assert stored.numel() == fixed_size(count, width)
     assert torch.equal(from_fixed(stored, count, width), values)
-    number = int.from_bytes(
-        bytes(stored.tolist()), "little"
-    )  # the whole as one number: field i at bit i * width
+    # The whole as one number: field i at bit i * width.
+    number = int.from_bytes(bytes(stored.tolist()), "little")
     assert [(number >> (place * width)) % 2**width for place in range(count)] == values.tolist()
 
 

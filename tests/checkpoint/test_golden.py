@@ -114,9 +114,8 @@ def test_the_present_format_is_still_what_is_written(tmp_path, name):
     assert {**json.loads(new_text), "version": None} == {**json.loads(old_text), "version": None}
     assert list(json.loads(new_text)) == list(json.loads(old_text))
     assert new.keys() == old.keys()
-    frames = (
-        json.loads(old_text).get("packing", {}).get("coding") == "zstd"
-    )  # another Zstandard may make other frames
+    # Another Zstandard may make other frames.
+    frames = json.loads(old_text).get("packing", {}).get("coding") == "zstd"
     assert all(
         torch.equal(new[name], tensor)
         for name, tensor in old.items()

@@ -23,9 +23,8 @@ from anyprec.model.costing import cost_model
 def test_published_bitops_are_reproduced(name: str, published: dict[int, float]) -> None:
     model = anyprec.convert(timm.create_model(name))
     for bits, expected in published.items():
-        assert anyprec.cost_of(model, bits).bitops / 1e9 == pytest.approx(
-            expected, abs=0.006
-        )  # the published digits
+        giga_bitops = anyprec.cost_of(model, bits).bitops / 1e9
+        assert giga_bitops == pytest.approx(expected, abs=0.006)  # the published digits
 
 
 def test_bitops_and_size_are_their_definitions(net: anyprec.ConvertedModel) -> None:
@@ -72,9 +71,8 @@ def test_parameters_are_accounted_for(net: anyprec.ConvertedModel) -> None:
         if "quantizer" not in name and "bank" not in name
     )
     assert costs.weights + costs.float_parameters == own
-    assert (
-        costs.steps == (8 + 8 + 8 + 16 + 5) + 5
-    )  # a weight step per channel and an input step per layer
+    # A weight step per channel and an input step per layer.
+    assert costs.steps == (8 + 8 + 8 + 16 + 5) + 5
 
 
 def test_a_configuration_of_another_network_is_refused(net: anyprec.ConvertedModel) -> None:

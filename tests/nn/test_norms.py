@@ -129,6 +129,19 @@ def test_statistics_of_a_configuration_are_used_in_eval_mode_only(norm: nn.Modul
     assert not torch.equal(norm.eval()(x), reference(x))
 
 
+def test_a_norm_without_copies_uses_statistics_of_a_configuration_too(norm: nn.Module) -> None:
+    reference = copy.deepcopy(norm)
+    switch_norm(norm, 0)
+    norm.override_with((torch.rand(4), 0.5 + torch.rand(4)))
+    x = torch.randn(6, 4, 5, 5)
+    before = [value.clone() for value in norm.override]
+    torch.testing.assert_close(norm.train()(x), reference.train()(x), rtol=0, atol=0)
+    assert torch.equal(norm.running_mean, reference.running_mean)
+    assert all(map(torch.equal, norm.override, before))
+    reference.running_mean, reference.running_var = norm.override
+    assert torch.equal(norm.eval()(x), reference.eval()(x))
+
+
 @pytest.mark.parametrize(
     ("sharing", "rows"), [("per-pair", 4 * 4), ("shared-affine", 4 * 4), ("shared", 0)]
 )

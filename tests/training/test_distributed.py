@@ -53,9 +53,8 @@ def test_calibration_and_norm_statistics_see_the_images_of_all_processes(
     one, two = runs["one"]["batch norm, calibrated"], runs["two"]["batch norm, calibrated"]
     for name, value in one.items():
         if "bank.running" in name:
-            torch.testing.assert_close(
-                two[name], value, rtol=0.05, atol=0.02
-            )  # step sizes come from another sample
+            # Step sizes come from another sample.
+            torch.testing.assert_close(two[name], value, rtol=0.05, atol=0.02)
     steps = [name for name in one if name.endswith("input_quantizer.step")]
     assert steps
     for name in steps:

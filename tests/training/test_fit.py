@@ -214,9 +214,8 @@ def test_accumulated_batches_are_one_step(
         )
         weights.append(net.state_dict())
     for name, value in weights[0].items():
-        torch.testing.assert_close(
-            value, weights[1][name], rtol=1e-4, atol=1e-6
-        )  # sums in another order
+        # Sums are in another order.
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-6)
 
 
 def test_averaged_weights_are_what_remains(
