@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
 from rich.console import Console
 
 import anyprec
-from anyprec.report.frontiers import frontier_table
+from anyprec.report.frontiers import frontier_plot, frontier_table
 from anyprec.report.plots import plot_accuracy
 from anyprec.report.results import Result
 from anyprec.report.tables import results_markdown, results_table
@@ -62,6 +63,9 @@ def test_a_frontier_shows_accuracy_where_it_was_measured(results: list[Result]) 
     assert list(table.columns[-1].cells) == ["", "71.50"]
     assert list(table.columns[-2].cells) == ["0.5000", "0.2500"]
     assert [row.style for row in table.rows] == [None, "bold"]
+    figures = {column.header: next(iter(column.cells)) for column in table.columns}
+    assert figures["GBitOPs"] == f"{cost.bitops / 10**9:.4g}"
+    assert figures["MiB"] == f"{cost.size / 2**23:.3f}"
     without = frontier_table([(*row[:3], None) for row in rows], objective="loss")
     assert [column.header for column in without.columns] == header[:-1]
 
@@ -78,3 +82,31 @@ def test_the_plot_has_a_series_for_each_kind(
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert [label for label, _ in labels] == ["uniform", "searched"]
     assert labels[0][1] == sorted(labels[0][1])
+
+
+@pytest.mark.parametrize(
+    ("cost", "one", "label"),
+    [
+        ("bitops", 10**9, "BitOPs of one image, in G"),
+        ("size", 2**23, "size of the quantized weights, in MiB"),
+        ("latency", 0.001, "latency, in ms"),
+        ("energy", 1, "energy"),
+    ],
+)
+def test_a_frontier_is_plotted_in_the_unit_that_its_label_names(
+    cost: str, one: float, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+    all_axes: set[Axes] = set()
+    plot = Axes.plot
+
+    def record(axes: Axes, costs: list[float], *args: Any, **options: Any) -> Any:
+        drawn.append(list(costs))
+        all_axes.add(axes)
+        return plot(axes, costs, *args, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    series = {"searched": [(2 * one, 0.5), (one, 0.7)]}
+    frontier_plot(series, tmp_path / "f.png", cost=cost, score="loss", chosen=[(2 * one, 0.5)])
+    assert drawn == [[1, 2], [2]]
+    assert [axes.get_xlabel() for axes in all_axes] == [f"{label} (log scale)"]
