@@ -16,6 +16,7 @@ from anyprec.errors import (
     NotCalibratedError,
     PackedError,
     SearchError,
+    StaleNormsWarning,
     TrainingError,
 )
 from anyprec.model.conversion import convert
@@ -58,6 +59,7 @@ __all__ = [
     "SandwichSampler",
     "SearchError",
     "SearchResult",
+    "StaleNormsWarning",
     "TrainingError",
     "UniformSampler",
     "calibrate",

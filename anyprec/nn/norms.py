@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import StaleRows, TrainedNetwork
 from anyprec.nn.undecayed import Undecayed
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -58,7 +59,10 @@ class NormBank(Undecayed):
         uniform_mean, uniform_var: Statistics of uniform precisions, shape `(len(widths), channels)`, NaN until they are
             estimated; absent if there are none.
         has_uniform: Whether they are estimated.
+        stale: The rows whose statistics training has left behind; None before training.
     """
+
+    stale: StaleRows | None = None
 
     running_mean: Tensor
     running_var: Tensor
@@ -130,6 +134,12 @@ class NormBank(Undecayed):
             self.uniform_var.fill_(math.nan)
             self.has_uniform = False
 
+    def mark_stale(self, network: TrainedNetwork) -> None:
+        """Note that the weights of the network have moved, and all statistics stayed behind."""
+        if self.stale is None or self.stale.network is not network:
+            self.stale = StaleRows(network)
+        self.stale.rows.update((None, *range(self.rows)))
+
     def refresh(self) -> None:
         """Note whether the statistics of uniform precisions are there, after they were written."""
         if self.widths and not self.uniform_mean.is_meta:
@@ -172,6 +182,7 @@ class NormBank(Undecayed):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+        self.stale = None  # they came with the weights
 
     def extra_repr(self) -> str:
         """Number of copies, for `print(model)`."""
@@ -229,6 +240,8 @@ class SwitchableNorm(Specialized):
         vars(self).update(_row=row, _uniform=uniform, _active=row is not None, override=override)
         if row is not None and bank is not None:
             bank.select(row, uniform)
+        if bank is not None and bank.stale is not None and bank.stale.network.compiled:
+            self._warn_if_stale(bank)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with the active copy in place of the float parameters and statistics."""
@@ -236,10 +249,16 @@ class SwitchableNorm(Specialized):
         # The copies learn, and statistics beside them would stay behind. In compiled training `OneShot` drops them.
         if self.training and self.bank is not None and not torch.compiler.is_compiling():
             self.bank.forget_uniform()
+        if self.bank is not None and not torch.compiler.is_compiling():
+            self._warn_if_stale(self.bank)
         if not self._active and override is None and self.observer is None:
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self.bank if self._active else None, self, override, self.observer):
             return super().forward(*args, **kwargs)
+
+    def _warn_if_stale(self, bank: NormBank) -> None:
+        if bank.stale is not None and not self.training and self.override is None:
+            bank.stale.warn_about(self.row)
 
     @torch.no_grad()
     def take_over_affine(self) -> None:
