@@ -8,17 +8,18 @@ and stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Bits, highest_config, shorten
+from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_widths
 from anyprec.calibration.passes import held_images, switchable_norms, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import ConvertedModel, Request, require_converted
-from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.norms import NormBank, SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count, sum_over_processes
@@ -82,8 +83,15 @@ def update_norms(
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
         msg += "them: choose one"
         raise ValueError(msg)
+    norms = switchable_norms(model)
     if bits == "all":
-        _update_copies(model, loader, batches, anchored=anchored, include_float=include_float)
+        norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
+        if norms:
+            requests: list[Bits | None] = [*_uniform_pairs(model)]
+            if include_float:
+                requests.append(None)
+            images = held_images(loader, batches, device_of(model))
+            _update_copies(model, norms, images, requests, anchored=anchored)
         return
     config = model.resolve_bits(bits)
     if config is None:
@@ -94,7 +102,52 @@ def update_norms(
         msg = f'anchored=True and include_float=True need bits="all", got bits={bits!r}: leave '
         msg += "them out for a configuration"
         raise ValueError(msg)
-    _update_configuration(model, loader, config, batches)
+    _update_configuration(model, norms, held_images(loader, batches, device_of(model)), config)
+
+
+def refresh_norms(
+    model: ConvertedModel,
+    loader: Iterable[Batch],
+    configs: Iterable[BitConfig | None] | None = None,
+    *,
+    batches: int | None = None,
+) -> None:
+    """Bring statistics up to date that training has left behind, for some precisions only.
+
+    `update_norms` estimates every copy; this costs a forward pass for each precision and batch. If
+    nothing was left behind it does nothing. Norms that were in eval mode in training are left
+    alone: their statistics are what training uses.
+
+    Args:
+        model: A converted and calibrated model.
+        loader: As for `update_norms`.
+        configs: Configurations, each of which gets statistics of its own; None among them is the
+            float network. By default every uniform bit-width and the float network, whose
+            statistics stand in the norms' copies.
+        batches: At most so many batches of `loader`.
+
+    Raises:
+        CalibrationError: The loader is empty, or statistics come out not finite.
+    """
+    norms = {path: norm for path, norm in switchable_norms(model).items() if _is_trained(norm)}
+    requests: list[Bits | None] = []
+    own: list[BitConfig] = []
+    if configs is None:
+        widths = uniform_widths(model.candidates.values())
+        requests = [*(Bits(width, width) for width in widths), None]
+    else:
+        requested = list(configs)
+        requests = [None] if None in requested else []
+        present = model.anyprec_record.statistics
+        own = [config for config in requested if config is not None and config not in present]
+    needs_copies = _uses_stale_rows(model, norms, requests)
+    if not norms or not (needs_copies or own):
+        return
+    images = held_images(loader, batches, device_of(model))
+    if needs_copies:
+        _update_copies(model, norms, images, requests)
+    for config in own:
+        _update_configuration(model, norms, images, config)
 
 
 def hand_over_affine(model: ConvertedModel) -> None:
@@ -106,32 +159,68 @@ def hand_over_affine(model: ConvertedModel) -> None:
 
 def _update_copies(
     model: ConvertedModel,
-    loader: Iterable[Batch],
-    limit: int | None,
+    norms: dict[str, SwitchableNorm],
+    images: list[Tensor],
+    requests: list[Bits | None],
     *,
-    anchored: bool,
-    include_float: bool,
+    anchored: bool = False,
 ) -> None:
-    """Estimate every copy of every norm, and the statistics beside them."""
-    norms = switchable_norms(model)
-    norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
-    if not norms:
-        return
-    batches = held_images(loader, limit, device_of(model))
-    requests: list[Bits | None] = [*_uniform_pairs(model)]
-    if include_float:
-        requests.append(None)
-    with undo_on_error(model), evaluating(model), torch.no_grad():
-        if include_float:
+    """Estimate the copies that these uniform precisions use, and the statistics beside them."""
+    with _trusting(norms), undo_on_error(model), evaluating(model), torch.no_grad():
+        if None in requests:
             hand_over_affine(model)
-        reference = _float_statistics(model, norms, batches) if anchored else None
-        _estimate_uniform(model, norms, batches, requests, reference)
+        reference = _float_statistics(model, norms, images) if anchored else None
+        _estimate_uniform(model, norms, images, requests, reference)
         _require_finite_banks(norms)
     for norm in norms.values():
         if norm.bank is not None:
             norm.bank.refresh()
+    if not anchored:  # what is anchored is as stale as the float statistics
+        for bank, row in _rows_used(model, norms, requests):
+            _stale_rows(bank).discard(row)
     # The active precision may have statistics now that it lacked when it was set.
     model.set_bits(model.bits)
+
+
+def _is_trained(norm: SwitchableNorm) -> bool:
+    """Whether training moved the statistics of its copies."""
+    return norm.bank is not None and norm.bank.stale is not None
+
+
+def _stale_rows(bank: NormBank) -> set[int | None]:
+    return set() if bank.stale is None else bank.stale.rows
+
+
+@contextmanager
+def _trusting(norms: dict[str, SwitchableNorm]) -> Iterator[None]:
+    """No norm warns in the block: its passes make the statistics that it would warn about."""
+    banks = [norm.bank for norm in norms.values() if norm.bank is not None]
+    stale = [bank.stale for bank in banks]
+    for bank in banks:
+        bank.stale = None
+    try:
+        yield
+    finally:
+        for bank, rows in zip(banks, stale, strict=True):
+            bank.stale = rows
+
+
+def _rows_used(
+    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
+) -> list[tuple[NormBank, int | None]]:
+    """The copies of these norms that these uniform precisions use."""
+    used: list[tuple[NormBank, int | None]] = []
+    with _trusting(norms):
+        for request in requests:
+            with model.using_bits(request):
+                used += [(norm.bank, norm.row) for norm in norms.values() if norm.bank is not None]
+    return used
+
+
+def _uses_stale_rows(
+    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
+) -> bool:
+    return any(row in _stale_rows(bank) for bank, row in _rows_used(model, norms, requests))
 
 
 def _estimate_uniform(
@@ -157,16 +246,17 @@ def _estimate_uniform(
 
 
 def _update_configuration(
-    model: ConvertedModel, loader: Iterable[Batch], config: BitConfig, limit: int | None
+    model: ConvertedModel,
+    norms: dict[str, SwitchableNorm],
+    images: list[Tensor],
+    config: BitConfig,
 ) -> None:
     """Estimate the statistics of one configuration, apart from those of the norms."""
-    norms = switchable_norms(model)
-    batches = held_images(loader, limit, device_of(model))
-    with evaluating(model), torch.no_grad(), model.using_bits(config):
+    with evaluating(model), torch.no_grad(), _trusting(norms), model.using_bits(config):
         for norm in norms.values():
             mean, variance = norm.active_statistics()
             norm.override = mean.clone(), variance.clone()
-        _estimate(model, norms, batches, None)
+        _estimate(model, norms, images, None)
         statistics = {path: norm.active_statistics() for path, norm in norms.items()}
     _require_finite(statistics)
     model.anyprec_record.statistics[config] = statistics
