@@ -15,7 +15,7 @@ demo: $(STAMP) ## run the quickstart; ARGS="..." are its options
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: $(STAMP) ## run the tests in WORKERS processes; ARGS="..." are pytest's options, e.g. ARGS=--cov
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## check style, format and the order of imports
 	$(BIN)/ruff check

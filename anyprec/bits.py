@@ -1,8 +1,8 @@
 """The vocabulary of precision: `Bits`, `BitConfig` and candidate bit-widths.
 
-Plain values without torch. A layer is named by its path in the network (`layer1.0.conv1`), everywhere.
-Reading what a user may pass to `set_bits` (numbers, pairs, patterns) against a network's candidates is here
-too, since it is arithmetic on names and numbers only.
+These are plain values without torch. A layer is named by its path in the network
+(`layer1.0.conv1`), everywhere. Reading what a user may pass to `set_bits` (numbers, pairs,
+patterns) against a network's candidates is here too: it is arithmetic on names and numbers only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ MIN_BITS = 2
 MAX_BITS = 8
 
 _NOTATION = re.compile(r"[wW](\d{1,3})[aA](\d{1,3})")
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, order=True)
@@ -56,13 +57,14 @@ class Bits:
         """
         match = _NOTATION.fullmatch(text.strip())
         if match is None:
-            msg = f"cannot read {text[:60]!r} as a precision: write it as 'W4A6' (weight bits, activation bits)"
+            msg = f"cannot read {text[:60]!r} as a precision: write it as 'W4A6' (weight bits, "
+            msg += "activation bits)"
             raise BitsError(msg)
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
     def of(cls, value: BitsLike) -> Bits:
-        """Make `Bits` of an int (both operands), a pair (weight, activation), the notation, or `Bits`.
+        """Make `Bits` of an int (both operands), a pair (weight, activation), `W4A6`, or `Bits`.
 
         Raises:
             BitsError: `value` is none of these, or a bit-width is out of range.
@@ -75,7 +77,8 @@ class Bits:
             return cls(value, value)
         if isinstance(value, (tuple, list)) and len(value) == 2:
             return cls(value[0], value[1])
-        msg = f"cannot read {value!r} as a precision: pass an int, a pair (weight, activation), 'W4A6' or Bits"
+        msg = f"cannot read {value!r} as a precision: pass an int, a pair (weight, activation), "
+        msg += "'W4A6' or Bits"
         raise BitsError(msg)
 
 
@@ -100,11 +103,6 @@ class LayerCandidates:
         """The most precise one."""
         return Bits(self.weight[-1], self.activation[-1])
 
-    @property
-    def searchable(self) -> bool:
-        """Whether there is anything to choose."""
-        return len(self.weight) > 1 or len(self.activation) > 1
-
     def __contains__(self, bits: Bits) -> bool:
         return bits.weight in self.weight and bits.activation in self.activation
 
@@ -116,11 +114,11 @@ class LayerCandidates:
             _round_up(bits.weight, self.weight), _round_up(bits.activation, self.activation)
         )
 
-    def above(self, floor: Bits) -> LayerCandidates:
-        """Those that are not below `floor`, which must be among them."""
+    def above(self, lowest: Bits) -> LayerCandidates:
+        """The candidates from `lowest` upwards; there may be none."""
         return LayerCandidates(
-            tuple(width for width in self.weight if width >= floor.weight),
-            tuple(width for width in self.activation if width >= floor.activation),
+            _from_upwards(lowest.weight, self.weight),
+            _from_upwards(lowest.activation, self.activation),
         )
 
 
@@ -205,7 +203,8 @@ def check_candidates(values: Iterable[int] | int, *, what: str = "bits") -> tupl
     """
     listed = [values] if isinstance(values, int) else list(values)
     if not listed:
-        msg = f"{what} is empty: give at least one candidate bit-width, e.g. {what}=(2, 3, 4, 5, 6, 8)"
+        msg = f"{what} is empty: give at least one candidate bit-width, e.g. "
+        msg += f"{what}=(2, 3, 4, 5, 6, 8)"
         raise BitsError(msg)
     for value in listed:
         check_bit_width(value, what=f"{what}: bit-width")
@@ -227,16 +226,18 @@ def lowest_config(candidates: Candidates) -> BitConfig:
 
 def uniform_widths(layers: Iterable[LayerCandidates]) -> tuple[int, ...]:
     """The bit-widths that some layer may take for its weight and its input alike, ascending."""
-    return tuple(
-        sorted({width for layer in layers for width in set(layer.weight) & set(layer.activation)})
-    )
+    widths: set[int] = set()
+    for layer in layers:
+        widths.update(set(layer.weight) & set(layer.activation))
+    return tuple(sorted(widths))
 
 
 def uniform(bits: BitsLike, candidates: Candidates) -> BitConfig:
     """The configuration in which every layer has `bits`, as far as its candidates allow.
 
-    A layer without that candidate takes the next higher one, or its highest: with `bits=2`, a depthwise
-    convolution whose lowest candidate is 3 takes 3, and a first layer fixed at 8 bits keeps 8.
+    A layer without that candidate takes the next higher one, or its highest: with `bits=2`, a
+    depthwise convolution whose lowest candidate is 3 takes 3, and a first layer fixed at 8 bits
+    keeps 8.
 
     Raises:
         BitsError: no layer at all has that bit-width among its candidates.
@@ -248,48 +249,41 @@ def resolve(
     request: Mapping[str, BitsLike],
     candidates: Candidates,
     *,
-    base: BitConfig | None = None,
     partial: bool = True,
 ) -> BitConfig:
     """Read a mapping of paths or patterns to bits against the candidates of a network.
 
-    An exact path must name a layer and a precision among its candidates. A pattern (with `*`, `?` or `[`) must
-    match a layer; its bit-widths must be candidates of a matched layer, and are rounded up for the others (see
-    `uniform`). Later entries overrule earlier ones; exact paths overrule patterns.
+    An exact path must name a layer and a precision among its candidates. A pattern (with `*`, `?`
+    or `[`) must match a layer; its bit-widths must be candidates of a matched layer, and are
+    rounded up for the others (see `uniform`). Later entries overrule earlier ones; exact paths
+    overrule patterns.
 
     Args:
         request: Path or pattern to bits.
         candidates: Candidates of every layer of the network.
-        base: Values of layers that `request` does not name.
-        partial: Whether `request` may leave layers unnamed; without `base` these take their highest bits.
+        partial: Whether `request` may leave layers unnamed; these take their highest bits.
 
     Raises:
         BitsError: unknown path, pattern without a match, or a bit-width that is not a candidate.
     """
-    chosen: dict[str, Bits] = {path: layer.highest for path, layer in candidates.items()}
-    if base is not None:
-        chosen.update(base)
-    exact = {key: value for key, value in request.items() if key in candidates}
-    patterns = {key: value for key, value in request.items() if key not in candidates}
-    named = set(exact)
-    for pattern, value in patterns.items():
-        bits = Bits.of(value)
-        matched = match_paths(pattern, candidates)
-        _check_offered(bits, pattern, [candidates[path] for path in matched])
-        named.update(matched)
-        chosen.update({path: candidates[path].at_least(bits) for path in matched})
-    for path, value in exact.items():
-        bits = Bits.of(value)
-        if bits not in candidates[path]:
-            layer = candidates[path]
-            msg = f"{bits} is not a candidate of layer {path!r}: weight bits {layer.weight}, activation bits {layer.activation}"
-            raise BitsError(msg)
-        chosen[path] = bits
-    if not partial and len(named) < len(candidates):
-        missing = [path for path in candidates if path not in named]
+    chosen: dict[str, Bits] = {}
+    for pattern, value in request.items():
+        if pattern not in candidates:
+            chosen.update(_resolve_pattern(pattern, Bits.of(value), candidates))
+    # Exact paths come after all patterns, since they overrule them.
+    for path, value in request.items():
+        if path in candidates:
+            chosen[path] = _resolve_path(path, Bits.of(value), candidates[path])
+    missing: list[str] = []
+    for path, layer in candidates.items():
+        if path not in chosen:
+            missing.append(path)
+            chosen[path] = layer.highest
+    if missing and not partial:
         msg = f"the configuration leaves {len(missing)} layers unnamed: {shorten(missing)}"
         raise BitsError(msg)
-    return BitConfig(chosen)
+    # In network order, whatever the order of the request.
+    return BitConfig({path: chosen[path] for path in candidates})
 
 
 def match_paths(pattern: str, paths: Iterable[str]) -> list[str]:
@@ -298,33 +292,63 @@ def match_paths(pattern: str, paths: Iterable[str]) -> list[str]:
     Raises:
         BitsError: none does.
     """
-    known = list(paths)
-    matched = [path for path in known if fnmatchcase(path, pattern)]
+    paths = list(paths)
+    matched = [path for path in paths if fnmatchcase(path, pattern)]
     if not matched:
-        kind = "pattern" if any(character in pattern for character in "*?[") else "path"
-        msg = f"{kind} {pattern!r} matches no layer; layers are {shorten(known)}"
+        kind = "pattern" if _WILDCARD.search(pattern) else "path"
+        msg = f"{kind} {pattern!r} matches no layer; layers are {shorten(paths)}"
         raise BitsError(msg)
     return matched
 
 
 def shorten(names: Iterable[str], limit: int = 6) -> str:
     """The first few names, and how many more there are, for an error message."""
-    listed = [repr(name) for name in names]
+    listed = list(map(repr, names))
     if not listed:
         return "(none)"
     more = f", ... ({len(listed) - limit} more)" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
-def _check_offered(bits: Bits, pattern: str, layers: list[LayerCandidates]) -> None:
-    for operand in ("weight", "activation"):
-        value = getattr(bits, operand)
-        offered = sorted({width for layer in layers for width in getattr(layer, operand)})
-        if value not in offered:
-            where = "the network" if pattern == "*" else f"the layers that match {pattern!r}"
-            msg = f"{operand} bit-width {value} is not a candidate of {where}: choose from {tuple(offered)}"
-            raise BitsError(msg)
+def _resolve_pattern(pattern: str, bits: Bits, candidates: Candidates) -> dict[str, Bits]:
+    """Bits of the layers that match, rounded up for those that lack a bit-width."""
+    matched = match_paths(pattern, candidates)
+    offered_weight: set[int] = set()
+    offered_activation: set[int] = set()
+    resolved: dict[str, Bits] = {}
+    for path in matched:
+        layer = candidates[path]
+        offered_weight.update(layer.weight)
+        offered_activation.update(layer.activation)
+        resolved[path] = layer.at_least(bits)
+    _check_offered("weight", bits.weight, offered_weight, pattern)
+    _check_offered("activation", bits.activation, offered_activation, pattern)
+    return resolved
 
 
-def _round_up(value: int, candidates: tuple[int, ...]) -> int:
-    return min((width for width in candidates if width >= value), default=candidates[-1])
+def _check_offered(operand: str, width: int, offered: set[int], pattern: str) -> None:
+    if width not in offered:
+        layers = "the network" if pattern == "*" else f"the layers that match {pattern!r}"
+        msg = f"{operand} bit-width {width} is not a candidate of {layers}: choose from "
+        msg += f"{tuple(sorted(offered))}"
+        raise BitsError(msg)
+
+
+def _resolve_path(path: str, bits: Bits, layer: LayerCandidates) -> Bits:
+    if bits not in layer:
+        msg = f"{bits} is not a candidate of layer {path!r}: weight bits {layer.weight}, "
+        msg += f"activation bits {layer.activation}"
+        raise BitsError(msg)
+    return bits
+
+
+def _from_upwards(lowest: int, widths: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(width for width in widths if width >= lowest)
+
+
+def _round_up(wanted: int, widths: tuple[int, ...]) -> int:
+    """The lowest of the ascending `widths` that is not below `wanted`, or else the highest."""
+    for width in widths:
+        if width >= wanted:
+            return width
+    return widths[-1]

@@ -1,15 +1,14 @@
 """Every exception that anyprec raises on purpose.
 
-    AnyprecError
-    |-- BitsError (ValueError)            a bit-width, `Bits` or configuration that does not fit
-    |-- ConversionError (ValueError)      a network or pattern that `convert` cannot take
-    |-- CalibrationError (ValueError)     calibration data that no step size can come from
-    |-- NotCalibratedError (RuntimeError) low precision asked of a network without step sizes
-    |-- TrainingError (RuntimeError)      the training hooks used out of order
-    |-- BudgetError (ValueError)          a budget that cannot be read, or that nothing fits
-    |-- SearchError (ValueError)          a search that cannot be made, or a search file of another one
-    |-- PackedError (RuntimeError)        latent weights asked of a network that holds integer codes only
-    `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
+    AnyprecError |-- BitsError (ValueError)            a bit-width, `Bits` or configuration that
+    does not fit |-- ConversionError (ValueError)      a network or pattern that `convert` cannot
+    take |-- CalibrationError (ValueError)     calibration data that no step size can come from |--
+    NotCalibratedError (RuntimeError) low precision asked of a network without step sizes |--
+    TrainingError (RuntimeError)      the training hooks used out of order |-- BudgetError
+    (ValueError)          a budget that cannot be read, or that nothing fits |-- SearchError
+    (ValueError)          a search that cannot be made, or a search file of another one |--
+    PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
+    only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
 
@@ -47,11 +46,14 @@ class BudgetError(AnyprecError, ValueError):
 
 
 class SearchError(AnyprecError, ValueError):
-    """An argument that no search can be made with, or a search file that is damaged or of another search."""
+    """An argument that no search can be made with, or a search file that is damaged or foreign."""
 
 
 class PackedError(AnyprecError, RuntimeError):
-    """Latent weights were asked of a network that holds integer codes only: to train, to calibrate, to run as float."""
+    """Latent weights were asked of a network that holds integer codes only.
+
+    They are needed to train, to calibrate and to run in floating point.
+    """
 
 
 class CheckpointError(AnyprecError, ValueError):

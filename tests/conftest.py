@@ -13,6 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 import anyprec
@@ -28,14 +29,20 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def under_torchrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what two processes wrote under torchrun."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    processes.torchrun("tests.under_torchrun", folder)
+    """Folder with what two processes wrote under torchrun: one launch for all tests."""
+    temporary = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        temporary = temporary.parent  # the run's own folder, which its workers share
+    folder = temporary / "torchrun"
+    with FileLock(temporary / "torchrun.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            processes.torchrun("tests.under_torchrun", folder)
     return folder
 
 
 class SmallNet(nn.Module):
-    """A stem, a depthwise block with a residual sum, a concatenation, a classifier: one of each kind of edge."""
+    """A stem, a depthwise block with a sum, a concatenation, a classifier: each kind of edge."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()

@@ -81,10 +81,8 @@ def test_exact_paths_overrule_patterns_and_later_patterns_earlier_ones() -> None
     assert config == BitConfig({"stem": 8, "a.depthwise": (3, 8), "a.pointwise": 2})
 
 
-def test_layers_that_are_not_named_take_their_highest_or_the_base() -> None:
+def test_layers_that_are_not_named_take_their_highest() -> None:
     assert resolve({"a.pointwise": 2}, CANDIDATES)["a.depthwise"] == Bits(8, 8)
-    base = uniform(4, CANDIDATES)
-    assert resolve({"a.pointwise": 2}, CANDIDATES, base=base)["a.depthwise"] == Bits(4, 4)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import importlib.metadata
 import inspect
+import itertools
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +36,9 @@ def test_no_public_name_hides_a_module() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
+    aliases = documented_aliases()
     for name in anyprec.__all__:
-        assert inspect.getdoc(getattr(anyprec, name)), name
+        assert name in aliases or inspect.getdoc(getattr(anyprec, name)), name
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,86 @@ def test_every_function_that_people_call_has_an_example() -> None:
 
 
 def test_importing_does_not_import_what_only_some_need() -> None:
-    code = "import anyprec, sys; print([m for m in ('timm', 'matplotlib', 'sklearn', 'onnx') if m in sys.modules])"
+    heavy = ("timm", "matplotlib", "sklearn", "onnx")
+    code = f"import anyprec, sys; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+INSIDE = {"ConversionRecord", "Observers", "WeightSource"}
+"""Types of attributes of networks and layers that are how they work, not for users."""
+
+
+def names_in(annotation: Any) -> set[str]:
+    """Names that an annotation uses; annotations are text, as the package postpones them."""
+    if not isinstance(annotation, str):
+        return set()
+    tree = ast.parse(annotation, mode="eval")
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+
+def functions_of(value: type) -> Iterator[Any]:
+    """Constructor, public methods and properties of a class."""
+    for name, member in vars(value).items():
+        function = member
+        if isinstance(member, property):
+            function = member.fget
+        elif isinstance(member, (classmethod, staticmethod)):
+            function = member.__func__
+        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
+            yield function
+
+
+def annotations_of(value: Any) -> Iterator[Any]:
+    functions = [value]
+    if inspect.isclass(value):
+        for name, annotation in vars(value).get("__annotations__", {}).items():
+            if not name.startswith("_"):
+                yield annotation
+        functions = list(functions_of(value))
+    for function in functions:
+        if inspect.isfunction(function):
+            for name, annotation in function.__annotations__.items():
+                if not name.startswith("_"):
+                    yield annotation
+
+
+def modules_of_the_package() -> Iterator[ast.Module]:
+    for file in Path(anyprec.__file__).parent.rglob("*.py"):
+        yield ast.parse(file.read_text())
+
+
+def assigned_names(node: ast.stmt) -> set[str]:
+    if not isinstance(node, ast.Assign):
+        return set()
+    return {target.id for target in node.targets if isinstance(target, ast.Name)}
+
+
+def documented_aliases() -> set[str]:
+    """Names of types that are assigned, with a docstring on the line behind."""
+    names = set()
+    for module in modules_of_the_package():
+        for node, following in itertools.pairwise(module.body):
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                names |= assigned_names(node)
+    return names
+
+
+def names_defined_in_the_package() -> set[str]:
+    names = set()
+    for module in modules_of_the_package():
+        for node in module.body:
+            names |= {node.name} if isinstance(node, ast.ClassDef) else assigned_names(node)
+    return names
+
+
+def test_every_type_of_a_public_signature_is_public() -> None:
+    defined = names_defined_in_the_package()
+    for public in anyprec.__all__:
+        for annotation in annotations_of(getattr(anyprec, public)):
+            private = names_in(annotation) & defined - set(anyprec.__all__) - INSIDE
+            assert not private, f"{public} uses {private}"
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert anyprec.__version__ == importlib.metadata.version("anyprec")

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_widths
-from anyprec.calibration.passes import held_images, switchable_norms, undo_on_error
+from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
-from anyprec.model.converted import ConvertedModel, Request, require_converted
-from anyprec.nn.norms import NormBank, SwitchableNorm
+from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
+from anyprec.model.switching import switchable_norms
+from anyprec.nn.norm_bank import NormBank
+from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count, sum_over_processes
@@ -28,7 +30,7 @@ from anyprec.runtime.processes import process_count, sum_over_processes
 def update_norms(
     model: ConvertedModel,
     loader: Iterable[Batch],
-    bits: Request = "all",
+    bits: BitsRequest = "all",
     *,
     batches: int | None = None,
     anchored: bool = False,
@@ -83,7 +85,7 @@ def update_norms(
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
         msg += "them: choose one"
         raise ValueError(msg)
-    norms = switchable_norms(model)
+    norms = dict(switchable_norms(model))
     if bits == "all":
         norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
         if norms:
@@ -129,7 +131,7 @@ def refresh_norms(
     Raises:
         CalibrationError: The loader is empty, or statistics come out not finite.
     """
-    norms = {path: norm for path, norm in switchable_norms(model).items() if _is_trained(norm)}
+    norms = {path: norm for path, norm in switchable_norms(model) if _is_trained(norm)}
     requests: list[Bits | None] = []
     own: list[BitConfig] = []
     if configs is None:
@@ -153,7 +155,7 @@ def refresh_norms(
 def hand_over_affine(model: ConvertedModel) -> None:
     """Give the float network's norms scale and shift of the highest precision, which learned."""
     with model.using_bits(highest_config(model.candidates)):
-        for norm in switchable_norms(model).values():
+        for _, norm in switchable_norms(model):
             norm.take_over_affine()
 
 
@@ -255,7 +257,7 @@ def _update_configuration(
     with evaluating(model), torch.no_grad(), _trusting(norms), model.using_bits(config):
         for norm in norms.values():
             mean, variance = norm.active_statistics()
-            norm.override = mean.clone(), variance.clone()
+            norm.override_with((mean.clone(), variance.clone()))
         _estimate(model, norms, images, None)
         statistics = {path: norm.active_statistics() for path, norm in norms.items()}
     _require_finite(statistics)

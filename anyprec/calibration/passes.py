@@ -1,4 +1,4 @@
-"""What every calibration pass needs: held batches, the model's norms, and undoing on error."""
+"""What every calibration pass needs: held batches, and undoing on error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anyprec.errors import CalibrationError
 from anyprec.model.converted import ConvertedModel
-from anyprec.nn.norms import SwitchableNorm
+from anyprec.model.switching import switchable_norms
 from anyprec.runtime.batches import Batch, images_of, take
 
 
@@ -28,21 +28,11 @@ def held_images(loader: Iterable[Batch], limit: int | None, device: torch.device
     return images
 
 
-def switchable_norms(model: ConvertedModel) -> dict[str, SwitchableNorm]:
-    """The norms whose statistics can be switched, by path."""
-    norms = {}
-    for path in model.anyprec_record.norms:
-        norm = model.get_submodule(path)
-        if isinstance(norm, SwitchableNorm):
-            norms[path] = norm
-    return norms
-
-
 @contextmanager
 def undo_on_error(model: ConvertedModel) -> Iterator[None]:
     """Restore step sizes, zero points and all norm statistics if the block fails."""
     modules: list[nn.Module] = []
-    for norm in switchable_norms(model).values():
+    for _, norm in switchable_norms(model):
         if norm.bank is not None:
             modules.append(norm.bank)
         modules.append(norm)

@@ -7,15 +7,18 @@ The search itself is in `least_squares`; copies of norms are the matter of `norm
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from anyprec.calibration.least_squares import input_grid, weight_steps
 from anyprec.calibration.norm_statistics import update_norms
-from anyprec.calibration.passes import held_images, switchable_norms, undo_on_error
+from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import CalibrationError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.switching import switchable_norms
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count
@@ -76,7 +79,7 @@ def calibrate(
             layer.input_quantizer.set_grid(*grids[path])
             with torch.no_grad():
                 layer.weight_quantizer.step.copy_(steps[path])
-        for norm in switchable_norms(model).values():
+        for norm in dict(switchable_norms(model)).values():
             if norm.bank is not None:
                 norm.bank.copy_from(norm)
         update_norms(model, images[:norm_batches], anchored=True)
@@ -126,16 +129,12 @@ def _sample_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> d
     layers = model.quantized_layers
     values_per_batch = max(1, SAMPLE_SIZE // len(batches))
     samplers = {path: _Sampler(values_per_batch, seed) for path in layers}
-    try:
+    with ExitStack() as observed, torch.no_grad():
         for path, layer in layers.items():
-            layer.observer = samplers[path]
-        with torch.no_grad():
-            for images in batches:
-                if not torch.isfinite(images).all():
-                    msg = "the calibration images hold NaN or infinite values"
-                    raise CalibrationError(msg)
-                model(images)
-    finally:
-        for layer in layers.values():
-            layer.observer = None
+            observed.enter_context(layer.operand_observers.including(samplers[path]))
+        for images in batches:
+            if not torch.isfinite(images).all():
+                msg = "the calibration images hold NaN or infinite values"
+                raise CalibrationError(msg)
+            model(images)
     return samplers

@@ -1,8 +1,9 @@
-"""The tensors of an open checkpoint, as the document says they are stored: decompressed, tied, and read when asked for."""
+"""The tensors of an open checkpoint, decompressed and tied as the document describes them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -10,18 +11,15 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.coding import decompress, from_planes
-from anyprec.checkpoint.document import Document, TensorRecord
-from anyprec.checkpoint.packing import (
-    PREFIX,
-    LayerCells,
-    from_tensors,
-    names_of_weights,
-    weight_name,
-)
-from anyprec.checkpoint.statistics import is_statistic
+from anyprec.checkpoint.document import Document, Packing, TensorRecord
+from anyprec.checkpoint.packed_tensors import PREFIX, LayerCells, from_tensors
+from anyprec.checkpoint.packing import names_of_weights, weight_name
+from anyprec.checkpoint.statistics import STATISTICS_PREFIX, statistics_prefixes
 from anyprec.errors import CheckpointError
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.storage import StoredFile, with_aliases
+
+_NOTHING_PACKED = Packing("fixed", {}, {}, {})
 
 
 class Content:
@@ -29,25 +27,25 @@ class Content:
 
     Args:
         file: The file.
-        document: What its document says.
+        document: Its document.
 
     Raises:
-        CheckpointError: The document speaks of layers or tensors that are not there.
+        CheckpointError: The document names layers or tensors that are not there.
     """
 
     def __init__(self, file: StoredFile, document: Document) -> None:
         self.document = document
         self._file = file
-        self._compressed = document.packing.compressed if document.packing else {}
-        self._packed = document.packing.layers if document.packing else {}
+        self._packing = document.packing or _NOTHING_PACKED
         strange = [
-            *(self._packed.keys() - document.facts.layers.keys()),
-            *(self._compressed.keys() - file.shapes.keys()),
+            *(self._packing.layers.keys() - document.facts.layers.keys()),
+            *(self._packing.compressed.keys() - file.shapes.keys()),
         ]
         if strange:
-            msg = f"the checkpoint's metadata.packing speaks of {strange[0]!r:.80}, which is not there"
+            msg = f"the checkpoint's metadata.packing names {strange[0]!r:.80}, which is not there"
             raise CheckpointError(msg)
-        self._parts: dict[str, dict[str, str]] = {path: {} for path in self._packed}
+        # For each packed layer: which tensor is which part.
+        self._parts: dict[str, dict[str, str]] = {path: {} for path in self._packing.layers}
         for name in file.shapes:
             if name.startswith(PREFIX):
                 path, _, part = name.removeprefix(PREFIX).rpartition(".")
@@ -61,15 +59,12 @@ class Content:
         """The network's state, without the latent weights of packed layers.
 
         Raises:
-            CheckpointError: A tensor is damaged, or not stored as the document says.
+            CheckpointError: A tensor is damaged, or not stored as the document describes it.
         """
-        names = [
-            name
-            for name in self._file.shapes
-            if not name.startswith(PREFIX) and not is_statistic(name)
-        ]
-        tensors = self._read(names)
+        outside = (PREFIX, STATISTICS_PREFIX)
+        tensors = self._read(name for name in self._file.shapes if not name.startswith(outside))
         if self.document.latents is not None:
+            # Latent weights of float32 were rounded to save space; they are float32 in the network.
             weights = {weight_name(facts) for facts in self.document.facts.layers.values()}
             for name in weights & tensors.keys():
                 if tensors[name].dtype == self.document.latents:
@@ -78,18 +73,8 @@ class Content:
 
     def statistics(self, only: BitConfig | None) -> dict[str, Tensor]:
         """The norm statistics of all configurations, or of one."""
-        numbers = (
-            [None]
-            if only is None
-            else [n for n, one in enumerate(self.document.statistics) if one == only]
-        )
-        return self._read(
-            [
-                name
-                for name in self._file.shapes
-                if any(is_statistic(name, number) for number in numbers)
-            ]
-        )
+        prefixes = statistics_prefixes(self.document, only)
+        return self._read(name for name in self._file.shapes if name.startswith(prefixes))
 
     def cells(self, path: str, layer: QuantizedLayer) -> LayerCells:
         """The cells of a packed layer.
@@ -97,61 +82,60 @@ class Content:
         Raises:
             CheckpointError: They are damaged or not those of the layer.
         """
-        parts = self._file.read(self._parts[path].values())
-        by_part = {part: parts[name] for part, name in self._parts[path].items()}
+        names = self._parts[path]
+        tensors = self._file.read(names.values())
+        by_part = {part: tensors[name] for part, name in names.items()}
         steps = self.state[f"{path}.weight_quantizer.step"]
-        coding = "fixed" if self.document.packing is None else self.document.packing.coding
-        return from_tensors(by_part, layer, steps, self.record(path), coding, path)
+        return from_tensors(by_part, layer, steps, self.record(path), self._packing.coding, path)
 
     def record(self, path: str) -> TensorRecord:
-        """Type and shape of the latent weight of a packed layer."""
-        return self._packed[path]
+        """Dtype and shape of the latent weight of a packed layer."""
+        return self._packing.layers[path]
 
     def omitted(self, network: nn.Module) -> set[str]:
         """Names in a network's state of the latent weights that the file does not hold.
 
         Raises:
-            CheckpointError: The network's weights have other shapes, or types that are no floating-point numbers.
+            CheckpointError: The network's weights have other shapes, or the file's records are not
+                those of floating-point weights.
         """
         facts = self.document.facts.layers
         parameters = dict(network.named_parameters(remove_duplicate=False))
-        for path, record in self._packed.items():
+        for path, record in self._packing.layers.items():
             weight = parameters.get(weight_name(facts[path]))
             shape = None if weight is None else tuple(weight.shape)
-            if (
-                shape != record.shape
-                or not record.dtype.is_floating_point
-                or not math.prod(record.shape)
-            ):
-                msg = f"the checkpoint holds codes of layer {path!r:.80} for a weight {record.shape} {record.dtype}, the "
-                msg += f"network's is {shape}"
+            is_weight = record.dtype.is_floating_point and math.prod(record.shape) > 0
+            if shape != record.shape or not is_weight:
+                msg = (
+                    f"the checkpoint holds codes of layer {path!r:.80} for a weight {record.shape} "
+                )
+                msg += f"{record.dtype}, the network's is {shape}"
                 raise CheckpointError(msg)
-        return names_of_weights(network, facts, self._packed)
+        return names_of_weights(network, facts, self._packing.layers)
 
     def dtype_of(self, name: str) -> torch.dtype | None:
-        """Kind of number of a tensor of the network's state; None if the file does not know it."""
+        """Dtype of a tensor of the network's state; None if the file does not know it."""
         if name in self.state:
             return self.state[name].dtype
         return self._weight_dtypes.get(name)
 
     @cached_property
     def _weight_dtypes(self) -> dict[str, torch.dtype]:
-        return {
-            weight_name(self.document.facts.layers[path]): one.dtype
-            for path, one in self._packed.items()
-        }
+        facts = self.document.facts.layers
+        layers = self._packing.layers.items()
+        return {weight_name(facts[path]): record.dtype for path, record in layers}
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = self._file.read(names)
-        for name in names:
-            record = self._compressed.get(name)
-            if record is not None:
-                what = f"the checkpoint's tensor {name!r:.80}"
-                if tensors[name].dtype != torch.uint8 or tensors[name].ndim != 1:
-                    msg = f"{what} is compressed, but not stored as bytes"
-                    raise CheckpointError(msg)
-                raw = decompress(
-                    tensors[name], math.prod(record.shape) * record.dtype.itemsize, what
-                )
-                tensors[name] = from_planes(raw, record.dtype, record.shape)
+        for name in tensors.keys() & self._packing.compressed.keys():
+            tensors[name] = _decompressed(name, tensors[name], self._packing.compressed[name])
         return tensors
+
+
+def _decompressed(name: str, stored: Tensor, record: TensorRecord) -> Tensor:
+    what = f"the checkpoint's tensor {name!r:.80}"
+    if stored.dtype != torch.uint8 or stored.ndim != 1:
+        msg = f"{what} is compressed, but not stored as bytes"
+        raise CheckpointError(msg)
+    raw = decompress(stored, math.prod(record.shape) * record.dtype.itemsize, what)
+    return from_planes(raw, record.dtype, record.shape)

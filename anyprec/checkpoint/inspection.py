@@ -1,8 +1,10 @@
-"""`inspect`: what is inside a checkpoint, from its header alone. No network is built and no tensor is read."""
+"""`inspect`: what is inside a checkpoint, from its header, without building a network."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,15 @@ from typing import Any
 from anyprec.bits import BitConfig, LayerCandidates
 from anyprec.checkpoint.content import Content
 from anyprec.checkpoint.document import Architecture, Document
-from anyprec.checkpoint.packing import PREFIX, weight_name
+from anyprec.checkpoint.packed_tensors import PREFIX
+from anyprec.checkpoint.packing import weight_name
+from anyprec.checkpoint.rebuilding import call_of
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.model.conversion import layer_candidates
 from anyprec.model.record import ConfigNote, ConvertSettings
+from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts
 from anyprec.runtime.storage import StoredFile, opened
 from anyprec.runtime.tables import TableContent
-
-_ELEMENT_BITS = {"BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "BF16": 16}
-"""Bits of the kinds of number whose name does not end in them."""
 
 
 @dataclass(frozen=True)
@@ -87,53 +88,48 @@ class CheckpointInfo:
     def __str__(self) -> str:
         lines = [*self._heading(), "", _table(self.layers.values())]
         if self.configs:
-            lines += [
-                "",
-                "configurations",
-                *(f"  {self._config_line(name)}" for name in self.configs),
-            ]
+            lines += ["", "configurations"]
+            lines += [f"  {self._config_line(name)}" for name in self.configs]
         return "\n".join(lines)
 
     def _heading(self) -> list[str]:
         network = "a network that must be passed to load"
         if self.architecture is not None:
-            arguments = "".join(
-                f", {name}={value!r}" for name, value in self.architecture.arguments.items()
-            )
-            network = f"timm.create_model({self.architecture.name!r}{arguments})"
+            network = call_of(self.architecture)
+        candidates = f"candidates {self.settings.bits}"
+        if self.settings.only:
+            candidates = "one precision for each layer"
         weights = sum(layer.weights for layer in self.layers.values())
-        stored = sum(layer.bytes for layer in self.layers.values())
-        candidates = (
-            "one precision for each layer"
-            if self.settings.only
-            else f"candidates {self.settings.bits}"
-        )
+        stored = _mebibytes(sum(layer.bytes for layer in self.layers.values()))
+        shape = " x ".join(map(str, self.input_shape[1:]))
+        mean, std = self.pretrained_cfg.get("mean", "?"), self.pretrained_cfg.get("std", "?")
         return [
-            f"{self.path}: {self.form} form, format {self.format_version}, written by anyprec {self.version}",
+            f"{self.path}: {self.form} form, format {self.format_version}, "
+            f"written by anyprec {self.version}",
             f"  network     {network}",
-            f"  size        {_mebibytes(self.bytes)} in {self.tensors} tensors; {weights:,} weights in {_mebibytes(stored)}",
-            f"  precision   {candidates}, norm copies {self.settings.norm!r}, {len(self.frozen)} layers with frozen ones",
-            f"  input       {' x '.join(map(str, self.input_shape[1:]))}, "
-            f"mean {self.pretrained_cfg.get('mean', '?')}, std {self.pretrained_cfg.get('std', '?')}",
+            f"  size        {_mebibytes(self.bytes)} in {self.tensors} tensors; "
+            f"{weights:,} weights in {stored}",
+            f"  precision   {candidates}, norm copies {self.settings.norm!r}, "
+            f"{len(self.frozen)} layers with frozen ones",
+            f"  input       {shape}, mean {mean}, std {std}",
         ]
 
     def _config_line(self, name: str) -> str:
         note = self.notes.get(name)
-        parts = [name]
+        details = [name]
         if note is not None:
-            parts += [f"{note.bitops / 1e9:.4g} GBitOPs", _mebibytes(note.size / 8)]
-            parts += [] if note.score is None else [f"score {note.score:.4g}"]
-            parts += (
-                [", ".join(f"{key} {value}" for key, value in note.found.items())]
-                if note.found
-                else []
-            )
-        parts += ["norm statistics of its own"] if self.configs[name] in self.statistics else []
-        return "; ".join(parts)
+            details += [f"{note.bitops / 1e9:.4g} GBitOPs", _mebibytes(note.size / 8)]
+            if note.score is not None:
+                details.append(f"score {note.score:.4g}")
+            if note.found:
+                details.append(", ".join(f"{key} {value}" for key, value in note.found.items()))
+        if self.configs[name] in self.statistics:
+            details.append("norm statistics of its own")
+        return "; ".join(details)
 
 
 def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """Say what is inside a checkpoint, without building its network or reading its tensors.
+    """What is inside a checkpoint, without building its network or reading its tensors.
 
     Args:
         path: The file.
@@ -155,7 +151,8 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
     """
     with opened(Path(path)) as file:
         document = Document.from_json(file.document)
-        Content(file, document)  # checks that the packed form speaks of what is there
+        Content(file, document)  # checks that the layers of the packed form are there
+        form = "training" if document.packing is None else f"packed ({document.packing.coding})"
         layers = {}
         for layer in document.facts.layers.values():
             if f"{layer.path}.weight_quantizer.step" in file.shapes:
@@ -163,16 +160,16 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         return CheckpointInfo(
             path=str(path),
             bytes=Path(path).stat().st_size,
-            form="training" if document.packing is None else f"packed ({document.packing.coding})",
+            form=form,
             format_version=document.format,
             version=document.version,
             architecture=document.architecture,
-            settings=document.settings,
+            settings=document.convert_settings,
             input_shape=document.facts.example_shape,
             pretrained_cfg=document.pretrained_cfg,
             layers=layers,
             configs=document.configs,
-            notes=document.notes,
+            notes=document.config_notes,
             frozen=document.frozen,
             statistics=document.statistics,
             tensors=len(file.shapes),
@@ -181,35 +178,36 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
 
 def _stored_layer(file: StoredFile, document: Document, facts: LayerFacts) -> StoredLayer:
     try:
-        candidates = layer_candidates(facts, document.settings)
+        candidates = layer_candidates(facts, document.convert_settings)
     except BitsError as error:
         msg = f"the checkpoint contradicts itself: {error}"
         raise CheckpointError(msg) from error
-    name = weight_name(facts)
-    reason = "" if document.packing is None else document.packing.latent.get(facts.path, "")
-    if document.packing is not None and facts.path in document.packing.layers:
-        prefix = f"{PREFIX}{facts.path}."
-        parts = [
-            one
-            for one in file.shapes
-            if one.startswith(prefix) and "." not in one.removeprefix(prefix)
-        ]
-        storage, size = "cells", sum(_size(file, one) for one in parts)
+    name, packing = weight_name(facts), document.packing
+    storage, size, reason = "tied", 0, ""
+    if packing is not None and facts.path in packing.layers:
+        storage, size = "cells", _size_of_parts(file, f"{PREFIX}{facts.path}.")
     elif name in file.shapes:
         storage, size = "latent", _size(file, name)
-    else:
-        storage, size = "tied", 0
+    if packing is not None:
+        reason = packing.latent.get(facts.path, "")
     return StoredLayer(facts.path, facts.weights, facts.macs, candidates, storage, size, reason)
 
 
+def _size_of_parts(file: StoredFile, prefix: str) -> int:
+    """Bytes of the tensors of a layer, without those of layers inside it."""
+    total = 0
+    for name in file.shapes:
+        if name.startswith(prefix) and "." not in name.removeprefix(prefix):
+            total += _size(file, name)
+    return total
+
+
 def _size(file: StoredFile, name: str) -> int:
-    kind, shape = file.shapes[name]
-    digits = "".join(character for character in kind if character.isdigit())
-    bits = _ELEMENT_BITS.get(kind, int(digits) if digits else 0)
-    total = bits
-    for length in shape:
-        total *= length
-    return total // 8
+    dtype, shape = file.shapes[name]
+    # The first number in a name of safetensors is an element's bits ("F8_E4M3"); "BOOL" has none.
+    number = re.search(r"\d+", dtype)
+    bits = int(number[0]) if number else 8
+    return bits * math.prod(shape) // 8
 
 
 def _table(layers: Iterable[StoredLayer]) -> str:

@@ -1,4 +1,4 @@
-"""Does a checkpoint fit a network? Everything is checked here, by name, before anything is changed or copied."""
+"""Does a checkpoint fit a network? All is checked here, by name, before anything is changed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig, shorten
 from anyprec.checkpoint.document import Document
+from anyprec.checkpoint.packing import weight_name
 from anyprec.errors import BitsError, CheckpointError
-from anyprec.model.conversion import layer_candidates
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.operators import LAYER_TYPES, matrix_path
 
@@ -23,16 +24,16 @@ def require_float_fit(
     state: Mapping[str, Tensor],
     omitted: Collection[str] = (),
 ) -> None:
-    """Check a float network: its tensors are those of the file that conversion did not add, its layers those named.
+    """Check a float network: it has the file's layers, and the file's tensors but for added ones.
 
-    `omitted` names tensors of the network that the file holds in another form.
+    Added ones are those of conversion; `omitted` names tensors that the file holds in another form.
 
     Raises:
-        CheckpointError: They are not; the message names tensors or layers.
+        CheckpointError: It has not; the message names tensors or layers.
     """
-    ours = our_prefixes(network, document.facts)
-    floats = {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
-    require_same_tensors(_without(network.state_dict(), omitted), floats)
+    added = added_prefixes(network, document.facts)
+    floats = {name: tensor for name, tensor in state.items() if not name.startswith(added)}
+    _require_same_tensors(_without(network.state_dict(), omitted), floats)
     _require_modules(network, document.facts)
 
 
@@ -42,40 +43,42 @@ def require_converted_fit(model: ConvertedModel, document: Document) -> None:
     Raises:
         CheckpointError: Settings or candidates differ.
     """
-    own, found = model.anyprec_record.settings, document.settings
-    if own != found:
-        msg = f"the network was converted with {own}, the checkpoint with {found}: pass the float network, or convert "
-        msg += "with the same arguments"
+    settings, stored = model.anyprec_record.settings, document.convert_settings
+    if settings != stored:
+        msg = f"the network was converted with {settings}, the checkpoint with {stored}: pass the "
+        msg += "float network, or convert with the same arguments"
         raise CheckpointError(msg)
     for path, candidates in model.candidates.items():
         facts = document.facts.layers.get(path)
         if facts is None:
             continue  # then its step sizes are missing too, and the message about tensors says more
         try:
-            expected = layer_candidates(facts, found)
+            expected = layer_candidates(facts, stored)
         except BitsError as error:
             msg = f"the checkpoint does not fit the network: {error}"
             raise CheckpointError(msg) from error
         if candidates != expected:
-            msg = f"layer {path!r} of the network has {candidates}, in the checkpoint {expected}: pass the float network"
+            msg = f"layer {path!r} of the network has {candidates}, in the checkpoint {expected}: "
+            msg += "pass the float network"
             raise CheckpointError(msg)
 
 
 def require_state_fit(
     model: ConvertedModel, state: Mapping[str, Tensor], omitted: Collection[str] = ()
 ) -> None:
-    """Check the whole state of a converted network against a file's, besides what it holds in another form.
+    """Check the state of a converted network against a file's, besides `omitted` tensors.
 
     Raises:
         CheckpointError: Tensors, ties or zero points do not fit.
     """
-    require_same_tensors(_without(model.state_dict(), omitted), state)
+    _require_same_tensors(_without(model.state_dict(), omitted), state)
     _require_same_ties(model, state)
     for path, layer in model.quantized_layers.items():
         zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
         for zero, bits in zip(zeros, layer.candidates.activation, strict=True):
             if not 0 <= zero < 2**bits:
-                msg = f"the checkpoint gives layer {path!r} the zero point {zero} at {bits} bits, expected 0 to {2**bits - 1}"
+                msg = f"the checkpoint gives layer {path!r} the zero point {zero} at {bits} bits, "
+                msg += f"expected 0 to {2**bits - 1}"
                 raise CheckpointError(msg)
 
 
@@ -83,7 +86,7 @@ def fitting_configs(model: ConvertedModel, document: Document) -> dict[str, BitC
     """The file's named configurations, in the network's order of layers.
 
     Raises:
-        CheckpointError: One names an unknown layer or precision, or leaves a layer out.
+        CheckpointError: A configuration names an unknown layer or precision, or leaves a layer out.
     """
     fitting = {}
     for name, config in document.configs.items():
@@ -97,113 +100,138 @@ def fitting_configs(model: ConvertedModel, document: Document) -> dict[str, BitC
     return fitting
 
 
-def require_same_tensors(own: Mapping[str, Any], found: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and kinds of number.
+def _require_same_tensors(expected: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and dtypes of a network's tensors with those of a file.
 
     Raises:
         CheckpointError: They differ; the message names the tensors.
     """
-    missing = [name for name in own if name not in found]
-    strange = [name for name in found if name not in own]
-    other = [
-        f"{name} {_kind(found[name])} instead of {_kind(own[name])}"
-        for name in own
-        if name in found and _kind(own[name]) != _kind(found[name])
-    ]
-    parts = [f"{len(missing)} tensors are missing: {shorten(missing, 4)}"] if missing else []
-    parts += (
-        [f"{len(strange)} are unknown to the network: {shorten(strange, 4)}"] if strange else []
+    missing = [name for name in expected if name not in stored]
+    unknown = [name for name in stored if name not in expected]
+    different = []
+    for name in expected:
+        wanted = _describe(expected[name])
+        if name in stored and _describe(stored[name]) != wanted:
+            different.append(f"{name} {_describe(stored[name])} instead of {wanted}")
+    problems = _list_problems(
+        {
+            "{} tensors are missing: ": missing,
+            "{} are unknown to the network: ": unknown,
+            "{} are of another shape or type: ": different,
+        }
     )
-    parts += [f"{len(other)} are of another shape or type: {shorten(other, 4)}"] if other else []
-    if parts:
-        msg = f"the checkpoint does not match the network; {'; '.join(parts)}"
+    if problems:
+        msg = f"the checkpoint does not match the network; {problems}"
         raise CheckpointError(msg)
 
 
-def our_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
-    """What the names of all tensors start with that conversion adds, or would add, to the float network's."""
+def added_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
+    """Prefixes of the names of all tensors that conversion adds, or would add."""
+    # Facts name a shared module by its first path.
     canonical = {id(module): path for path, module in network.named_modules()}
-    matrices: dict[str, list[str]] = {}
-    for facts_of_one in facts.layers.values():
-        if facts_of_one.parameter is not None:
-            holder = facts_of_one.parameter.rpartition(".")[0]
-            relative = facts_of_one.path.removeprefix(f"{holder}.") if holder else facts_of_one.path
-            matrices.setdefault(holder, []).append(relative)
+    matrices = _matrices(facts)
     prefixes: list[str] = []
-    for path, module in network.named_modules(
-        remove_duplicate=False
-    ):  # a shared layer has its state at every path
-        if canonical[id(module)] in facts.layers:
+    # With duplicates, since a shared layer has its state at every path.
+    for path, module in network.named_modules(remove_duplicate=False):
+        canonical_path = canonical[id(module)]
+        if canonical_path in facts.layers:
             prefixes += (f"{path}.weight_quantizer.", f"{path}.input_quantizer.")
-        elif canonical[id(module)] in facts.norms:
+        elif canonical_path in facts.norms:
             prefixes.append(f"{path}.bank.")
-        prefixes += (
-            f"{path}.{matrix}." if path else f"{matrix}."
-            for matrix in matrices.get(canonical[id(module)], ())
-        )
+        for matrix in matrices.get(canonical_path, ()):
+            prefixes.append(f"{path}.{matrix}." if path else f"{matrix}.")
     return tuple(prefixes)
-
-
-def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
-    """Every layer has its weight, every norm is a BatchNorm, every owner a module around its layer."""
-    modules = dict(network.named_modules())
-    layers = [path for path, layer in facts.layers.items() if not holds_layer(network, layer)]
-    norms = [
-        path for path in facts.norms if not (path and isinstance(modules.get(path), _BatchNorm))
-    ]
-    owned = [layer for layer in facts.layers.values() if layer.owner is not None]
-    owners = [layer.path for layer in owned if not _is_around(layer.path, layer.owner, modules)]
-    parts = [f"no layers {shorten(layers, 4)}"] if layers else []
-    parts += [f"no BatchNorms {shorten(norms, 4)}"] if norms else []
-    parts += [f"no owners of the layers {shorten(owners, 4)}"] if owners else []
-    if parts:
-        msg = f"the checkpoint does not match the network {type(network).__name__}, which has {'; '.join(parts)}"
-        raise CheckpointError(msg)
 
 
 def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     """Whether a network has the layer that these facts are about, or what it can be made of."""
-    holder, _, name = (facts.parameter or f"{facts.path}.weight").rpartition(".")
+    holder, _, name = weight_name(facts).rpartition(".")
     try:
         module = network.get_submodule(holder)
     except AttributeError:
         return False
-    if facts.parameter is None and isinstance(module, LAYER_TYPES):
-        return bool(holder)
     parameter = dict(module.named_parameters(recurse=False)).get(name)
     axes = 0 if parameter is None else parameter.ndim
-    if facts.parameter is None:
-        return bool(holder) and axes > 1 and facts.per_tensor
-    return (
-        axes > 1
-        and facts.path == matrix_path(facts.parameter)
-        and (facts.axis is None or 0 <= facts.axis < axes)
+    if facts.parameter is not None:
+        axis_fits = facts.axis is None or 0 <= facts.axis < axes
+        return axes > 1 and axis_fits and facts.path == matrix_path(facts.parameter)
+    # An empty path would be the network itself, whose weight cannot be replaced.
+    can_quantize = isinstance(module, LAYER_TYPES) or (axes > 1 and facts.per_tensor)
+    return bool(holder) and can_quantize
+
+
+def _matrices(facts: NetworkFacts) -> dict[str, list[str]]:
+    """For each module with bare parameters: the paths, from there, of the layers of these."""
+    matrices: dict[str, list[str]] = {}
+    for layer in facts.layers.values():
+        if layer.parameter is not None:
+            holder = layer.parameter.rpartition(".")[0]
+            relative = layer.path.removeprefix(f"{holder}.") if holder else layer.path
+            matrices.setdefault(holder, []).append(relative)
+    return matrices
+
+
+def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
+    """Layers have their weight, norms are BatchNorms, owners are modules around their layer."""
+    modules = dict(network.named_modules())
+    layers, owned, norms = [], [], []
+    for path, layer in facts.layers.items():
+        if not holds_layer(network, layer):
+            layers.append(path)
+        if not _has_owner(layer, modules):
+            owned.append(path)
+    for path in facts.norms:
+        # The empty path is the network itself, which cannot be replaced.
+        is_batch_norm = isinstance(modules.get(path), _BatchNorm)
+        if not path or not is_batch_norm:
+            norms.append(path)
+    problems = _list_problems(
+        {
+            "no layers ": layers,
+            "no BatchNorms ": norms,
+            "no owners of the layers ": owned,
+        }
     )
+    if problems:
+        network_class = type(network).__name__
+        msg = f"the checkpoint does not match the network {network_class}, which has {problems}"
+        raise CheckpointError(msg)
 
 
-def _is_around(path: str, owner: str | None, modules: Mapping[str, nn.Module]) -> bool:
-    return not owner or (path.startswith(f"{owner}.") and owner in modules)
+def _list_problems(names: Mapping[str, list[str]]) -> str:
+    """Each problem that some name has, with their number in place of `{}` and the first of them."""
+    problems = [
+        problem.format(len(affected)) + shorten(affected, 4)
+        for problem, affected in names.items()
+        if affected
+    ]
+    return "; ".join(problems)
+
+
+def _has_owner(layer: LayerFacts, modules: Mapping[str, nn.Module]) -> bool:
+    owner = layer.owner
+    return not owner or (layer.path.startswith(f"{owner}.") and owner in modules)
 
 
 def _require_same_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Parameters are shared where the file stores them once, and nowhere else: values and training depend on it."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    groups: dict[int, str] = {}
-    stored: dict[int, str] = {}
-    for name, parameter in parameters.items():
+    """Parameters are shared where the file stores them once, and nowhere else.
+
+    Values depend on it, and so does training.
+    """
+    in_network: dict[int, str] = {}
+    in_file: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in state or not parameter.numel():
             continue
-        first, other = (
-            groups.setdefault(id(parameter), name),
-            stored.setdefault(id(state[name]), name),
-        )
-        if first != other:
-            here, there = (
-                ("apart", f"as one with {other!r}")
-                if first == name
-                else (f"as one with {first!r}", "apart")
-            )
-            msg = f"the network holds {name!r} {here}, the checkpoint {there}: tie the same parameters before loading"
+        # The first name of each tensor stands for it, so names that are tied have one in common.
+        network_twin = in_network.setdefault(id(parameter), name)
+        file_twin = in_file.setdefault(id(state[name]), name)
+        if network_twin != file_twin:
+            network_says, file_says = f"as one with {network_twin!r}", "apart"
+            if network_twin == name:
+                network_says, file_says = "apart", f"as one with {file_twin!r}"
+            msg = f"the network holds {name!r} {network_says}, the checkpoint {file_says}: tie the "
+            msg += "same parameters before loading"
             raise CheckpointError(msg)
 
 
@@ -211,9 +239,7 @@ def _without(state: Mapping[str, Any], omitted: Collection[str]) -> dict[str, An
     return {name: tensor for name, tensor in state.items() if name not in omitted}
 
 
-def _kind(tensor: Any) -> str:
-    return (
-        f"{tuple(tensor.shape)} {tensor.dtype}"
-        if isinstance(tensor, Tensor)
-        else type(tensor).__name__
-    )
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__

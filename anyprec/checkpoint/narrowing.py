@@ -1,23 +1,23 @@
-"""A network for one configuration: every layer with a single candidate, every norm with a single copy."""
+"""A network for a single configuration: one candidate for each layer, one copy of each norm."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
+from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.norm_copies import norm_row
-from anyprec.nn.layers import PACKED, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer, hold_codes
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.weights import PackedCodes
 
 
 @torch.no_grad()
 def narrow(model: ConvertedModel, config: BitConfig) -> None:
-    """Leave a network this configuration alone, in place.
+    """Reduce a network to this configuration, in place.
 
     Args:
         model: A calibrated model.
@@ -25,44 +25,45 @@ def narrow(model: ConvertedModel, config: BitConfig) -> None:
     """
     record, layers = model.anyprec_record, model.quantized_layers
     model.set_bits(config)
+    # All rows before any layer is narrowed: a norm's row follows from the candidates of its layer.
     rows = {
         path: norm_row(layers.get(feeding or ""), record.settings.norm)
         for path, feeding in record.norms.items()
     }
     for path, row in rows.items():
-        norm = model.get_submodule(path)
-        if isinstance(norm, SwitchableNorm) and norm.bank is not None and row is not None:
-            norm.bank.keep_row(row, norm.uniform)
-            norm.switch(0, norm.override)
+        _narrow_norm(model.get_submodule(path), row)
     for path, layer in layers.items():
         _narrow_layer(layer, config[path])
-    record.settings = dataclasses.replace(record.settings, only=config)
-    record.frozen = {}
-    others = [name for name, one in record.configs.items() if one != config]
-    for name in others:
-        del record.configs[name]
-        record.notes.pop(name, None)
+    model.anyprec_record = record.narrowed(config)
+
+
+def _narrow_norm(norm: nn.Module, row: int | None) -> None:
+    if isinstance(norm, SwitchableNorm) and norm.bank is not None and row is not None:
+        norm.bank.keep_row(row, norm.uniform)
+        norm.switch(0, norm.override)
 
 
 def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     weight, input_ = layer.weight_quantizer, layer.input_quantizer
-    index, place = weight.candidates.index(bits.weight), input_.candidates.index(bits.activation)
-    if layer.packed is not None:
-        layer.add_module(PACKED, _narrowed_operand(layer.packed, layer.weight_codes(index)))
+    index = weight.candidates.index(bits.weight)
+    input_index = input_.candidates.index(bits.activation)
+    source = layer.weight_source
+    if isinstance(source, PackedCodes):
+        hold_codes(layer, _narrowed_operand(source.operand, layer.weight_codes(index)))
     channels = None if weight.axis is None else weight.step.shape[1]
-    one = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis or 0).to(weight.step)
-    one.step.copy_(weight.step[index : index + 1])
-    one.step.requires_grad_(weight.step.requires_grad)
-    other = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
-    other.set_grid(input_.step[place : place + 1], input_.zero_point[place : place + 1])
-    layer.weight_quantizer, layer.input_quantizer = (
-        one.train(layer.training),
-        other.train(layer.training),
-    )
-    layer.forget_weights()
+    new_weight = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis or 0)
+    new_weight = new_weight.to(weight.step)
+    new_weight.step.copy_(weight.step[index : index + 1])
+    new_weight.step.requires_grad_(weight.step.requires_grad)
+    new_input = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
+    row = slice(input_index, input_index + 1)
+    new_input.set_grid(input_.step[row], input_.zero_point[row])
+    layer.weight_quantizer = new_weight.train(layer.training)
+    layer.input_quantizer = new_input.train(layer.training)
+    layer.weight_source.forget()
 
 
-def _narrowed_operand(packed: PackedOperand, codes: torch.Tensor) -> PackedOperand:
+def _narrowed_operand(packed: PackedOperand, codes: Tensor) -> PackedOperand:
     """The operand with a single candidate, whose codes are their own points."""
     moments = None
     if packed.mean is not None and packed.spread is not None and packed.moments_axis is not None:

@@ -1,6 +1,7 @@
 """`save`: a converted model to one file.
 
-What the file says is in `document.py`, how it is written in `runtime/storage.py`, what its packed form is in `packing.py`.
+The document is in `document.py`, writing a file in `runtime/storage.py`, the packed form in
+`packing.py` and `packed_tensors.py`.
 """
 
 from __future__ import annotations
@@ -15,30 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.architecture import find_architecture
 from anyprec.checkpoint.coding import compress, to_planes
-from anyprec.checkpoint.document import Coding, Document, Packing, TensorRecord
-from anyprec.checkpoint.matching import holds_layer
-from anyprec.checkpoint.packing import (
-    PREFIX,
-    cells_of_layer,
-    names_of_weights,
-    split_layers,
-    to_tensors,
-    weight_name,
+from anyprec.checkpoint.document import (
+    Document,
+    LayerEntry,
+    NoteEntry,
+    PackedCoding,
+    Packing,
+    SettingsEntry,
+    TensorRecord,
 )
+from anyprec.checkpoint.matching import holds_layer
+from anyprec.checkpoint.packed_tensors import PREFIX, to_tensors
+from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers, weight_name
 from anyprec.checkpoint.statistics import statistics_tensors
 from anyprec.errors import BitsError
-from anyprec.model.converted import (
-    ConvertedModel,
-    require_calibrated,
-    require_converted,
-    require_latents,
-)
-from anyprec.model.cost import cost_model
+from anyprec.model.checks import require_calibrated, require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.costing import cost_model
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED
@@ -54,7 +54,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     packed: bool = False,
-    coding: Coding = "zstd",
+    coding: PackedCoding = "zstd",
     latents: torch.dtype | None = None,
     configs: Mapping[str, BitConfig | SearchResult] | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -62,32 +62,39 @@ def save(
 ) -> None:
     """Write a converted model to one safetensors file that serves every precision.
 
-    The training form holds the latent weights, so that training can go on. The packed form holds, for each weight, one
-    small integer that tells its code at every candidate bit-width: several times smaller, and every precision computes
-    the same bit for bit, but the network that is loaded from it cannot be trained or run in floating point. Both hold step
-    sizes, norm copies and, in the metadata, how to rebuild the network, its candidates and named configurations. The
-    file is written to a temporary file and renamed, so `path` always holds the old content or the new one.
+    The training form holds the latent weights, so that training can go on. The packed form holds,
+    for each weight, one small integer that determines its code at every candidate bit-width. It is
+    several times smaller, and every precision computes the same bit for bit, but the network that
+    is loaded from it cannot be trained or run in floating point. Both hold step sizes, norm copies
+    and, in the metadata, how to rebuild the network, its candidates and named configurations. The
+    file is written to a temporary file and renamed, so `path` always holds the old content or the
+    new one.
 
     Args:
         model: A converted model; only its `configs` are changed.
         path: Where to write; its folder must exist.
-        packed: Write the packed form; layers that cannot be packed (see `docs/checkpoint.md`) keep their latent weight.
-        coding: Of the packed form: `"zstd"` is smallest; `"fixed"` gives every weight the same number of bits.
-        latents: Store latent weights of float32 as `torch.bfloat16` or `torch.float16`: half the size, and the loaded
-            network is that of the rounded weights. None keeps them. Of the training form.
-        configs: Named configurations, or search results, whose score and budget are kept with them; added to
-            `model.configs`.
-        model_args: Arguments that the network was created with, if `timm.create_model` needs any beyond
-            `num_classes`, `in_chans`, `img_size`, `drop_rate` and `global_pool`, which are found out.
-        rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False writes a file
-            that `load` takes only together with a network.
+        packed: Write the packed form; layers that cannot be packed (see `docs/checkpoint.md`) keep
+            their latent weight.
+        coding: Of the packed form: `"zstd"` is smallest; `"fixed"` gives every weight the same
+            number of bits.
+        latents: Store latent weights of float32 as `torch.bfloat16` or `torch.float16`: half the
+            size, and the loaded network is that of the rounded weights. None keeps them. Of the
+            training form.
+        configs: Named configurations, or search results, whose score and budget are kept with them;
+            added to `model.configs`.
+        model_args: Arguments that the network was created with, if `timm.create_model` needs any
+            beyond `num_classes`, `in_chans`, `img_size`, `drop_rate` and `global_pool`, which are
+            found out.
+        rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False
+            writes a file that `load` takes only together with a network.
 
     Raises:
         ConversionError: `model` is not converted, or a layer was replaced since.
         BitsError: A named configuration does not fit the model.
         NotCalibratedError: The packed form was asked for before calibration.
         PackedError: The training form was asked of a packed model.
-        CheckpointError: The network cannot be rebuilt, or the file not be written; `path` is unchanged.
+        CheckpointError: The network cannot be rebuilt, or the file not be written; `path` is
+            unchanged.
         ValueError: `coding` or `latents` is none of those above.
 
     Example:
@@ -101,22 +108,31 @@ def save(
     _check_arguments(model, packed=packed, coding=coding, latents=latents)
     named = _checked_configs(model, {**model.configs, **(configs or {})})
     notes = _notes(model, named, configs or {})
+    facts = _present_facts(model)
     document = Document(
         version=version("anyprec"),
         architecture=find_architecture(model, model_args) if rebuildable else None,
-        settings=model.anyprec_record.settings,
-        facts=_present_facts(model),
+        settings=SettingsEntry(**vars(model.anyprec_record.settings)),
+        layers=tuple(LayerEntry(**vars(layer)) for layer in facts.layers.values()),
+        norms=facts.norms,
+        uncounted=facts.uncounted,
+        example_shape=facts.example_shape,
+        untraceable=facts.untraceable,
         configs=named,
         frozen=BitConfig(model.frozen),
         statistics=tuple(model.anyprec_record.statistics),
+        aliases={},
         pretrained_cfg=_json_part(getattr(model, "pretrained_cfg", None)),
-        notes=notes,
+        notes={name: NoteEntry(**vars(note)) for name, note in notes.items()},
         latents=latents,
     )
-    tensors, document = (
-        _packed_form(model, document, coding) if packed else _training_form(model, document)
-    )
-    write_file(Path(path), tensors, document.to_json())
+    if packed:
+        tensors, document = _packed_form(model, document, coding)
+    else:
+        tensors, document = _training_form(model, document)
+    text = document.to_json()
+    Document.from_json(text)  # what `load` would refuse is not written
+    write_file(Path(path), tensors, text)
     model.configs.update(named)
     model.anyprec_record.notes.update(notes)
 
@@ -128,10 +144,13 @@ def _check_arguments(
         msg = f"coding={coding!r} is not known: use 'zstd' or 'fixed'"
         raise ValueError(msg)
     if latents not in {None, torch.bfloat16, torch.float16} or (packed and latents is not None):
-        msg = f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, with packed=False, or leave it out"
+        msg = (
+            f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, with packed=False, "
+        )
+        msg += "or leave it out"
         raise ValueError(msg)
     if packed:
-        require_calibrated(model)
+        require_calibrated(model.quantized_layers)
     else:
         require_latents(model, purpose="save(..., packed=False)")
 
@@ -145,19 +164,20 @@ def _training_form(model: ConvertedModel, document: Document) -> tuple[dict[str,
             name = aliases.get(name, name)
             if name in tensors and tensors[name].dtype in {torch.float32, document.latents}:
                 tensors[name] = tensors[name].to(document.latents)
-    return tensors, dataclasses.replace(document, aliases=aliases)
+    return tensors, replace(document, aliases=aliases)
 
 
 def _packed_form(
-    model: ConvertedModel, document: Document, coding: Coding
+    model: ConvertedModel, document: Document, coding: PackedCoding
 ) -> tuple[dict[str, Tensor], Document]:
     facts, layers = model.anyprec_record.facts.layers, model.quantized_layers
-    paths, kept = split_layers(model)
-    records = {
-        path: TensorRecord(layers[path].weight.dtype, tuple(layers[path].weight.shape))
-        for path in paths
-    }
+    paths, latent = split_layers(model)
+    records: dict[str, TensorRecord] = {}
+    for path in paths:
+        weight = layers[path].weight
+        records[path] = TensorRecord(weight.dtype, tuple(weight.shape))
     omitted = names_of_weights(model, facts, records)
+    # The operand of a packed layer stands for its weight, and is stored as cells, too.
     state = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -166,17 +186,16 @@ def _packed_form(
     tensors, aliases = stored_once({**state, **statistics_tensors(model)})
     compressed = _compress(tensors) if coding == "zstd" else {}
     for path in paths:
-        parts = to_tensors(
-            cells_of_layer(layers[path], facts[path]), layers[path].candidates.weight, coding
-        )
-        tensors.update({f"{PREFIX}{path}.{part}": tensor for part, tensor in parts.items()})
-    packing = Packing(coding, records, kept, compressed)
-    return tensors, dataclasses.replace(document, aliases=aliases, packing=packing)
+        cells = cells_of_layer(layers[path], facts[path])
+        for part, tensor in to_tensors(cells, layers[path].candidates.weight, coding).items():
+            tensors[f"{PREFIX}{path}.{part}"] = tensor
+    packing = Packing(coding, records, latent, compressed)
+    return tensors, replace(document, aliases=aliases, packing=packing)
 
 
 def _compress(tensors: dict[str, Tensor]) -> dict[str, TensorRecord]:
-    """Replace tensors by their frames, in place, where that is worth it; what they were."""
-    records = {}
+    """Replace tensors by frames, in place, where that is worth it; returns what they were."""
+    records: dict[str, TensorRecord] = {}
     for name, tensor in tensors.items():
         if tensor.numel() * tensor.element_size() >= _WORTH_COMPRESSING and not tensor.is_complex():
             frame = compress(to_planes(tensor))
@@ -191,52 +210,41 @@ def _notes(
     named: Mapping[str, BitConfig],
     given: Mapping[str, BitConfig | SearchResult],
 ) -> dict[str, ConfigNote]:
-    """Costs of all named configurations, with what a search says or the file before said of them."""
-    costs, notes = cost_model(model), {}
+    """Costs of all named configurations, with what a search or an earlier file knew of them."""
+    costs = cost_model(model)
+    notes: dict[str, ConfigNote] = {}
     for name, config in named.items():
-        cost, result, old = (
-            costs.cost(config),
-            given.get(name),
-            model.anyprec_record.notes.get(name),
-        )
+        cost = costs.cost(config)
+        result, earlier = given.get(name), model.anyprec_record.notes.get(name)
         note = ConfigNote(cost.bitops, cost.size)
         if isinstance(result, SearchResult):
-            found: dict[str, str | int | float] = {
-                "by": "search",
-                "budget": str(result.budget),
-                "evaluations": result.evaluations,
-            }
-            score = result.score if math.isfinite(result.score) else None
-            note = dataclasses.replace(note, score=score, found=found)
-        elif old is not None and config == model.configs.get(name):
-            note = dataclasses.replace(note, score=old.score, found=old.found)
+            note = _searched(note, result)
+        elif earlier is not None and config == model.configs.get(name):
+            note = dataclasses.replace(note, score=earlier.score, found=earlier.found)
         notes[name] = note
     return notes
 
 
-def _found(result: SearchResult) -> dict[str, str | int | float]:
-    return {
+def _searched(note: ConfigNote, result: SearchResult) -> ConfigNote:
+    score = result.score if math.isfinite(result.score) else None
+    origin: dict[str, str | int | float] = {
         "by": "search",
         "budget": str(result.budget),
-        "utilisation": result.utilisation,
         "evaluations": result.evaluations,
     }
+    return dataclasses.replace(note, score=score, found=origin)
 
 
 def _present_facts(model: ConvertedModel) -> NetworkFacts:
-    """The facts without layers that the network lost since its conversion (`reset_classifier(0)`)."""
+    """The facts without layers that the network has lost since its conversion."""
     facts = model.anyprec_record.facts
+    # `reset_classifier(0)` takes a layer out.
     present = {row.path for row in model.coverage if holds_layer(model, facts.layers[row.path])}
-    present |= (
-        model.quantized_layers.keys()
-    )  # raises if one was replaced: such a file could not be loaded
-    return dataclasses.replace(
-        facts,
-        layers={path: layer for path, layer in facts.layers.items() if path in present},
-        norms={
-            path: feeding if feeding in present else None for path, feeding in facts.norms.items()
-        },
-    )
+    # This raises if a layer was replaced: such a file could not be loaded.
+    present |= model.quantized_layers.keys()
+    norms = {path: layer if layer in present else None for path, layer in facts.norms.items()}
+    layers = {path: layer for path, layer in facts.layers.items() if path in present}
+    return dataclasses.replace(facts, layers=layers, norms=norms)
 
 
 def _checked_configs(model: ConvertedModel, configs: Mapping[Any, Any]) -> dict[str, BitConfig]:
@@ -244,7 +252,8 @@ def _checked_configs(model: ConvertedModel, configs: Mapping[Any, Any]) -> dict[
     for name, given in configs.items():
         config = given.config if isinstance(given, SearchResult) else given
         if not isinstance(name, str) or not isinstance(config, Mapping):
-            msg = f"configuration {name!r} is {config!r}: name a BitConfig by a string, e.g. model.resolve_bits(4)"
+            msg = f"configuration {name!r} is {config!r}: name a BitConfig by a string, e.g. "
+            msg += "model.resolve_bits(4)"
             raise BitsError(msg)
         try:
             resolved = model.resolve_bits(BitConfig(config))
@@ -258,10 +267,10 @@ def _checked_configs(model: ConvertedModel, configs: Mapping[Any, Any]) -> dict[
 
 def _json_part(config: Any) -> dict[str, Any]:
     """The entries of a timm pretrained_cfg that JSON can hold."""
-    kept = {}
+    entries = {}
     for key, value in dict(config or {}).items():
         try:
-            kept[str(key)] = json.loads(json.dumps(value, allow_nan=False))
+            entries[str(key)] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError):
-            continue  # a custom loading function, for instance, says nothing about the weights
-    return kept
+            continue  # a custom loading function, for instance, does not describe the weights
+    return entries

@@ -1,22 +1,32 @@
-"""What a configuration costs: MACs, BitOPs and size, per layer and in total. Plain numbers, no torch.
+"""What a configuration costs: MACs, BitOPs, size and costs of the user's own, without torch.
 
-BitOPs are the sum over layers of MACs x weight bits x activation bits, for one sample; size is the sum of weights x
-weight bits. Layers with fixed bits count with their own. What is not counted is listed, never dropped in silence.
+BitOPs are the sum over layers of MACs x weight bits x activation bits, for one sample. Size is
+the sum of weights x weight bits. Layers with fixed bits count with theirs. What is not counted is
+listed, never dropped in silence. The costs of a converted network are read in `costing.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from anyprec.bits import BitConfig, Bits, LayerCandidates
-from anyprec.errors import BitsError
-from anyprec.model.converted import ConvertedModel, Request, require_converted
+from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, shorten
+from anyprec.errors import BitsError, BudgetError
 
 FLOAT_BITS = 32
 
 COST_NAMES = ("bitops", "size", "average_bits", "average_activation_bits")
 """What every configuration of every network costs."""
+
+UserCost = Mapping[str, Mapping[BitsLike, float]] | Callable[[str, Bits], float]
+"""A cost per layer and bits: a table `{path: {"W4A8": 0.0012, ...}}`, or a function of path and
+`Bits`. Costs add up over layers. A precision that a table does not have cannot be chosen."""
+
+CostTable = Mapping[str, Mapping[Bits, float]]
+"""A cost of the user's as it is stored: layer path to bits to cost."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,14 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Uncounted:
-    """Something with a cost that BitOPs leave out: its name, calls per forward pass, MACs per sample, and why."""
+    """Something with a cost that BitOPs leave out.
+
+    Attributes:
+        name: Its path, or the name of the operator.
+        calls: Calls per forward pass.
+        macs: MACs per sample.
+        reason: Why it is not counted.
+    """
 
     name: str
     calls: int
@@ -46,25 +63,53 @@ class Uncounted:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CostModel:
     """Costs of every configuration of one network, at one input size.
+
+    Each cost is a sum over layers, divided by `divisor`: 1 for a total, the number of weights or
+    MACs for an average.
 
     Attributes:
         layers: MACs and weights of every quantized layer, by path.
         candidates: The bit-widths that each may take.
         uncounted: What the BitOPs leave out.
-        float_parameters: Parameters that stay in floating point (norms, biases, layers that are not quantized).
+        float_parameters: Parameters that stay in floating point (norms, biases, layers that are not
+            quantized).
         steps: Step sizes stored with the weights of one configuration.
         input_shape: Shape of one sample.
+        user_costs: Costs of the user's own by name; see `with_costs`.
     """
 
     layers: Mapping[str, LayerCost]
     candidates: Mapping[str, LayerCandidates]
-    uncounted: tuple[Uncounted, ...]
-    float_parameters: int
-    steps: int
-    input_shape: tuple[int, ...]
+    uncounted: tuple[Uncounted, ...] = ()
+    float_parameters: int = 0
+    steps: int = 0
+    input_shape: tuple[int, ...] = ()
+    user_costs: Mapping[str, CostTable] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        figures = f"{len(self.layers)} layers, {self.macs:,} MACs, {self.weights:,} weights"
+        return f"CostModel({figures}; costs: {', '.join(self.names)})"
+
+    def with_costs(self, costs: Mapping[str, UserCost] | None) -> CostModel:
+        """These costs, and others of the user's own: seconds, energy, anything that adds up.
+
+        Raises:
+            BudgetError: A name is taken, a layer is missing or unknown, or a cost is negative or no
+                number.
+
+        Example:
+            >>> import timm, anyprec
+            >>> costs = anyprec.cost_model(anyprec.convert(timm.create_model("test_resnet")))
+            >>> costs.with_costs({"energy": lambda path, bits: float(bits.weight)}).names[-1]
+            'energy'
+        """
+        tables = {
+            name: _read_cost(name, cost, self.candidates) for name, cost in (costs or {}).items()
+        }
+        return dataclasses.replace(self, user_costs={**self.user_costs, **tables})
 
     @property
     def macs(self) -> int:
@@ -84,39 +129,35 @@ class CostModel:
         """Bits of the weight codes of `config`."""
         return sum(layer.size(config[path]) for path, layer in self.layers.items())
 
-    def average_bits(self, config: BitConfig) -> float:
-        """Weight bits of `config`, averaged over all quantized weights."""
-        return self.size(config) / self.weights
-
-    def average_activation_bits(self, config: BitConfig) -> float:
-        """Activation bits of `config`, averaged over all MACs."""
-        return self.total("average_activation_bits", config)
-
     @property
     def names(self) -> tuple[str, ...]:
-        """What can be limited; each is a sum over layers, divided by `divisor`."""
-        return COST_NAMES
+        """The costs that are known: what a budget can limit."""
+        return (*COST_NAMES, *self.user_costs)
 
     def total(self, name: str, config: BitConfig) -> float:
-        """The cost `name` of `config`."""
-        return sum(self.of_layer(name, path, config[path]) for path in self.layers) / self.divisor(
-            name
-        )
+        """The cost `name` of `config`; infinite if a layer cannot have its bits."""
+        costs = [self.of_layer(name, path, config[path]) for path in self.layers]
+        # Exact for counts below 2^53, and for seconds independent of the order of layers.
+        return math.fsum(costs) / self.divisor(name)
 
     def of_layer(self, name: str, path: str, bits: Bits) -> float:
-        """What one layer at `bits` adds to the sum of the cost `name`."""
+        """What one layer adds to the sum of the cost `name`; infinite if it cannot have `bits`."""
+        if name in self.user_costs:
+            return self.user_costs[name][path].get(bits, math.inf)
         layer = self.layers[path]
         if name == "bitops":
             return layer.bitops(bits)
-        return (
-            layer.macs * bits.activation if name == "average_activation_bits" else layer.size(bits)
-        )
+        if name == "average_activation_bits":
+            return layer.macs * bits.activation
+        return layer.size(bits)
 
     def divisor(self, name: str) -> int:
-        """What the sum over layers is divided by: 1 for a total, all weights or all MACs for an average."""
-        return {"average_bits": self.weights, "average_activation_bits": self.macs}.get(
-            name, 1
-        ) or 1
+        """What the sum over layers is divided by."""
+        if name == "average_bits":
+            return self.weights or 1
+        if name == "average_activation_bits":
+            return self.macs or 1
+        return 1
 
     def cost(self, config: BitConfig | None) -> Cost:
         """The figures of `config` together; None is the float network at 32 bits.
@@ -127,9 +168,9 @@ class CostModel:
         if config is None:
             bitops, size = self.macs * FLOAT_BITS**2, self.weights * FLOAT_BITS
             return Cost(None, self, bitops, size)
-        if set(config) != set(self.layers):
-            strange = sorted(set(config) ^ set(self.layers))
-            msg = f"the configuration does not fit this network: {len(strange)} layers differ, e.g. {strange[0]!r}"
+        if different := sorted(set(config) ^ set(self.layers)):
+            msg = "the configuration does not fit this network: "
+            msg += f"{len(different)} layers differ, e.g. {different[0]!r}"
             raise BitsError(msg)
         return Cost(config, self, self.bitops(config), self.size(config))
 
@@ -145,7 +186,7 @@ class Cost:
         size: Bits of all weight codes.
     """
 
-    config: BitConfig | None
+    config: BitConfig | None = field(repr=False)
     model: CostModel
     bitops: int
     size: int
@@ -157,73 +198,46 @@ class Cost:
 
     def __str__(self) -> str:
         text = f"{self.bitops / 1e9:.3f} GBitOPs, {self.size / 8 / 2**20:.3f} MiB of weight codes"
-        left = ", ".join(f"{entry.name} x{entry.calls}" for entry in self.model.uncounted)
-        return f"{text} (not counted: {left})" if left else text
+        uncounted = ", ".join(f"{entry.name} x{entry.calls}" for entry in self.model.uncounted)
+        return f"{text} (not counted: {uncounted})" if uncounted else text
 
 
-def cost_model(model: ConvertedModel) -> CostModel:
-    """The costs of every configuration of a converted model, at the input size that it was converted with.
-
-    Raises:
-        ConversionError: `model` is not converted.
-    """
-    require_converted(model, purpose="cost_model")
-    record = model.anyprec_record
-    quantized = model.quantized_layers
-    layers = {
-        path: LayerCost(path, record.facts.layers[path].macs, record.facts.layers[path].weights)
-        for path in quantized
-    }
-    own = ("weight_quantizer.", "input_quantizer.", "bank.")
-    names = [name for name, _ in model.named_parameters() if not any(part in name for part in own)]
-    total = sum(model.get_parameter(name).numel() for name in names)
-    steps = sum(layer.weight_quantizer.step.shape[1] + 1 for layer in quantized.values())
-    return CostModel(
-        layers=layers,
-        candidates=model.candidates,
-        uncounted=_uncounted(model),
-        float_parameters=total - sum(layer.weights for layer in layers.values()),
-        steps=steps,
-        input_shape=record.facts.example_shape[1:],
-    )
+def _read_cost(name: str, cost: UserCost, candidates: Mapping[str, LayerCandidates]) -> CostTable:
+    """The table of one cost of the user's, checked: what each layer costs at each of its bits."""
+    if name in COST_NAMES:
+        msg = f"costs={{{name!r}: ...}} would replace a cost that every network has: "
+        msg += "choose another name"
+        raise BudgetError(msg)
+    if not callable(cost):
+        _require_same_layers(name, cost, candidates)
+    table = {}
+    for path, layer in candidates.items():
+        options = [Bits(*pair) for pair in itertools.product(layer.weight, layer.activation)]
+        table[path] = _read_row(cost, path, options)
+        for bits, value in table[path].items():
+            _require_number(value, what=f"the cost {name!r} of layer {path!r} at {bits}")
+    return table
 
 
-def cost_of(model: ConvertedModel, bits: Request | BitConfig = "active") -> Cost:
-    """What a configuration of a converted model costs.
-
-    Args:
-        model: A converted model.
-        bits: Anything that `set_bits` takes; by default the active configuration.
-
-    Raises:
-        ConversionError: `model` is not converted.
-        BitsError: `bits` does not fit the model.
-
-    Example:
-        >>> import timm, anyprec
-        >>> model = anyprec.convert(timm.create_model("test_resnet"))
-        >>> anyprec.cost_of(model, 4).bitops < anyprec.cost_of(model, 8).bitops
-        True
-    """
-    require_converted(model, purpose="cost_of")
-    config = model.bits if bits == "active" else model.resolve_bits(bits)
-    return cost_model(model).cost(config)
+def _read_row(cost: UserCost, path: str, options: Iterable[Bits]) -> dict[Bits, float]:
+    if callable(cost):
+        return {bits: cost(path, bits) for bits in options}
+    row = {Bits.of(bits): value for bits, value in cost[path].items()}
+    return {bits: row[bits] for bits in options if bits in row}
 
 
-def _uncounted(model: ConvertedModel) -> tuple[Uncounted, ...]:
-    facts = model.anyprec_record.facts
-    entries = [
-        Uncounted(
-            row.path,
-            facts.layers[row.path].calls,
-            facts.layers[row.path].macs,
-            f"float layer: {row.reason}",
-        )
-        for row in model.coverage
-        if row.status != "quantized"
-    ]
-    entries += [
-        Uncounted(name, calls, macs, "no Conv or Linear layer: runs in floating point")
-        for name, (calls, macs) in facts.uncounted.items()
-    ]
-    return tuple(entries)
+def _require_same_layers(
+    name: str, cost: Mapping[str, object], candidates: Mapping[str, LayerCandidates]
+) -> None:
+    if missing := sorted(set(candidates) - set(cost)):
+        msg = f"the cost table {name!r} lacks {shorten(missing)}"
+        raise BudgetError(msg)
+    if unknown := sorted(set(cost) - set(candidates)):
+        msg = f"the cost table {name!r} has a layer that the network does not: {shorten(unknown)}"
+        raise BudgetError(msg)
+
+
+def _require_number(value: object, *, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        msg = f"{what} is {value!r}: use a number that is not negative"
+        raise BudgetError(msg)

@@ -18,7 +18,7 @@ def norm_rows(layer: QuantizedLayer | None, sharing: NormSharing) -> int:
 def norm_widths(
     layer: QuantizedLayer | None, sharing: NormSharing, widths: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Those of the network's uniform bit-widths at which the norm's copy is not that of this bit-width alone.
+    """The uniform bit-widths that do not have a copy of the norm to themselves.
 
     Args:
         layer: The layer that feeds the norm, or None if no single one does.
@@ -39,7 +39,7 @@ def norm_row(layer: QuantizedLayer | None, sharing: NormSharing) -> int | None:
         return None
     if layer is None or layer.bits is None:
         return 0
+    # Rows stand in the order of pairs (weight, activation), the activation changing fastest.
     weight, activation = layer.candidates.weight, layer.candidates.activation
-    return weight.index(layer.bits.weight) * len(activation) + activation.index(
-        layer.bits.activation
-    )
+    column = activation.index(layer.bits.activation)
+    return weight.index(layer.bits.weight) * len(activation) + column

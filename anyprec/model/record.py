@@ -1,14 +1,16 @@
-"""What a converted network knows of itself: settings, facts, coverage, named configurations."""
+"""What a converted network knows of itself: how it was converted, and its state since then."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.norms import NormSharing, Statistics
+from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import NormSharing
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Coverage:
     Attributes:
         path: Its path.
         kind: Its class in the float network; "Parameter" for a bare parameter of a module.
-        status: "quantized"; "exempt" (by a rule or on request); "skipped" (it could not be quantized).
+        status: "quantized"; "exempt" (by a rule or on request); "skipped" (it could not be
+            quantized).
         reason: Why it is not quantized; empty if it is.
     """
 
@@ -30,7 +33,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """The arguments of `convert`, as plain values that a checkpoint can keep."""
+    """The arguments of `convert`, as plain values that a checkpoint can keep.
+
+    `only` is None in them. In a network that was loaded for a single configuration it is that
+    configuration, the one precision that each layer has.
+    """
 
     bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
@@ -41,7 +48,6 @@ class ConvertSettings:
     exclude: tuple[str, ...]
     norm: NormSharing = "per-pair"
     only: BitConfig | None = None
-    """The one precision that each layer has, of a network that was loaded for a single configuration."""
 
 
 @dataclass(frozen=True)
@@ -61,27 +67,70 @@ class ConfigNote:
     found: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ConversionRecord:
-    """What a converted model knows of itself."""
+    """What a converted network knows of itself, under its one attribute `anyprec_record`.
+
+    Settings, facts, coverage and norms are those of the network as it was converted. If its layers
+    change later (another classifier, a single configuration), it gets another record. The
+    dictionaries are its state: they change in place.
+
+    Attributes:
+        settings: The arguments of `convert`.
+        facts: What the float network is.
+        coverage: What became of each of its layers.
+        norms: Path of every switchable norm to the quantized layer that sets its row, or None for a
+            single row.
+        configs: State: named configurations, kept in the checkpoint.
+        notes: State: what is known of named configurations, as the checkpoint had it.
+        frozen: State: lowest precision in use, of layers where that is not the lowest candidate.
+        statistics: State: norm statistics of single configurations, by path of the norm.
+        removed: State: classifiers that `reset_classifier` took out without a new one. A later one
+            is quantized like them.
+    """
 
     settings: ConvertSettings
     facts: NetworkFacts
     coverage: tuple[Coverage, ...]
-    norms: dict[str, str | None]
-    """Path of every switchable norm to the quantized layer that sets its row, or None for a single row."""
+    norms: Mapping[str, str | None]
     configs: dict[str, BitConfig] = field(default_factory=dict)
-    """Named configurations, kept in the checkpoint."""
     notes: dict[str, ConfigNote] = field(default_factory=dict)
-    """What is known of named configurations, as the checkpoint had it."""
     frozen: dict[str, Bits] = field(default_factory=dict)
-    """Lowest precision in use, of the layers where that is not the lowest candidate."""
     statistics: dict[BitConfig, dict[str, Statistics]] = field(default_factory=dict)
-    """Norm statistics that belong to one configuration, by path of the norm."""
     removed: dict[str, QuantizedLayer] = field(default_factory=dict)
-    """Classifiers that `reset_classifier` took out without a new one, as patterns for one to come."""
 
     @property
     def quantized(self) -> tuple[str, ...]:
         """Paths of the quantized layers, in network order."""
-        return tuple(row.path for row in self.coverage if row.status == "quantized")
+        return quantized_paths(self.coverage)
+
+    def take_over(
+        self,
+        *,
+        configs: Mapping[str, BitConfig],
+        notes: Mapping[str, ConfigNote],
+        statistics: Mapping[BitConfig, dict[str, Statistics]],
+    ) -> None:
+        """Know these configurations from now on, and no others."""
+        self.configs.clear()
+        self.configs.update(configs)
+        self.notes.clear()
+        self.notes.update(notes)
+        self.statistics.clear()
+        self.statistics.update(statistics)
+
+    def narrowed(self, config: BitConfig) -> ConversionRecord:
+        """The record of the same network for this configuration alone."""
+        names = [name for name, named in self.configs.items() if named == config]
+        return dataclasses.replace(
+            self,
+            settings=dataclasses.replace(self.settings, only=config),
+            configs=dict.fromkeys(names, config),
+            notes={name: self.notes[name] for name in names if name in self.notes},
+            frozen={},
+        )
+
+
+def quantized_paths(coverage: Iterable[Coverage]) -> tuple[str, ...]:
+    """Paths of the quantized layers among all."""
+    return tuple(row.path for row in coverage if row.status == "quantized")

@@ -22,7 +22,7 @@ class SummaryRow:
         candidates: The bit-widths that it may take; None if it is not quantized.
         input_kind: The grid of its input quantizer.
         bits: The active precision; None in floating point.
-        floor: The lowest precision in use; None where nothing is frozen.
+        lowest: The lowest precision in use; None where nothing is frozen.
         reason: Why it is not quantized; empty if it is.
     """
 
@@ -33,7 +33,7 @@ class SummaryRow:
     candidates: LayerCandidates | None
     input_kind: str
     bits: Bits | None
-    floor: Bits | None
+    lowest: Bits | None
     reason: str
 
 
@@ -55,7 +55,7 @@ def _cells(row: SummaryRow) -> tuple[str, ...]:
     layer = (row.path, row.kind, f"{row.weights:,}", f"{row.macs:,}")
     if row.candidates is None:
         return (*layer, "-", "-", "", row.reason)
-    lowest = row.floor or row.candidates.lowest
+    lowest = row.lowest or row.candidates.lowest
     weight = _candidates_cell(row.candidates.weight, lowest.weight)
     activation = _candidates_cell(row.candidates.activation, lowest.activation)
     active = "float" if row.bits is None else str(row.bits)

@@ -1,4 +1,4 @@
-"""Facts of a network as plain values: what `graph.py` finds and a checkpoint keeps."""
+"""Facts of a network as plain values: what `analysis.py` finds and a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What is known of one layer: a Conv or Linear layer, or anything else that multiplies its input by a weight.
+    """What is known of one layer.
+
+    That is a Conv or Linear layer, or anything else that multiplies its input by a weight.
 
     Attributes:
-        path: Path of the layer in the network; `HOLDER.matrices.NAME` for a bare parameter of a module.
-        calls: How often its weight met an input in one forward pass.
+        path: Path of the layer in the network; `HOLDER.matrices.NAME` for a bare parameter of a
+            module.
+        calls: How often its weight multiplied an input in one forward pass.
         macs: Multiply-accumulates for one sample, over all calls.
         weights: Number of weights; 0 if they are the products of another layer.
         owner: Path of the module that uses the weight without calling the layer, or None.
         parameter: Path of the bare parameter that is the weight, or None.
-        axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer, whose class says.
-        per_tensor: The weight operand has no fixed output channels, so one step size serves all of it.
+        axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer,
+            whose class determines it.
+        per_tensor: The weight operand has no fixed output channels, so one step size serves all
+            of it.
         dynamic: The weight operand depends on the network's input.
-        derived: The weight operand is made from the weight in every forward pass (weight standardisation).
+        derived: The weight operand is made from the weight in every forward pass (weight
+            standardisation).
         feature: Path of the norm (other than a BatchNorm) or activation right behind it, or None.
         depthwise: A grouped convolution with one input channel per group.
         nonnegative: The graph proves that the input cannot be negative.
@@ -54,8 +60,9 @@ class NetworkFacts:
 
     Attributes:
         layers: Facts of every layer with a weight, by path, in the order of `named_modules`.
-        norms: Path of every BatchNorm to the path of the one layer that feeds it, or None.
-        uncounted: Operators with a cost of their own that are no layer, with calls and MACs for one sample.
+        norms: Path of every BatchNorm to the path of the single layer that feeds it, or None.
+        uncounted: Operators with a cost of their own that belong to no layer, with calls and MACs
+            for one sample.
         example_shape: Shape of the example input, batch first.
         untraceable: Why torch.fx could not trace the network, or None.
     """

@@ -1,1 +1,1 @@
-"""What a converted network is made of: fake quantization, quantizers, quantized layers and norms."""
+"""What a converted network is made of: fake quantization, quantizers, layers and norms."""

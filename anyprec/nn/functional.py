@@ -1,8 +1,9 @@
 """Fake quantization with the gradients of LSQ: stateless tensor maths.
 
-Forward and backward of learned step size quantization (Esser et al., ICLR 2020, equations 1 to 5), written as one
-autograd function, because the chain of elementary operations that autograd would differentiate costs an order of
-magnitude more memory traffic. No parameters live here (see `quantizers.py`).
+Forward and backward of learned step size quantization (Esser et al., ICLR 2020, equations 1 to 5),
+written as one autograd function, because the chain of elementary operations that autograd would
+differentiate costs an order of magnitude more memory traffic. No parameters live here (see
+`quantizers.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 STEP_FLOOR = 1e-12
-"""Step sizes are used as `max(|step|, STEP_FLOOR)`, so an optimizer step across zero cannot corrupt a layer."""
+"""Step sizes are used as `max(|step|, STEP_FLOOR)`.
+
+So an optimizer step across zero cannot corrupt a layer.
+"""
 
 
 def fake_quantize(
@@ -26,18 +30,23 @@ def fake_quantize(
     axis: int | None = None,
     gradient_scale: float = 1.0,
 ) -> Tensor:
-    """Quantize and dequantize: `step * clamp(round(values / step), qmin, qmax)`, rounding half to even.
+    """Quantize and dequantize: `step * clamp(round(values / step), qmin, qmax)`.
 
-    The gradient for `values` is passed straight through where `qmin < values / step < qmax` and is zero elsewhere;
-    the gradient for `step` is that of LSQ (Esser et al. 2020, equation 3), times `gradient_scale`.
+    Halves are rounded to even.
+
+    The gradient for `values` is passed straight through where `qmin < values / step < qmax` and is
+    zero elsewhere; the gradient for `step` is that of LSQ (Esser et al. 2020, equation 3), times
+    `gradient_scale`.
 
     Args:
         values: The tensor to quantize, of any shape and floating dtype; not changed.
-        step: Step size(s): one element if `axis` is None, else one for each index along `axis`. The sign is ignored.
+        step: Step size(s): one element if `axis` is None, else one for each index along `axis`. The
+            sign is ignored.
         qmin: Lowest integer code.
         qmax: Highest integer code.
         axis: Channel axis of `values` for per-channel step sizes; None for one step size.
-        gradient_scale: Factor on the gradient of `step` (LSQ section 2.2 recommends `1 / sqrt(numel * qmax)`).
+        gradient_scale: Factor on the gradient of `step`. LSQ (section 2.2) recommends
+            `1 / sqrt(numel * qmax)`.
 
     Returns:
         Fake-quantized values, with the shape and dtype of `values`.
@@ -65,10 +74,10 @@ def fake_quantize_with(
     axis: int | None,
     gradient_scale: Tensor,
 ) -> Tensor:
-    """`fake_quantize` with limits that are tensors: another bit-width is other data, not another program.
+    """`fake_quantize` with limits that are tensors: another bit-width is the same program.
 
-    For compiled networks (`torch.compile`): the values and gradients are those of `fake_quantize`, out of simple operations
-    that a compiler fuses. In eager mode `fake_quantize` is faster.
+    For compiled networks (`torch.compile`): the values and gradients are those of `fake_quantize`,
+    computed by simple operations that a compiler fuses. In eager mode `fake_quantize` is faster.
 
     Shape:
         As `fake_quantize`; qmin, qmax, gradient_scale: `(1,)` or `()`.
@@ -76,8 +85,10 @@ def fake_quantize_with(
     shape = [1] * values.ndim
     if axis is not None:
         shape[axis] = -1
-    limits = (limit.reshape([1] * values.ndim) for limit in (qmin, qmax))
-    return _WithLimits.apply(values, step.reshape(shape), *limits, gradient_scale.reshape(()))  # type: ignore[no-any-return]
+    ones = [1] * values.ndim
+    limits = qmin.reshape(ones), qmax.reshape(ones)
+    step, scale = step.reshape(shape), gradient_scale.reshape(())
+    return _WithLimits.apply(values, step, *limits, scale)  # type: ignore[no-any-return]
 
 
 def integer_codes(
@@ -96,7 +107,7 @@ def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dt
     """What `fake_quantize` makes of a tensor of `dtype` that has these integer codes, bit for bit.
 
     Args:
-        codes: Integer codes, as numbers of any kind; overwritten if they are of the type that is computed in.
+        codes: Integer codes, of any dtype; overwritten if it is the dtype of the computation.
         step: Step size(s), as in `fake_quantize`.
         axis: As in `fake_quantize`.
         dtype: Of the tensor that was quantized, and of the result.
@@ -107,7 +118,7 @@ def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dt
 
 
 class _WithLimits(torch.autograd.Function):
-    """Step sizes and limits broadcast against the values. Keeps the values; backward quantizes again."""
+    """Limits are tensors. Keeps the values; backward quantizes again."""
 
     @staticmethod
     def forward(
@@ -115,15 +126,18 @@ class _WithLimits(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, step, qmin, qmax, gradient_scale)
         scale = effective_step(step)
+        # Not in place: a compiler fuses these into one kernel.
         return (torch.clamp(torch.round(values / scale), qmin, qmax) * scale).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, step, qmin, qmax, gradient_scale = ctx.saved_tensors
         ratio = values / effective_step(step)
+        # Strict bounds: on the border the gradient is zero (Esser et al. 2020, equation 3).
         inside = (ratio > qmin) & (ratio < qmax)
         codes = torch.clamp(torch.round(ratio), qmin, qmax)
         contributions = gradient * (codes - torch.where(inside, ratio, 0))
+        # One sum for each step size: over the dimensions along which it was broadcast.
         dims = [dim for dim in range(values.ndim) if step.shape[dim] == 1]
         step_gradient = (contributions.sum(dim=dims, keepdim=True) * gradient_scale).to(
             step.dtype
@@ -132,11 +146,12 @@ class _WithLimits(torch.autograd.Function):
 
 
 def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:
-    """Shift and stretch a quantized weight so that each channel has the mean and spread of the latent one.
+    """Give each channel of a quantized weight the mean and spread of the latent one.
 
-    `(q - mean(q)) * |w - mean(w)| / |q - mean(q)| + mean(w)` for every index along `axis`. So the output of a layer has
-    nearly the same mean and variance at every bit-width, and one BatchNorm can serve them all (Banner et al., NeurIPS
-    2019, section 3.3; EMQNet, arXiv:2510.20673). Mean and stretch are constants for the gradient.
+    `(q - mean(q)) * |w - mean(w)| / |q - mean(q)| + mean(w)` for every index along `axis`. So the
+    output of a layer has nearly the same mean and variance at every bit-width, and one BatchNorm
+    can serve them all (Banner et al., NeurIPS 2019, section 3.3; EMQNet, arXiv:2510.20673). Mean
+    and stretch are constants for the gradient.
 
     Args:
         quantized: The fake-quantized weight.
@@ -151,7 +166,9 @@ def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:
 
 @torch.no_grad()
 def moments(weight: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread (norm of the deviation from the mean) for every index along `axis`, in float32.
+    """Mean and spread for every index along `axis`, in float32.
+
+    The spread is the length of the deviation from the mean.
 
     Shape:
         Both results: `(weight.shape[axis],)`.
@@ -171,27 +188,29 @@ def with_moments(
     if quantized.ndim == 1:
         return quantized
     with torch.no_grad():
-        wanted_mean, wanted_spread = (along(part, axis, quantized.ndim) for part in (mean, spread))
-        found_mean, found_spread = (
-            along(part, axis, quantized.ndim) for part in moments(quantized, axis=axis)
-        )
+        present_mean, present_spread = moments(quantized, axis=axis)
         # A channel that rounds to one code everywhere has no spread to stretch.
-        stretch = torch.where(
-            found_spread > STEP_FLOOR, wanted_spread / found_spread.clamp_min(STEP_FLOOR), 1.0
-        )
-        shift = (wanted_mean - found_mean * stretch).to(quantized.dtype)
-        stretch = stretch.to(quantized.dtype)
-    return quantized.mul_(stretch).add_(shift) if inplace else quantized * stretch + shift
+        factor = spread / present_spread.clamp_min(STEP_FLOOR)
+        stretch = torch.where(present_spread > STEP_FLOOR, factor, 1.0)
+        shift = along(mean - present_mean * stretch, axis, quantized.ndim).to(quantized.dtype)
+        stretch = along(stretch, axis, quantized.ndim).to(quantized.dtype)
+    if inplace:
+        return quantized.mul_(stretch).add_(shift)
+    return quantized * stretch + shift
 
 
 class _PerTensor(torch.autograd.Function):
-    """One step size. Works in place forward; backward needs the input and the result, which others keep anyway."""
+    """One step size. Works in place forward.
+
+    Backward needs the input and the result, which other operations save anyway.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float
     ) -> Tensor:
         scale = effective_step(step.reshape(()))
+        # In place on the one new tensor: three more of the size of an activation cost more time.
         result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
         ctx.save_for_backward(values, step, scale, result)
         ctx.constants = qmin, qmax, gradient_scale
@@ -203,7 +222,8 @@ class _PerTensor(torch.autograd.Function):
         values, step, scale, result = ctx.saved_tensors
         qmin, qmax, gradient_scale = ctx.constants
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Reading the step size as a number costs nothing on a CPU and saves a pass over the tensor.
+            # Reading the step size as a number costs nothing on a CPU and saves a pass over the
+            # tensor.
             number = float(scale)
             inside = torch.ops.aten.hardtanh_backward(
                 gradient, values, qmin * number, qmax * number
@@ -212,8 +232,9 @@ class _PerTensor(torch.autograd.Function):
             inside = torch.ops.aten.hardtanh_backward(gradient, values / scale, qmin, qmax)
         if not ctx.needs_input_grad[1]:
             return inside, None, None, None, None
-        # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax: with y = s * code that is
-        # (y - v [inside]) / s everywhere, so two dot products give the whole sum.
+        # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax.
+        # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
+        # whole sum.
         step_gradient = (_dot(gradient, result) - _dot(inside, values)) / torch.copysign(
             scale, step.reshape(())
         )
@@ -222,7 +243,7 @@ class _PerTensor(torch.autograd.Function):
 
 
 class _PerChannel(torch.autograd.Function):
-    """A step size per channel, for weights. Keeps nothing but the latent weight; backward quantizes again."""
+    """A step size per channel, for weights. Keeps the latent weight; backward quantizes again."""
 
     @staticmethod
     def forward(
@@ -245,34 +266,33 @@ class _PerChannel(torch.autograd.Function):
         values, step, scale = ctx.saved_tensors
         axis, qmin, qmax, gradient_scale = ctx.constants
         ratio = values / scale
-        gradient = gradient.to(
-            ratio.dtype
-        )  # float32 step sizes make the ratio of a bfloat16 weight float32
+        # float32 step sizes make the ratio of a bfloat16 weight float32, and the next line needs
+        # one dtype.
+        gradient = gradient.to(ratio.dtype)
         inside = torch.ops.aten.hardtanh_backward(gradient, ratio, qmin, qmax)
         if not ctx.needs_input_grad[1]:
             return inside.to(values.dtype), None, None, None, None, None
         codes = ratio.round().clamp_(qmin, qmax)
         contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
         others = [dim for dim in range(values.ndim) if dim != axis]
-        step_gradient = contributions.sum(dim=others) if others else contributions
-        step_gradient = step_gradient.to(step.dtype) * torch.copysign(
-            torch.full_like(step, gradient_scale), step
-        )
+        if others:  # torch would sum over all dimensions if there are none
+            contributions = contributions.sum(dim=others)
+        signed_scale = torch.copysign(torch.full_like(step, gradient_scale), step)
+        step_gradient = contributions.to(step.dtype) * signed_scale
         return inside.to(values.dtype), step_gradient, None, None, None, None
 
 
 def effective_step(step: Tensor) -> Tensor:
-    """Step sizes as they are used, without a gradient: never zero, whatever an optimizer made of them."""
+    """Step sizes as they are used: positive whatever an optimizer made of them, no gradient."""
     return step.detach().abs().clamp_min_(STEP_FLOOR)
 
 
 def _scale(step: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """Effective step sizes shaped for a tensor; a single one without axes, so that it leaves the tensor's type alone."""
-    return (
-        effective_step(step.reshape(()))
-        if axis is None
-        else along(effective_step(step), axis, ndim)
-    )
+    """Effective step sizes, shaped to multiply a tensor with `ndim` axes."""
+    if axis is None:
+        # Without axes, so that a float32 step size does not promote a bfloat16 tensor.
+        return effective_step(step.reshape(()))
+    return along(effective_step(step), axis, ndim)
 
 
 def _sign(step: Tensor) -> Tensor:
@@ -280,7 +300,10 @@ def _sign(step: Tensor) -> Tensor:
 
 
 def along(step: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """`step`, shape `(channels,)`, shaped to multiply a tensor with `ndim` axes along `axis`; unchanged if it is None."""
+    """`step`, shape `(channels,)`, shaped to multiply a tensor with `ndim` axes along `axis`.
+
+    Unchanged if `axis` is None.
+    """
     if axis is None:
         return step
     shape = [1] * ndim
@@ -289,17 +312,8 @@ def along(step: Tensor, axis: int | None, ndim: int) -> Tensor:
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum of products, without copying tensors of the same dense layout (channels_last included)."""
-    if left.stride() == right.stride() and left.is_contiguous(
-        memory_format=torch.contiguous_format
-    ):
-        return torch.dot(left.view(-1), right.view(-1))
-    if (
-        left.ndim == 4
-        and left.stride() == right.stride()
-        and left.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return torch.dot(
-            left.permute(0, 2, 3, 1).reshape(-1), right.permute(0, 2, 3, 1).reshape(-1)
-        )
+    """Sum of products. Dense tensors of the same layout (channels_last, too) are not copied."""
+    is_channels_last = left.ndim == 4 and left.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and left.stride() == right.stride() and not left.is_contiguous():
+        left, right = left.permute(0, 2, 3, 1), right.permute(0, 2, 3, 1)
     return torch.dot(left.reshape(-1), right.reshape(-1))

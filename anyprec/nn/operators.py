@@ -1,11 +1,12 @@
-"""The operators in which a weight meets an input: what their operands are, what they cost, what hides them.
+"""The operators that multiply an input by a weight: their operands, their cost, what hides them.
 
-Three tables, which `observation.py` reads to find layers and `layers.py` to quantize them:
+Three tables. `network/observation.py` reads them to find layers, `layers.py` and `owners.py` to
+quantize these:
 
 - `OPERATORS`: convolutions and `F.linear`, which name their input and their weight.
 - `PRODUCTS`: matrix products, in which either operand may be a parameter.
-- `BODIES`: functions that run several such operators behind one name (attention, LSTM), each with a body that runs
-  them one by one, so that they can be seen and intercepted.
+- `BODIES`: functions that run several such operators behind one name (attention, LSTM), each with a
+  body that runs them one by one, so that they can be seen and intercepted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ LAYER_TYPES = (
 """Classes that, with all their subclasses, count as Conv/Linear layers."""
 
 MATRICES = "matrices"
-"""Child of a module that holds what quantizes the module's own parameters: `attn.matrices.in_proj_weight`."""
+"""Child of a module that holds what quantizes the module's own parameters.
+
+For example `attn.matrices.in_proj_weight`.
+"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Operator:
 
     Attributes:
         channel_axis: Axis of the weight that holds (a group's) output channels.
-        transposed: Whether each input element, not each output element, meets one slice of the weight.
+        transposed: Whether each input element, and not each output element, takes a slice of the
+            weight.
     """
 
     channel_axis: int = 0
@@ -111,12 +116,13 @@ def product_operands(
 ) -> list[Tensor]:
     """The tensors that a call of one of `PRODUCTS` multiplies."""
     skipped = PRODUCTS[func]
-    named = [
-        kwargs[name]
-        for name in _OPERAND_NAMES
-        if name in kwargs and not (skipped and name in {"self", "input"})
-    ]
-    return list(tensors_in((*args[skipped:], *named)))
+    values = list(args[skipped:])
+    for name in _OPERAND_NAMES:
+        # `self` and `input` of addmm are what the product is added to.
+        is_summand = skipped > 0 and name in ("self", "input")
+        if name in kwargs and not is_summand:
+            values.append(kwargs[name])
+    return list(tensors_in(values))
 
 
 def product_macs(
@@ -138,25 +144,26 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _einsum_macs(args: tuple[Any, ...], factors: list[Tensor]) -> int:
-    """One multiply-accumulate for each combination of all indices; axes behind an ellipsis count as indices too."""
-    if not isinstance(args[0], str):
+    """One multiply-accumulate for each combination of all indices."""
+    equation = args[0]
+    if not isinstance(equation, str):
         return 0
+    terms = equation.replace(" ", "").split("->")[0].split(",")
     sizes: dict[str, int] = {}
-    for term, factor in zip(
-        args[0].replace(" ", "").split("->")[0].split(","), factors, strict=False
-    ):
+    for term, factor in zip(terms, factors, strict=False):
         head, dots, tail = term.partition("...")
-        hidden = (
-            [f".{place}" for place in range(factor.ndim - len(head) - len(tail), 0, -1)]
-            if dots
-            else []
-        )
-        for index, length in zip((*head, *hidden, *tail), factor.shape, strict=True):
+        indices = list(head)
+        if dots:
+            # Axes behind an ellipsis are indices too, which broadcasting aligns at their end.
+            hidden = factor.ndim - len(head) - len(tail)
+            indices += [f".{number}" for number in range(hidden, 0, -1)]
+        indices += tail
+        for index, length in zip(indices, factor.shape, strict=True):
             sizes[index] = max(length, sizes.get(index, 1))
     return math.prod(sizes.values())
 
 
-# --- Bodies of functions that hide their operators ---------------------------------------------------------------
+# --- Bodies of functions that hide their operators
 
 
 def _lstm(
@@ -170,7 +177,7 @@ def _lstm(
     bidirectional: bool,  # noqa: FBT001
     batch_first: bool,  # noqa: FBT001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch.lstm` by `F.linear` (Hochreiter and Schmidhuber 1997, with forget gates; gates in torch's order)."""
+    """`torch.lstm` by `F.linear` (Hochreiter and Schmidhuber 1997, with forget gates)."""
     sequence = input_.transpose(0, 1) if batch_first else input_
     directions = 2 if bidirectional else 1
     per_direction = 4 if has_biases else 2
@@ -178,22 +185,19 @@ def _lstm(
     for layer in range(num_layers):
         outputs = []
         for direction in range(directions):
-            place = layer * directions + direction
-            own = weights[place * per_direction : (place + 1) * per_direction]
-            start = states[0][place], states[1][place]
-            ordered = sequence.flip(0) if direction else sequence
-            output, final = _lstm_direction(ordered, start, *own)
-            outputs.append(output.flip(0) if direction else output)
+            index = layer * directions + direction
+            matrices = weights[index * per_direction : (index + 1) * per_direction]
+            start = states[0][index], states[1][index]
+            output, final = _lstm_direction(sequence, start, *matrices, backward=direction == 1)
+            outputs.append(output)
             finals.append(final)
         sequence = torch.cat(outputs, dim=-1)
         if dropout and train and layer < num_layers - 1:
             sequence = F.dropout(sequence, dropout, training=True)
-    result = sequence.transpose(0, 1) if batch_first else sequence
-    return (
-        result,
-        torch.stack([hidden for hidden, _ in finals]),
-        torch.stack([cell for _, cell in finals]),
-    )
+    if batch_first:
+        sequence = sequence.transpose(0, 1)
+    hidden, cells = zip(*finals, strict=True)
+    return sequence, torch.stack(hidden), torch.stack(cells)
 
 
 def _lstm_direction(
@@ -203,23 +207,31 @@ def _lstm_direction(
     hidden_weight: Tensor,
     input_bias: Tensor | None = None,
     hidden_bias: Tensor | None = None,
+    *,
+    backward: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One direction of one layer: outputs in the order of `sequence`, and the last states."""
     hidden, cell = start
     outputs = []
+    if backward:
+        sequence = sequence.flip(0)
     for step in F.linear(sequence, input_weight, input_bias):
         gates = step + F.linear(hidden, hidden_weight, hidden_bias)
-        take, forget, candidate, release = gates.chunk(4, dim=-1)
+        take, forget, candidate, release = gates.chunk(4, dim=-1)  # torch's order
         cell = torch.sigmoid(forget) * cell + torch.sigmoid(take) * torch.tanh(candidate)
         hidden = torch.sigmoid(release) * torch.tanh(cell)
         outputs.append(hidden)
-    return torch.stack(outputs), (hidden, cell)
+    output = torch.stack(outputs)
+    if backward:
+        output = output.flip(0)
+    return output, (hidden, cell)
 
 
 def _without_override_check(function: Any) -> Any:
-    """The same Python function, without the look for a `__torch_function__` that it begins with.
+    """The same Python function, without the check for `__torch_function__` that it begins with.
 
-    torch offers such a function to a mode as a whole and then runs it with the mode switched off; the mode sees its
-    operators only if the function does not offer itself again.
+    torch offers such a function to a mode as a whole and then runs it with the mode switched off;
+    the mode sees its operators only if the function does not offer itself again.
     """
     scope = {**function.__globals__, "has_torch_function": lambda _tensors: False}
     copy = FunctionType(
@@ -232,13 +244,12 @@ def _without_override_check(function: Any) -> Any:
 BODIES: dict[Callable[..., Any], Callable[..., Any]] = {torch.lstm: _lstm}
 """Functions that hide their operators, and a body for each that shows them."""
 
-if (
-    "has_torch_function" in F.multi_head_attention_forward.__code__.co_names
-):  # else it would offer itself forever
+# Without this check it would offer itself forever.
+if "has_torch_function" in F.multi_head_attention_forward.__code__.co_names:
     BODIES[F.multi_head_attention_forward] = _without_override_check(F.multi_head_attention_forward)
 
 FUSING_TYPES = (nn.TransformerEncoderLayer, nn.TransformerEncoder)
-"""Modules that run as one native operator in eval mode, unless a mode that watches operators is active."""
+"""Modules that run as one native operator in eval mode, unless a mode watches operators."""
 
 HIDING = {
     F.multi_head_attention_forward: "nn.MultiheadAttention",
@@ -251,14 +262,20 @@ HIDING = {
 
 
 def body_of(func: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The body that shows the operators of this call, or None if it hides none or cannot be opened."""
+    """The body that shows the operators of this call; None if there is none that fits it."""
     body = BODIES.get(func)
-    return body if body is not _lstm or _lstm_is_plain(args) else None
+    if body is _lstm and not _lstm_is_plain(args):
+        return None
+    return body
 
 
 def _lstm_is_plain(args: tuple[Any, ...]) -> bool:
-    """Not of packed sequences, which pass their lengths second, and without projections, a third matrix a direction."""
+    """Whether it is a call that `_lstm` can run."""
+    # Packed sequences pass their lengths second, so that no bool comes fourth.
     if len(args) != 9 or not isinstance(args[3], bool):
         return False
     weights, has_biases, num_layers, bidirectional = args[2], args[3], args[4], args[7]
-    return bool(len(weights) == num_layers * (2 if bidirectional else 1) * (4 if has_biases else 2))
+    directions = 2 if bidirectional else 1
+    # With projections there is one more matrix for each direction.
+    per_direction = 4 if has_biases else 2
+    return bool(len(weights) == num_layers * directions * per_direction)

@@ -1,9 +1,10 @@
-"""Weight and input quantizers: the step sizes of one layer, one entry (or row) per candidate bit-width.
+"""Weight and input quantizers: the step sizes of one layer, one entry (or row) per candidate.
 
-All step sizes exist after `__init__`; how they are estimated from data is in `calibration/`, the rounding itself in
-`functional.py`. Step sizes are those of LSQ (Esser et al., ICLR 2020), with gradients of a scale of our own above 2 bits
-(`gradient_scale`); zero points follow LSQ+ (Bhalgat et al., CVPR 2020), but are integers fixed by calibration, so that real
-zero (padding, ReLU) is always a code.
+All step sizes exist after `__init__`; how they are estimated from data is in `calibration/`, the
+rounding itself in `functional.py`. Step sizes are those of LSQ (Esser et al., ICLR 2020), with
+gradients of a scale of our own above 2 bits (`gradient_scale`); zero points follow LSQ+ (Bhalgat et
+al., CVPR 2020), but are integers fixed by calibration, so that real zero (padding, ReLU) is always
+a code.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ Number = TypeVar("Number", float, Tensor)
 def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
     """Factor on the gradient of a step size.
 
-    LSQ scales by `1 / sqrt(values x largest)` (Esser et al. 2020, section 2.2), which suits step sizes that shrink with the
-    square root of the largest code. Those of least squared error shrink with the code itself: at 8 bits one optimizer step
-    can then move them by many times their size, and the layer is lost. Here it is the range `step x spans` that learns, at
-    every bit-width about as fast as LSQ has it at 2 bits: its gradient is that of the step size over `spans`, and the step
-    size follows it over `spans` again.
+    LSQ scales by `1 / sqrt(values x largest)` (Esser et al. 2020, section 2.2), which suits step
+    sizes that shrink with the square root of the largest code. Those of least squared error shrink
+    with the code itself: at 8 bits one optimizer step can then move them by many times their size,
+    and the layer is lost. Here it is the range `step x spans` that learns, at every bit-width about
+    as fast as LSQ has it at 2 bits: its gradient is that of the step size over `spans`, and the
+    step size follows it over `spans` again.
 
     Args:
         values: That one step size quantizes: weights, or features of one image.
@@ -40,7 +42,15 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
 
 
 class _Switchable(Undecayed):
-    """The active candidate of a quantizer: as a number for eager mode, and as data for compiled networks."""
+    """A quantizer with an active candidate: a number in eager mode, data in compiled networks.
+
+    Attributes:
+        candidates: Bit-widths, ascending.
+        selected: Index of the active one. Compiled networks never read it, since each value would
+            be a program of its own.
+        choice: The same as a tensor, shape `(1,)`.
+        widths: The candidates as a tensor.
+    """
 
     choice: Tensor
     widths: Tensor
@@ -48,6 +58,7 @@ class _Switchable(Undecayed):
     def __init__(self, candidates: tuple[int, ...]) -> None:
         super().__init__()
         self.candidates = candidates
+        self.selected = 0
         self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
@@ -56,7 +67,8 @@ class _Switchable(Undecayed):
         self.widths.copy_(torch.tensor(self.candidates))
 
     def select(self, index: int) -> None:
-        """Make the candidate at `index` the one that `forward_selected` takes."""
+        """Make the candidate at `index` the active one."""
+        vars(self)["selected"] = index  # past nn.Module.__setattr__, which takes ten times as long
         self.choice.fill_(index)
 
     def _selected_top(self) -> Tensor:
@@ -88,10 +100,10 @@ class WeightQuantizer(_Switchable):
         half = 2 ** (self.candidates[index] - 1)
         return -half, half - 1
 
-    def forward(self, weight: Tensor, index: int) -> Tensor:
-        """Fake-quantize `weight` with the candidate at `index`; differentiable in both weight and step size."""
+    def forward(self, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # its base is a norm by name only
+        """Fake-quantize `weight` at a candidate; differentiable in both weight and step size."""
         qmin, qmax = self.limits(index)
-        group = weight.numel() // self.step.shape[1]
+        group = weight.numel() // self.step.shape[1]  # weights that share a step size
         return fake_quantize(
             weight,
             self.step[index],
@@ -115,15 +127,15 @@ class WeightQuantizer(_Switchable):
         )
 
     def codes(self, weight: Tensor, index: int) -> Tensor:
-        """Integer codes of `weight` at the candidate at `index`, int32, in the shape of `weight`."""
+        """Integer codes of `weight` at the candidate at `index`, int32, in its shape."""
         qmin, qmax = self.limits(index)
         return integer_codes(weight, self.step[index], qmin=qmin, qmax=qmax, axis=self.axis)
 
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
-        """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (Esser et al. 2020, section 2.1)."""
+        """Set start values from the weight alone: `2 mean|w| / sqrt(qmax)` (LSQ, section 2.1)."""
         if weight.is_meta:
-            return  # there are no values, and torch takes its time to find that out
+            return  # there are no values; torch would only spend time on shapes
         magnitude = self.per_channel(weight.float().abs()).mean(dim=1)
         for index in range(len(self.candidates)):
             qmax = self.limits(index)[1]
@@ -131,20 +143,22 @@ class WeightQuantizer(_Switchable):
 
     def per_channel(self, weight: Tensor) -> Tensor:
         """`weight` as a matrix with a row per step size, shape `(channels or 1, rest)`."""
-        return (
-            weight.reshape(1, -1) if self.axis is None else weight.movedim(self.axis, 0).flatten(1)
-        )
+        if self.axis is None:
+            return weight.reshape(1, -1)
+        return weight.movedim(self.axis, 0).flatten(1)
 
     def extra_repr(self) -> str:
         """Candidates and granularity, for `print(model)`."""
-        return f"bits={self.candidates}, {'per tensor' if self.axis is None else 'per channel'}"
+        granularity = "per tensor" if self.axis is None else "per channel"
+        return f"bits={self.candidates}, {granularity}"
 
 
 class InputQuantizer(_Switchable):
-    """Per-tensor quantizer of a layer's input, with a step size and a zero point for every candidate bit-width.
+    """Per-tensor quantizer of a layer's input: a step size and a zero point for every candidate.
 
-    The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that cannot be negative,
-    `2^(b-1)` for symmetric ones, anything between for lopsided ones (SiLU, GELU, hard-swish).
+    The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that
+    cannot be negative, `2^(b-1)` for symmetric ones, anything between for lopsided ones (SiLU,
+    GELU, hard-swish).
 
     Args:
         candidates: Bit-widths, ascending.
@@ -163,41 +177,36 @@ class InputQuantizer(_Switchable):
         self.nonnegative = nonnegative
         self.calibrated = False
         self.step = nn.Parameter(torch.full((len(candidates),), math.nan))
-        start = [0 if nonnegative else 2 ** (bits - 1) for bits in candidates]
+        symmetric = [2 ** (bits - 1) for bits in candidates]
+        start = [0] * len(candidates) if nonnegative else symmetric
         self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
-        self._zero_points = tuple(
-            start
-        )  # the same as Python numbers: reading the buffer would stall a GPU
+        # The same as Python numbers: reading the buffer would stall a GPU.
+        self._zero_points = tuple(start)
 
     @property
     def kind(self) -> str:
-        """`"unsigned"`, `"signed"` or `"affine"`, as the zero points say."""
-        if all(zero == 0 for zero in self._zero_points):
+        """`"unsigned"`, `"signed"` or `"affine"`, which the zero points determine."""
+        if not any(self._zero_points):
             return "unsigned"
-        if all(
-            zero == 2 ** (bits - 1)
-            for zero, bits in zip(self._zero_points, self.candidates, strict=True)
-        ):
+        if self._zero_points == tuple(2 ** (bits - 1) for bits in self.candidates):
             return "signed"
         return "affine"
 
     def limits(self, index: int) -> tuple[int, int]:
-        """Lowest and highest multiple of the step size at the candidate at `index` (zero point subtracted)."""
+        """Lowest and highest code at a candidate, less the zero point."""
         zero = self._zero_points[index]
         return -zero, 2 ** self.candidates[index] - 1 - zero
 
-    def forward(self, values: Tensor, index: int) -> Tensor:
-        """Fake-quantize `values` with the candidate at `index`; differentiable in both values and step size."""
+    def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
+        """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
-        features = values[0].numel() if values.ndim > 1 else values.numel()
-        scale = gradient_scale(max(1, features), max(qmax, -qmin, 1), qmax - qmin)
+        scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
         return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
 
     def forward_selected(self, values: Tensor) -> Tensor:
         """`forward` with the selected candidate, where a change of bit-width changes no program."""
         zero = self.zero_point.index_select(0, self.choice).float()
         qmax = self._selected_top() - 1 - zero
-        features = values[0].numel() if values.ndim > 1 else values.numel()
         largest = torch.maximum(qmax, zero).clamp_min(1)
         return fake_quantize_with(
             values,
@@ -205,7 +214,7 @@ class InputQuantizer(_Switchable):
             qmin=-zero,
             qmax=qmax,
             axis=None,
-            gradient_scale=gradient_scale(max(1, features), largest, self._selected_top() - 1),
+            gradient_scale=gradient_scale(_features(values), largest, self._selected_top() - 1),
         )
 
     @torch.no_grad()
@@ -223,7 +232,8 @@ class InputQuantizer(_Switchable):
 
     def extra_repr(self) -> str:
         """Candidates and kind, for `print(model)`."""
-        return f"bits={self.candidates}, {self.kind}{'' if self.calibrated else ', not calibrated'}"
+        suffix = "" if self.calibrated else ", not calibrated"
+        return f"bits={self.candidates}, {self.kind}{suffix}"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -235,11 +245,17 @@ class InputQuantizer(_Switchable):
             self.calibrated = bool(torch.isfinite(self.step).all())
 
 
-def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
-    """Step sizes with those of dead (all-zero) channels replaced, so that such a channel can still learn.
+def _features(values: Tensor) -> int:
+    """Number of values of one image, of a batch; at least 1."""
+    sample = values[0] if values.ndim > 1 else values
+    return max(1, sample.numel())
 
-    A dead channel takes the mean of the living ones; a dead layer takes the standard deviation that a
-    He-initialised weight of its fan-in would have.
+
+def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
+    """Step sizes with those of dead (all-zero) channels replaced, so that these can still learn.
+
+    A dead channel takes the mean of the living ones; a dead layer takes the standard deviation that
+    a He-initialised weight of its fan-in would have.
     """
     dead = steps <= STEP_FLOOR
     living = (~dead).sum()

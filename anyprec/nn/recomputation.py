@@ -23,7 +23,7 @@ class _View:
 def recomputing(
     tensor: Tensor, compute: Callable[[], Tensor], sources: Sequence[Tensor]
 ) -> AbstractContextManager[Any]:
-    """In the block, operators that would save `tensor` for their backward pass, or a view of it, save nothing.
+    """In the block, operators that would save `tensor` or a view of it for backward save nothing.
 
     Args:
         tensor: What `compute` returns, bit for bit and in the same layout.
@@ -31,24 +31,32 @@ def recomputing(
         sources: What it computes from.
 
     Raises:
-        RuntimeError: In the backward pass, if a source was changed in place since, as torch says of any saved tensor.
+        RuntimeError: In the backward pass, if a source was changed in place since, as torch says of
+            any saved tensor.
     """
+    # Operators save the tensor itself or views of it: all have its storage.
     storage = tensor.untyped_storage().data_ptr()
-    versions = [source._version for source in sources]  # noqa: SLF001 (torch has no public name for it)
+    versions = _versions(sources)
 
     def pack(saved: Tensor) -> Tensor | _View:
         if saved.untyped_storage().data_ptr() != storage:
             return saved
         return _View(saved.shape, saved.stride(), int(saved.storage_offset()))
 
-    def unpack(kept: Tensor | _View) -> Tensor:
-        if not isinstance(kept, _View):
-            return kept
-        if [source._version for source in sources] != versions:  # noqa: SLF001
-            msg = "a weight or step size was changed in place between the forward pass and its backward pass, which "
-            msg += "computes the quantized weight again: call backward before the optimizer's step"
+    def unpack(saved: Tensor | _View) -> Tensor:
+        if not isinstance(saved, _View):
+            return saved
+        if _versions(sources) != versions:
+            msg = "a weight or step size was changed in place between the forward pass and its "
+            msg += "backward pass, which computes the quantized weight again: call backward before "
+            msg += "the optimizer's step"
             raise RuntimeError(msg)
         with torch.no_grad():
-            return compute().as_strided(kept.shape, kept.stride, kept.offset)
+            return compute().as_strided(saved.shape, saved.stride, saved.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [tensor._version for tensor in tensors]  # noqa: SLF001 (torch has no public name for it)

@@ -1,9 +1,10 @@
 """Give an existing module a subclass of its own class, in place.
 
-`convert` must leave a network the user's own: `isinstance` checks, attributes, parameter names, `deepcopy` and pickle
-keep working. So a converted `Conv2dSame` becomes an object of a class derived from `Conv2dSame` and one of our mixins,
-made on demand; nothing is wrapped and no parameter is renamed. What the mixins do is in `layers.py`, `norms.py` and
-`model.py`.
+`convert` must leave a network the user's own: `isinstance` checks, attributes, parameter names,
+`deepcopy` and pickle keep working. So a converted `Conv2dSame` becomes an object of a class derived
+from `Conv2dSame` and one of our mixins, made on demand; nothing is wrapped and no parameter is
+renamed. What the mixins do is in `layers.py`, `norms.py`, `owners.py` and
+`model/converted.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import nn
 
 
 class Specialized(nn.Module):
-    """Base of the mixins. Knows the class that an object had before, and how to pickle an object of a made-up class."""
+    """Base of the mixins: knows the class that an object had before, and how to pickle it."""
 
     class_prefix: ClassVar[str]
     """Put before the name of the original class."""
@@ -29,16 +30,9 @@ class Specialized(nn.Module):
     _mixins: ClassVar[tuple[type[Specialized], ...]]
     """All mixins, the last one first."""
 
-    _transient: ClassVar[dict[str, Any]] = {}
-    """Attributes that are neither copied nor pickled, with the value that a copy starts from."""
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and copy by mixin and original class, since the class itself has no importable name."""
-        state = {
-            **self.__dict__,
-            **{name: type(start)() for name, start in self._transient.items()},
-        }
-        return _empty, (self._mixins, self.original_class), state
+        """Pickle and copy by mixin and original class: the class itself cannot be imported."""
+        return _empty, (self._mixins, self.original_class), vars(self)
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
@@ -48,28 +42,29 @@ def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
 
 
 def despecialize(module: Specialized) -> None:
-    """Undo the last `specialize` of `module`. What the mixin added to it is the caller's to remove."""
+    """Undo the last `specialize` of `module`. The caller removes what the mixin added to it."""
     cls: Any = module._class_before  # noqa: SLF001 (same file)
     module.__class__ = cls
 
 
 def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> type[Specialized]:
     """The class derived from `mixin` and `original`, made once."""
-    key: Any = (
-        mixin,
-        original,
-    )  # Any, since nn.Module's annotations hide from mypy that a class is hashable
+    # Any, since nn.Module's annotations hide from mypy that a class is hashable.
+    key: Any = (mixin, original)
     made: type[Specialized] = _make_class(*key)
     return made
 
 
 @functools.cache
 def _make_class(mixin: Any, original: Any) -> Any:
-    own_class = original.original_class if issubclass(original, Specialized) else original
+    user_class, mixins = original, (mixin,)
+    if issubclass(original, Specialized):
+        user_class = original.original_class
+        mixins += original._mixins  # noqa: SLF001 (same file)
     body = {
-        "original_class": own_class,
+        "original_class": user_class,
         "_class_before": original,
-        "_mixins": (mixin, *(original._mixins if issubclass(original, Specialized) else ())),  # noqa: SLF001 (same file)
+        "_mixins": mixins,
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,
     }

@@ -15,7 +15,7 @@ are taken in every step, and which of them count is data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ class FeatureDistances:
                 # Whether a distance counts is data, so that the compiled program stays the same.
                 tap = _Tap(module, counts=torch.ones((), device=device_of(model)))
                 self._taps[path] = tap
-                self._until_closed.callback(_watch(module, tap))
+                self._until_closed.enter_context(_watch(module, tap))
 
     @contextmanager
     def keeping(self, paths: Set[str]) -> Iterator[None]:
@@ -62,7 +62,7 @@ class FeatureDistances:
             if not self._compiled:
                 for path, module in self._modules(paths):
                     self._taps[path] = _Tap(module)
-                    watched.callback(_watch(module, self._taps[path]))
+                    watched.enter_context(_watch(module, self._taps[path]))
             watched.enter_context(self._in_mode("keep"))
             yield
 
@@ -81,7 +81,7 @@ class FeatureDistances:
                 if tap.counts is not None:
                     tap.counts.fill_(float(path in counting))
                 elif path in counting:
-                    watched.callback(_watch(tap.module, tap))
+                    watched.enter_context(_watch(tap.module, tap))
             watched.enter_context(self._in_mode("measure"))
             yield partial(self._distances, sorted(counting))
 
@@ -153,16 +153,12 @@ class _Tap:
                 self.distances.append(distance)
 
 
-def _watch(module: nn.Module, tap: _Tap) -> Callable[[], None]:
-    """Call `tap` with every feature that `module` makes, until the returned function is called."""
-    if isinstance(module, SwitchableNorm):
-        module.observer = tap
-        return lambda: setattr(module, "observer", None)
-    if isinstance(module, QuantizedLayer):
-        module.output_observer = tap
-        return lambda: setattr(module, "output_observer", None)
+def _watch(module: nn.Module, tap: _Tap) -> AbstractContextManager[Any]:
+    """Call `tap` with every feature that `module` makes in the block."""
+    if isinstance(module, (SwitchableNorm, QuantizedLayer)):
+        return module.output_observers.including(tap)
 
     def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
         tap(output)
 
-    return module.register_forward_hook(hook).remove
+    return module.register_forward_hook(hook)

@@ -20,7 +20,8 @@ from torch import nn
 from anyprec.calibration.norm_statistics import hand_over_affine, update_norms
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
 from anyprec.runtime.progress import progress_bar
@@ -29,7 +30,7 @@ from anyprec.training.loop import EpochRecord, Run
 from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import STEP_SIZES, param_groups
 from anyprec.training.recipe import Recipe, resolve_recipe
-from anyprec.training.training_path import Criterion, Term
+from anyprec.training.training_path import Criterion, LossTerm
 from anyprec.training.validation import trust_statistics
 
 
@@ -43,7 +44,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     optimizer: torch.optim.Optimizer | None = None,
     teacher: nn.Module | None = None,
     mixup: Mixup | None = None,
-    terms: Sequence[Term] = (),
+    terms: Sequence[LossTerm] = (),
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
     compiled: bool | Mapping[str, Any] = False,

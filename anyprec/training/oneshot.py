@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, highest_config
 from anyprec.errors import TrainingError
-from anyprec.model.converted import ConvertedModel, Request, require_converted, require_latents
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
+from anyprec.model.switching import forget_statistics
 from anyprec.nn.staleness import TrainedNetwork
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
@@ -36,7 +38,7 @@ from anyprec.training.drawing import ConfigDrawer
 from anyprec.training.features import FeatureDistances
 from anyprec.training.operands import WeightOperands
 from anyprec.training.recipe import Recipe, resolve_recipe
-from anyprec.training.training_path import PathLoss, StepState, Term, TrainingPath
+from anyprec.training.training_path import LossTerm, PathLoss, StepState, TrainingPath
 from anyprec.training.validation import (
     RecentBatches,
     note_average_moved,
@@ -102,7 +104,7 @@ class OneShot:
         total_steps: int,
         recipe: Recipe | None = None,
         teacher: nn.Module | None = None,
-        terms: Sequence[Term] = (),
+        terms: Sequence[LossTerm] = (),
         compiled: bool = False,
         seed: int = 0,
         **changes: Any,
@@ -174,7 +176,7 @@ class OneShot:
             raise TrainingError(msg)
         self._drawer.end_step(self.steps_done, self._operands.derived)
         self._operands.forget()
-        self.model.forget_statistics()  # they belonged to the weights before this step
+        forget_statistics(self.model)  # they belonged to the weights before this step
         note_weights_moved(self.model, self._network)
         self.steps_done += 1
 
@@ -190,7 +192,7 @@ class OneShot:
     def evaluating(
         self,
         loader: Iterable[Batch] | None = None,
-        bits: Request | list[Request] = "uniform",
+        bits: BitsRequest | list[BitsRequest] = "uniform",
         *,
         batches: int | None = 8,
     ) -> Iterator[ConvertedModel]:

@@ -8,7 +8,7 @@ instability measure must see, so it is noted while a training path runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch import Tensor
@@ -42,14 +42,10 @@ class WeightOperands:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note the derived operands that forward passes in the block make."""
-        layers = self._derived_layers()
-        try:
-            for path, layer in layers.items():
-                layer.observer = partial(self._note, path)
+        with ExitStack() as observed:
+            for path, layer in self._derived_layers().items():
+                observed.enter_context(layer.operand_observers.including(partial(self._note, path)))
             yield
-        finally:
-            for layer in layers.values():
-                layer.observer = None
 
     def forget(self) -> None:
         """Drop what was noted: the weights have changed."""

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anyprec.model.converted import ConvertedModel, require_converted, require_latents
-from anyprec.nn.norms import NormBank, SwitchableNorm
+from anyprec.model.checks import require_latents
+from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.nn.norm_bank import NormBank
+from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 STEP_SIZES = "step sizes"

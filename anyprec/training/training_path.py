@@ -26,7 +26,7 @@ from anyprec.training.recipe import Recipe
 Criterion = Callable[[Tensor, Any], Tensor]
 """Task loss of (network output, targets), a scalar."""
 
-Term = Callable[["TrainingPath", Any, Any], Tensor]
+LossTerm = Callable[["TrainingPath", Any, Any], Tensor]
 """A term of the user's own: a scalar of (path, network output, targets), in every path's loss."""
 
 
@@ -116,7 +116,7 @@ class PathLoss:
         operands: WeightOperands,
         *,
         teacher: nn.Module | None,
-        terms: Sequence[Term],
+        terms: Sequence[LossTerm],
     ) -> None:
         self._model = model
         self._recipe = recipe

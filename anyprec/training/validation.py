@@ -14,9 +14,9 @@ from torch import Tensor
 
 from anyprec.bits import BitConfig
 from anyprec.calibration.norm_statistics import refresh_norms
-from anyprec.calibration.passes import switchable_norms
 from anyprec.errors import TrainingError
-from anyprec.model.converted import ConvertedModel, Request
+from anyprec.model.converted import BitsRequest, ConvertedModel
+from anyprec.model.switching import switchable_norms
 from anyprec.nn.staleness import TrainedNetwork
 from anyprec.runtime.batches import Batch
 from anyprec.training.randomness import keeping_randomness
@@ -51,7 +51,7 @@ def note_weights_moved(model: ConvertedModel, network: TrainedNetwork) -> None:
 
     Norms in eval mode are not noted: their statistics are what training uses.
     """
-    for norm in switchable_norms(model).values():
+    for _, norm in switchable_norms(model):
         if norm.bank is not None and norm.training:
             norm.bank.mark_stale(network)
 
@@ -64,8 +64,8 @@ def note_average_moved(average: ConvertedModel, model: ConvertedModel) -> None:
         model: The model in training.
     """
     network = TrainedNetwork()
-    norms = switchable_norms(average)
-    for path, norm in switchable_norms(model).items():
+    norms = dict(switchable_norms(average))
+    for path, norm in switchable_norms(model):
         bank = norms[path].bank
         if bank is not None and norm.bank is not None and norm.bank.stale is not None:
             bank.mark_stale(network)
@@ -73,7 +73,7 @@ def note_average_moved(average: ConvertedModel, model: ConvertedModel) -> None:
 
 def trust_statistics(model: ConvertedModel) -> None:
     """End the watch over statistics: training is over, and they are as its user wants them."""
-    for norm in switchable_norms(model).values():
+    for _, norm in switchable_norms(model):
         if norm.bank is not None:
             norm.bank.stale = None
 
@@ -81,7 +81,7 @@ def trust_statistics(model: ConvertedModel) -> None:
 def refresh(
     model: ConvertedModel,
     loader: Iterable[Batch],
-    bits: Request | list[Request] = "uniform",
+    bits: BitsRequest | list[BitsRequest] = "uniform",
     *,
     batches: int | None = None,
 ) -> None:

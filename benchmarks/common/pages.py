@@ -1,16 +1,20 @@
-"""Parts of pages that are written from records: tables, what they were measured on, and where they stand."""
+"""Parts of pages that are written from records: tables, their origin, text between markers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 
 def write_part(page: Path, name: str, command: str, text: str) -> None:
-    """Put `text` between the markers of a part, which is made at the end of the page if there is none."""
+    """Put `text` between the markers of a part; without markers, at the end of the page."""
     begin, end = f"<!-- {name}: written by {command} -->", f"<!-- end of the {name} -->"
-    old = page.read_text() if page.exists() else "# Results\n"
+    old = "# Results\n"
+    if page.exists():
+        old = page.read_text()
     part = f"{begin}\n\n{text}\n\n{end}"
     if begin in old:
         before, _, rest = old.partition(begin)
@@ -19,10 +23,11 @@ def write_part(page: Path, name: str, command: str, text: str) -> None:
         page.write_text(f"{old.rstrip()}\n\n{part}\n")
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int = 1) -> list[str]:
-    """Markdown; all columns but the first `texts` are numbers."""
-    ruler = ["---"] * texts + ["---:"] * (len(header) - texts)
-    return [f"| {' | '.join(line)} |" for line in (header, ruler, *rows)]
+def markdown(table: pd.DataFrame, *, texts: int = 1) -> str:
+    """A table of text cells; all columns but the first `texts` are numbers."""
+    alignment = ["left"] * texts + ["right"] * (table.shape[1] - texts)
+    # Numbers are formatted already: without `disable_numparse`, 0.20 would become 0.2.
+    return table.to_markdown(index=False, colalign=alignment, disable_numparse=True)
 
 
 def origin(records: Sequence[Mapping[str, Any]]) -> str:
@@ -30,11 +35,16 @@ def origin(records: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({record["seed"] for record in records})
     machines = sorted({_machine(record["machine"]) for record in records})
     commits = sorted({record["commit"] for record in records})
-    shown = "seed" if len(seeds) == 1 else "seeds"
-    listed = ", ".join(str(seed) for seed in seeds)
-    return f"({shown.capitalize()} {listed}; {'; '.join(machines)}; commit {', '.join(commits)}.)"
+    word = _plural("Seed", len(seeds))
+    listed = ", ".join(map(str, seeds))
+    return f"({word} {listed}; {'; '.join(machines)}; commit {', '.join(commits)}.)"
 
 
-def _machine(of: Mapping[str, Any]) -> str:
-    threads = f"{of['threads']} thread{'s' if of['threads'] > 1 else ''}"
-    return f"{of['processor']}, {threads}, torch {of['torch']}, timm {of['timm']}"
+def _machine(described: Mapping[str, Any]) -> str:
+    threads = f"{described['threads']} {_plural('thread', described['threads'])}"
+    versions = f"torch {described['torch']}, timm {described['timm']}"
+    return f"{described['processor']}, {threads}, {versions}"
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

@@ -1,7 +1,8 @@
-"""Results of benchmarks: one line of JSON for each finished measurement, and what it was measured on."""
+"""Results of benchmarks: a line of JSON for each measurement, and what it was measured on."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -15,58 +16,58 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(file: Path) -> list[dict[str, Any]]:
     """The finished measurements; a line that was cut off by a kill is none."""
-    if not path.exists():
+    if not file.exists():
         return []
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+    records = []
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
+def append(file: Path, record: dict[str, Any]) -> None:
     """Add a measurement, in one write that is on the disk afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            whole = file.read(1) == b"\n"
-        else:
-            whole = True
-        file.write((b"" if whole else b"\n") + json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record).encode() + b"\n"
+    with file.open("ab+") as stream:
+        if stream.tell():
+            # A write that was cut off left a line without an end: this one starts on a new line.
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                line = b"\n" + line
+        stream.write(line)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def commit() -> str:
     """The commit that is measured."""
     command = ["git", "describe", "--always", "--dirty"]
-    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: S603 (our own)
-    return asked.stdout.strip() or "unknown"
+    git = subprocess.run(  # noqa: S603 (our own command)
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return git.stdout.strip() or "unknown"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, threads and versions."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
-    versions = {
+    on_gpu = device.startswith("cuda")
+    return {
+        "processor": torch.cuda.get_device_name() if on_gpu else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "timm": timm.__version__,
-    }
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **versions,
     }
 
 
 def _processor() -> str:
     described = Path("/proc/cpuinfo")
-    lines = described.read_text().splitlines() if described.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    if described.exists():
+        for line in described.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What the benchmarks of the search search: networks, made ready, and the images to search and to report on.
+"""What the benchmarks search: converted networks, and the images to search and to report on.
 
 No image is in two of the parts. The seed chooses which images are which.
 """
@@ -13,22 +13,24 @@ import timm
 import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, default_collate
 
 import anyprec
 from benchmarks.common.images import batches
 from benchmarks.common.pretrained import efficientnet_lite0
-from benchmarks.study.grid import TRACKS, Run, methods
-from benchmarks.study.runs import Batches, Place, converted, start_network, train
+from benchmarks.study.grid import TRACKS, Run
+from benchmarks.study.methods import methods
+from benchmarks.study.runs import Batches, Workspace, converted, start_network, train
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where images are, and a folder for what is kept between runs."""
+    """Where images are, and a folder for trained networks."""
 
     cifar10: Path | None = None
     imagenet: Path | None = None
     class_map: Path | None = None
-    kept: Path = Path()
+    cache: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -65,49 +67,59 @@ def imagenet_batches(
         "", root=str(sources.imagenet), class_map=str(sources.class_map), transform=transform
     )
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    parts = []
+    samples = []
     for count in counts:
         chosen, order = order[:count], order[count:]
-        pairs = [dataset[index] for index in chosen]
-        parts.append([_stacked(pairs[at : at + 32]) for at in range(0, count, 32)])
-    return parts
+        loader = DataLoader(
+            Subset(dataset, chosen),
+            batch_size=32,
+            collate_fn=_stacked,
+            generator=torch.Generator(),  # without one it would draw from the global generator
+        )
+        samples.append(list(loader))
+    return samples
 
 
 def _stacked(pairs: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    images = torch.stack([image for image, _ in pairs]).contiguous(
-        memory_format=torch.channels_last
-    )
-    return images, torch.tensor([label for _, label in pairs])
+    images, labels = default_collate(pairs)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def one_shot(sources: Sources, seed: int, *, network: str = "mobile", images: int = 512) -> Case:
-    """A small network trained one-shot on CIFAR-10: the study's, by its full method. Trained once, and kept."""
+    """A small network trained one-shot on CIFAR-10: the study's, by its full method.
+
+    It is trained once, and stored.
+    """
     if sources.cifar10 is None:
         msg = "the CIFAR-10 networks need --cifar10"
         raise SystemExit(msg)
     track = TRACKS["S"]
     run = Run(track, network, methods(track.bits)["full"], 0)
-    place = Place(sources.cifar10, sources.kept)
-    data = place.images(track)
-    kept = sources.kept / f"search.{network}.safetensors"
-    model = converted(start_network(run, place, data), run, data)
-    if kept.exists():
-        model = anyprec.load(kept, model)
+    workspace = Workspace(sources.cifar10, sources.cache)
+    data = workspace.images(track)
+    file = sources.cache / f"search.{network}.safetensors"
+    model = converted(start_network(run, workspace, data), run, data)
+    if file.exists():
+        model = anyprec.load(file, model)
     else:
         loader = batches(data.train, track.batch_size, training=True, seed=0)
-        train(model, loader, run, kept.with_suffix(".snapshot"))
-        anyprec.save(model, kept, rebuildable=False)
-    order = torch.randperm(len(data.report[1]), generator=torch.Generator().manual_seed(seed))
+        train(model, loader, run, file.with_suffix(".snapshot"))
+        anyprec.save(model, file, rebuildable=False)
+    pixels, labels = data.report
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     selection, report = order[:images], order[2_000:]
     return Case(
         model,
-        list(batches((data.report[0][selection], data.report[1][selection]), 128, training=False)),
-        list(batches((data.report[0][report], data.report[1][report]), 250, training=False)),
+        list(batches((pixels[selection], labels[selection]), 128, training=False)),
+        list(batches((pixels[report], labels[report]), 250, training=False)),
     )
 
 
 def untrained(name: str, *, size: int = 64, images: int = 32) -> Case:
-    """A timm network on noise, with random weights in every branch: for what a search computes, not for what it finds."""
+    """A timm network on noise, with random weights in every branch.
+
+    For what a search computes, not for what it finds.
+    """
     torch.manual_seed(0)
     noise = torch.randn(images, 3, size, size).contiguous(memory_format=torch.channels_last)
     held = [(noise, torch.randint(1000, (images,)))]

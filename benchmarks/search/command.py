@@ -1,47 +1,39 @@
-"""The search, measured: the work it saves, the frontiers it finds, and what other algorithms find with as many evaluations.
+"""The search, measured: the work it saves, the frontiers it finds, and what other algorithms find.
 
-    python -m benchmarks.search work                                               # layer executions saved
+    python -m benchmarks.search work                                       # layer executions saved
     python -m benchmarks.search frontier --case lite0 --imagenet val.tar --class-map synsets.txt
     python -m benchmarks.search frontier --case cifar-mobile --cifar10 CIFAR10
     python -m benchmarks.search compare --case cifar-mobile --cifar10 CIFAR10      # resumable
-    python -m benchmarks.search render                                             # its part of docs/results.md
+    python -m benchmarks.search render                                # its part of docs/results.md
 
-A measurement is a line of JSON in `--results`; `compare` and `work` do not repeat those that are there. Networks and images
-are made in `cases.py`, the page in `page.py`.
+A measurement is a line of JSON in `--results`; `compare` and `work` do not repeat those that are
+there. Networks and images are made in `cases.py`, one algorithm is run in `single.py`, the page is
+written in `page.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import math
+import functools
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 import anyprec
-from anyprec.model.cost import cost_model
-from anyprec.runtime.modes import evaluating
-from anyprec.searching.algorithms.evaluations import Evaluations
-from anyprec.searching.algorithms.moves import Move, Walk
-from anyprec.searching.algorithms.predictor import Predictor
-from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.registry import Settings, run_algorithm
-from anyprec.searching.algorithms.space import Point, make_space
-from anyprec.searching.budget.budgets import parse_budget
-from anyprec.searching.budget.costs import search_costs
-from anyprec.searching.measuring.evaluator import Evaluator
+from anyprec.model.costing import cost_model
 from benchmarks.common.images import accuracy
 from benchmarks.common.records import ROOT, append, commit, machine, read
 from benchmarks.search.cases import CASES, Case, Sources, untrained
-from benchmarks.search.page import write_page
+from benchmarks.search.single import SearchNorms, divergences, search_once
 
 RESULTS = ROOT / "benchmarks" / "results" / "search.jsonl"
 WORK_NETWORKS = ("resnet18", "mobilenetv2_100")
+WORK_ALGORITHMS = ("greedy", "lazy", "combined")
 BUDGETS = ("W6A6", "W4A4", "W3A3")
 ALGORITHMS = ("combined", "lazy", "program", "evolution", "random")
 BASELINES = ("evolution", "random")
@@ -49,80 +41,63 @@ BASELINES = ("evolution", "random")
 SEEDS = (0, 1, 2)
 
 
-# --- Work saved ---------------------------------------------------------------------------------------------------
-
-
-class CountingWalk(Walk):
-    """Counts the moves that an algorithm asks for: without a memo each would be a forward pass over all images."""
-
-    asked = 0
-
-    def measure(self, point: Point, moves: Iterable[Move]) -> None:
-        """See `Walk`."""
-        listed = list(moves)
-        self.asked += len(listed)
-        super().measure(point, listed)
+# --- Work saved -----------------------------------------------------------------------------------
 
 
 def work(args: argparse.Namespace) -> None:
-    """The paper's greedy search and the lazy one, on networks with random weights: evaluations and layer executions."""
-    done = {
-        (record["network"], record["algorithm"])
-        for record in read(args.results)
-        if record["kind"] == "work"
-    }
-    for name in args.networks:
-        for algorithm in ("greedy", "lazy", "combined"):
-            if (name, algorithm) not in done:
-                case = untrained(name, size=args.size, images=args.images)
-                record = count_work(case, algorithm, args.budget)
-                setting = {
-                    "network": name,
-                    "budget": args.budget,
-                    "size": args.size,
-                    "images": args.images,
-                    "seed": 0,
-                }
-                keep(args.results, {"kind": "work", **setting, **record})
+    """Evaluations and layer executions of the paper's greedy search and of ours.
+
+    On networks with random weights.
+    """
+    done = set()
+    for record in read(args.results):
+        if record["kind"] == "work":
+            done.add((record["network"], record["algorithm"]))
+    for name, algorithm in itertools.product(args.networks, WORK_ALGORITHMS):
+        if (name, algorithm) not in done:
+            case = untrained(name, size=args.size, images=args.images)
+            setting = {
+                "network": name,
+                "budget": args.budget,
+                "size": args.size,
+                "images": args.images,
+                "seed": 0,
+            }
+            counts = count_work(case, algorithm, args.budget)
+            store(args.results, {"kind": "work", **setting, **counts})
 
 
 def count_work(case: Case, algorithm: str, budget: str) -> dict[str, Any]:
     """One search with counters."""
-    macs = {path: layer.macs for path, layer in cost_model(case.model).layers.items()}
-    done = dict.fromkeys(macs, 0)
-    with counting(case.model, done):
-        walk, evaluator, seconds = searched(case, algorithm, budget)
-    found = walk.evaluations.best(walk.problem.fits)
-    assert found is not None
-    whole = sum(macs.values())
+    layers = cost_model(case.model).layers
+    executions = dict.fromkeys(layers, 0)
+    with counting(case.model, executions):
+        outcome = search_once(case.model, case.selection, algorithm=algorithm, budget=budget)
+    whole = sum(layer.macs for layer in layers.values())
+    executed = sum(layers[path].macs * count for path, count in executions.items())
     return {
         "algorithm": algorithm,
-        "score": walk.evaluations.losses[found],
-        "asked": walk.asked,
-        "evaluations": len(walk.evaluations),
+        "score": outcome.score,
+        "asked": outcome.asked,
+        "evaluations": outcome.evaluations,
         "layers": len(case.model.candidates),
         "batches": len(case.selection),
-        "layer_runs": evaluator.layer_runs,
-        "passes_of_macs": sum(macs[path] * count for path, count in done.items())
-        / whole
-        / len(case.selection),
-        "seconds": round(seconds, 1),
+        "layer_runs": outcome.layer_runs,
+        "passes_of_macs": executed / whole / len(case.selection),
+        "seconds": outcome.seconds,
     }
 
 
 @contextmanager
-def counting(model: anyprec.ConvertedModel, done: dict[str, int]) -> Iterator[None]:
+def counting(model: anyprec.ConvertedModel, executions: dict[str, int]) -> Iterator[None]:
     """Count how often each quantized layer runs."""
 
-    def count(path: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            done[path] += 1
+    def count(path: str, *_: Any) -> None:
+        executions[path] += 1
 
-        return hook
-
-    handles = [
-        layer.register_forward_hook(count(path)) for path, layer in model.quantized_layers.items()
-    ]
+    handles = []
+    for path, layer in model.quantized_layers.items():
+        handles.append(layer.register_forward_hook(functools.partial(count, path)))
     try:
         yield
     finally:
@@ -130,214 +105,208 @@ def counting(model: anyprec.ConvertedModel, done: dict[str, int]) -> Iterator[No
             handle.remove()
 
 
-def searched(
-    case: Case,
-    algorithm: str,
-    budget: str,
-    *,
-    norms: Literal["stored", "batch"] = "stored",
-    settings: Settings | None = None,
-) -> tuple[CountingWalk, Evaluator, float]:
-    """One algorithm below one budget, as `anyprec.search` runs it; the seconds that it took."""
-    model = case.model
-    priced = search_costs(cost_model(model), None)
-    space = make_space(model.current_candidates)
-    problem = Problem(space, parse_budget(budget, priced), priced)
-    start = time.perf_counter()
-    with evaluating(model), model.using_bits(model.bits):
-        evaluator = Evaluator(model, case.selection, "divergence", norms=norms)
-        walk = CountingWalk(problem, Evaluations(evaluator), Predictor(space))
-        run_algorithm(algorithm, walk, settings or Settings())
-    return walk, evaluator, time.perf_counter() - start
-
-
-# --- Frontiers ----------------------------------------------------------------------------------------------------
+# --- Frontiers ------------------------------------------------------------------------------------
 
 
 def frontier(args: argparse.Namespace) -> None:
-    """The whole range of BitOPs in one search; accuracy on other images of the best at the cost of each uniform precision."""
+    """The whole range of BitOPs in one search.
+
+    Accuracy is on other images, of the best configuration at the cost of each uniform one.
+    """
     case = CASES[args.case](args.sources, args.seed)
     model = case.model
-    known = len(read(args.resume)[1:]) if args.resume else 0
+    known_scores = len(read(args.resume)[1:]) if args.resume else 0
     start = time.perf_counter()
     result = anyprec.search(
         model, case.selection, objective="divergence", norms=args.norms, resume=args.resume
     )
     seconds = time.perf_counter() - start
-    uniform = [config for config in result.uniform if config in result.evaluated]
-    costs = [anyprec.cost_of(model, config).bitops for config in uniform]
-    best = [result.at(anyprec.Budget(bitops=cost)) for cost in costs]
-    held_out = held_out_figures(case, [*uniform, *(found.config for found in best)], args.norms)
     entry = {
         "kind": "frontier",
         "case": args.case,
         "seed": args.seed,
         "norms": args.norms,
-        "images": sum(len(labels) for _, labels in case.selection),
-        "report_images": sum(len(labels) for _, labels in case.report),
+        "images": image_count(case.selection),
+        "report_images": image_count(case.report),
         "layers": len(model.candidates),
         "seconds": round(seconds, 1),
         "evaluations": result.evaluations,
-        "known": known,
+        "known": known_scores,
         "layer_runs": result.layer_runs,
-        "float": top1(model, None, case),
-        "frontier": [[found.cost.bitops, found.score] for found in result.frontier],
-        "uniform": [
-            [cost, result.evaluated[config], *held_out[config]]
-            for cost, config in zip(costs, uniform, strict=True)
-        ],
-        "searched": [[found.cost.bitops, found.score, *held_out[found.config]] for found in best],
+        "float": top1(case, None),
+        "frontier": [[point.cost.bitops, point.score] for point in result.frontier],
     }
-    keep(args.results, entry)
+    store(args.results, entry | at_uniform_costs(case, result, args.norms))
 
 
-def held_out_figures(
-    case: Case, configs: Iterable[anyprec.BitConfig], norms: Literal["stored", "batch"]
-) -> dict[anyprec.BitConfig, tuple[float, float]]:
-    """Divergence and top-1 on the images of the report."""
-    with evaluating(case.model), case.model.using_bits(case.model.bits):
-        divergence = Evaluator(case.model, case.report, "divergence", norms=norms, reuse=False)
-        return {
-            config: (divergence(config), top1(case.model, config, case))
-            for config in dict.fromkeys(configs)
-        }
+def image_count(batches: Collection[Any]) -> int:
+    """Images of all batches."""
+    return sum(len(labels) for _, labels in batches)
 
 
-def top1(model: anyprec.ConvertedModel, config: anyprec.BitConfig | None, case: Case) -> float:
+def at_uniform_costs(
+    case: Case, result: anyprec.SearchResult, norms: SearchNorms
+) -> dict[str, list[list[float]]]:
+    """The uniform configurations and the best that was found for at most the BitOPs of each.
+
+    For each its BitOPs, its divergence on the images of the search, and divergence and top-1 on
+    those of the report.
+    """
+    pairs = []
+    for config in result.uniform:
+        if config in result.evaluated:
+            cost = anyprec.cost_of(case.model, config).bitops
+            pairs.append((config, cost, result.at(anyprec.Budget(bitops=cost))))
+    configs = [config for config, _, _ in pairs] + [best.config for _, _, best in pairs]
+    held_out = divergences(case.model, case.report, configs, norms)
+
+    uniform, searched = [], []
+    for config, cost, best in pairs:
+        scores = [held_out[config], top1(case, config)]
+        uniform.append([cost, result.evaluated[config], *scores])
+        scores = [held_out[best.config], top1(case, best.config)]
+        searched.append([best.cost.bitops, best.score, *scores])
+    return {"uniform": uniform, "searched": searched}
+
+
+def top1(case: Case, config: anyprec.BitConfig | None) -> float:
     """Accuracy on the images of the report, in percent."""
-    with model.using_bits(config):
-        return accuracy(model, case.report)
+    with case.model.using_bits(config):
+        return accuracy(case.model, case.report)
 
 
-# --- Algorithms ---------------------------------------------------------------------------------------------------
+# --- Algorithms -----------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace) -> None:
-    """What each algorithm finds with as many evaluations as the default takes, for several budgets and seeds.
+    """What each algorithm finds with as many evaluations as the default takes.
 
     The seed chooses the images, and what evolution and random search draw.
     """
-    known = {key(record): record for record in read(args.results) if record["kind"] == "compare"}
+    done = {}
+    for record in read(args.results):
+        if record["kind"] == "compare":
+            done[key(record)] = record
     for seed in args.seeds:
         case = None
-        for budget in args.budgets:
-            for algorithm in args.algorithms:
-                wanted = {
-                    "case": args.case,
-                    "seed": seed,
-                    "budget": budget,
-                    "algorithm": algorithm,
-                    "norms": args.norms,
-                }
-                if key(wanted) in known:
-                    continue
-                case = case or CASES[args.case](args.sources, seed)
-                default = known.get(key({**wanted, "algorithm": ALGORITHMS[0]}))
-                limit = default["evaluations"] if default and algorithm in BASELINES else None
-                record = compared(case, wanted, limit)
-                known[key(record)] = record
-                keep(args.results, record)
+        for budget, algorithm in itertools.product(args.budgets, args.algorithms):
+            setting = {
+                "case": args.case,
+                "seed": seed,
+                "budget": budget,
+                "algorithm": algorithm,
+                "norms": args.norms,
+            }
+            if key(setting) in done:
+                continue
+            case = case or CASES[args.case](args.sources, seed)
+            default = done.get(key({**setting, "algorithm": ALGORITHMS[0]}))
+            limit = default["evaluations"] if default and algorithm in BASELINES else None
+            record = compared(case, setting, limit)
+            done[key(record)] = record
+            store(args.results, record)
 
 
-def compared(case: Case, wanted: dict[str, Any], limit: int | None) -> dict[str, Any]:
+def compared(case: Case, setting: dict[str, Any], limit: int | None) -> dict[str, Any]:
     """One search."""
-    settings = Settings(seed=wanted["seed"])
-    if limit is not None:
-        settings = dataclasses.replace(settings, evaluations=limit)
-    walk, _, seconds = searched(
-        case, wanted["algorithm"], wanted["budget"], norms=wanted["norms"], settings=settings
+    outcome = search_once(
+        case.model,
+        case.selection,
+        algorithm=setting["algorithm"],
+        budget=setting["budget"],
+        norms=setting["norms"],
+        seed=setting["seed"],
+        evaluations=limit,
     )
-    losses, problem = walk.evaluations.losses, walk.problem
-    config = walk.evaluations.best(problem.fits)
-    assert config is not None
-    uniform = min(problem.fitting_uniform, key=losses.__getitem__)
     return {
         "kind": "compare",
-        **wanted,
-        "evaluations": len(losses),
-        "score": losses[config],
-        "uniform": losses[uniform],
-        "trace": trace(losses, problem),
-        "utilisation": problem.utilisation(config),
-        "top1": top1(case.model, config, case),
-        "uniform_top1": top1(case.model, uniform, case),
-        "seconds": round(seconds, 1),
+        **setting,
+        "evaluations": outcome.evaluations,
+        "score": outcome.score,
+        "uniform": outcome.uniform_score,
+        "trace": outcome.trace,
+        "utilisation": outcome.utilisation,
+        "top1": top1(case, outcome.config),
+        "uniform_top1": top1(case, outcome.uniform),
+        "seconds": outcome.seconds,
     }
-
-
-def trace(losses: Mapping[anyprec.BitConfig, float], problem: Problem) -> list[list[float]]:
-    """After how many evaluations the best that fits became better, and how good it was."""
-    found, best = [], math.inf
-    for count, (config, loss) in enumerate(losses.items(), 1):
-        if loss < best and problem.fits(config):
-            best = loss
-            found.append([count, loss])
-    return found
 
 
 def key(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells one comparison from another."""
+    """What distinguishes comparisons."""
     return tuple(record[name] for name in ("case", "seed", "budget", "algorithm", "norms"))
 
 
-# --- Command line -------------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
-def keep(path: Path, record: dict[str, Any]) -> None:
+def store(file: Path, record: dict[str, Any]) -> None:
     """Write a finished measurement, and show it."""
     record |= {"machine": machine(), "commit": commit()}
-    append(path, record)
-    shown = {
-        name: value
-        for name, value in record.items()
-        if name not in ("machine", "frontier", "trace")
-    }
-    print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+    append(file, record)
+    hidden = {"machine", "frontier", "trace"}
+    shown = (f"{name}={value}" for name, value in record.items() if name not in hidden)
+    print(*shown, flush=True)
+
+
+def render(args: argparse.Namespace) -> None:
+    """Write the search's part of the page, and its plots."""
+    from benchmarks.search.page import write_page  # noqa: PLC0415 (matplotlib is slow to import)
+
+    write_page(read(args.results), ROOT / "docs")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command."""
+    args = _parser().parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if hasattr(args, "cifar10"):
+        args.sources = Sources(args.cifar10, args.imagenet, args.class_map, args.cache)
+    args.command(args)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int)
     commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("work")
+
+    add = commands.add_parser("work", help="layer executions saved")
     add.add_argument("--networks", nargs="+", default=WORK_NETWORKS)
     add.add_argument("--budget", default="W4A4")
-    add.add_argument(
-        "--size", type=int, default=64, help="of an image; what is counted does not depend on it"
-    )
-    add.add_argument("--images", type=int, default=32, help="nor on their number, in one batch")
+    # What is counted depends neither on the size of the images nor on their number, in one batch.
+    add.add_argument("--size", type=int, default=64, help="of an image")
+    add.add_argument("--images", type=int, default=32)
     add.set_defaults(command=work)
-    for name, command in (("frontier", frontier), ("compare", compare)):
-        add = commands.add_parser(name)
-        add.add_argument("--case", choices=CASES, required=True)
-        add.add_argument("--norms", choices=("stored", "batch"), default="stored")
-        add.add_argument("--cifar10", type=Path, help="folder of train.tar and val.tar")
-        add.add_argument("--imagenet", type=Path, help="tar or folder of ImageNet images")
-        add.add_argument(
-            "--class-map", type=Path, help="file that lists the class folders in label order"
-        )
-        add.add_argument(
-            "--kept", type=Path, default=RESULTS.parent, help="folder for trained networks"
-        )
-        add.set_defaults(command=command)
-        if command is frontier:
-            add.add_argument("--seed", type=int, default=0)
-            add.add_argument("--resume", type=Path, help="file that keeps every score")
-        else:
-            add.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-            add.add_argument("--budgets", nargs="+", default=BUDGETS)
-            add.add_argument("--algorithms", nargs="+", default=ALGORITHMS)
-    commands.add_parser("render").set_defaults(
-        command=lambda args: write_page(read(args.results), ROOT / "docs")
+
+    case = _case_options()
+    add = commands.add_parser("frontier", help="one search of all budgets", parents=[case])
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--resume", type=Path, help="file that keeps every score")
+    add.set_defaults(command=frontier)
+
+    add = commands.add_parser("compare", help="algorithms at equal evaluations", parents=[case])
+    add.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    add.add_argument("--budgets", nargs="+", default=BUDGETS)
+    add.add_argument("--algorithms", nargs="+", default=ALGORITHMS)
+    add.set_defaults(command=compare)
+
+    commands.add_parser("render", help="write the page").set_defaults(command=render)
+    return parser
+
+
+def _case_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--norms", choices=("stored", "batch"), default="stored")
+    parser.add_argument("--cifar10", type=Path, help="folder of train.tar and val.tar")
+    parser.add_argument("--imagenet", type=Path, help="tar or folder of ImageNet images")
+    parser.add_argument("--class-map", type=Path, help="class folders in the order of labels")
+    parser.add_argument(
+        "--cache", type=Path, default=RESULTS.parent, help="folder for trained networks"
     )
-    args = parser.parse_args(arguments)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if hasattr(args, "cifar10"):
-        args.sources = Sources(args.cifar10, args.imagenet, args.class_map, args.kept)
-    args.command(args)
-    return 0
+    return parser

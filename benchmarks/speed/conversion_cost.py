@@ -1,13 +1,15 @@
 """What `convert` costs: seconds and memory, against the targets of the project.
 
-    python -m benchmarks.speed.conversion_cost
+    python -m benchmarks.speed.conversion_cost [NETWORK ...]
 
-Each network is converted in a process of its own. Extra memory is the peak during `convert` beyond what the converted
-network needs itself; it may be as large as the largest layer plus what one float forward pass takes. Linux only.
+Each network is converted in a process of its own. Extra memory is the peak during `convert` beyond
+what the converted network needs itself. It may be as large as the largest layer plus what one float
+forward pass takes. Linux only.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import timm
 import torch
 from torch import nn
@@ -25,6 +28,7 @@ import anyprec
 NETWORKS = {"resnet50": 2.0, "vit_large_patch16_224": 10.0}
 """Networks, and the seconds that converting them may take."""
 
+REPEATS = 3
 MIB = 2**20
 
 
@@ -33,54 +37,71 @@ def measure(name: str) -> dict[str, float]:
     model = timm.create_model(name).eval()
     images = torch.zeros(1, *model.pretrained_cfg["input_size"])
     with torch.no_grad():
-        _, forward = measured(lambda: model(images))
-    largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    held = size_of(model)
-    seconds, peak = measured(lambda: anyprec.convert(model))
-    extra = max(0, peak - (size_of(model) - held))
-    return {"seconds": seconds, "extra": extra / MIB, "allowed": (largest + forward) / MIB}
+        _, forward_peak = seconds_and_peak(lambda: model(images))
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    float_size = size_of(model)
+    seconds, peak = seconds_and_peak(lambda: anyprec.convert(model))
+    extra = max(0, peak - (size_of(model) - float_size))
+    return {
+        "seconds": seconds,
+        "extra": extra / MIB,
+        "allowed": (largest + forward_peak) / MIB,
+    }
 
 
-def measured(call: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds, and the bytes by which memory rose at most meanwhile."""
+def seconds_and_peak(call: Callable[[], Any]) -> tuple[float, int]:
+    """Time of a call, and the bytes by which memory rose at most meanwhile."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start = memory("VmRSS"), time.perf_counter()
     call()
-    return time.perf_counter() - start, status("VmHWM") - before
+    return time.perf_counter() - start, memory("VmHWM") - before
 
 
-def status(field: str) -> int:
-    """A figure of this process in bytes, as Linux gives it."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+def memory(field: str) -> int:
+    """A figure of this process's memory in bytes, as Linux gives it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    msg = f"/proc/self/status has no {field}: this benchmark needs Linux"
+    raise SystemExit(msg)
 
 
 def size_of(model: nn.Module) -> int:
     """Bytes of parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def main() -> None:
-    """Measure all networks, three times each, and print a table of the worst."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1])))
-        return
-    print(
-        "| network | seconds | at most | extra MiB | at most |\n| --- | ---: | ---: | ---: | ---: |"
+    """Measure networks, three times each, and print a table of the worst."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, limit in NETWORKS.items():
-        command = [sys.executable, "-m", "benchmarks.speed.conversion_cost", name]
-        runs = [json.loads(subprocess.check_output(command)) for _ in range(3)]  # noqa: S603 (our own)
-        worst = {key: max(run[key] for run in runs) for key in ("seconds", "extra")}
-        allowed = min(run["allowed"] for run in runs)
-        print(
-            f"| `{name}` | {worst['seconds']:.2f} | {limit:.0f} | {worst['extra']:.1f} | {allowed:.1f} |",
-            flush=True,
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--here", action="store_true", help="once, in this process; prints JSON")
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps([measure(name) for name in args.networks]))
+        return
+    rows = []
+    for name in args.networks:
+        command = [sys.executable, "-m", "benchmarks.speed.conversion_cost", name, "--here"]
+        runs = []
+        for _ in range(REPEATS):
+            runs += json.loads(subprocess.check_output(command))  # noqa: S603 (our own)
+        figures = pd.DataFrame(runs)
+        limit = f"{NETWORKS[name]:.0f}" if name in NETWORKS else ""
+        worst = figures.max()
+        rows.append(
+            {
+                "network": f"`{name}`",
+                "seconds": f"{worst.seconds:.2f}",
+                "at most, s": limit,
+                "extra MiB": f"{worst.extra:.1f}",
+                "at most, MiB": f"{figures.allowed.min():.1f}",
+            }
         )
+    aligned = ["left", *["right"] * 4]
+    print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=aligned))
 
 
 if __name__ == "__main__":

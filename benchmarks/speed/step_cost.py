@@ -1,38 +1,62 @@
-"""What fake quantization costs: a training step of one path, an eval forward and memory, against the float network's.
+"""What fake quantization costs: a training step of one path, an eval forward and memory.
 
     python -m benchmarks.speed.step_cost [--models NAME ...] [--device cuda] [--compiled] [--peers]
 
-Interleaves, in one run: the float network; the converted one at W4A4; the converted one with the naive chain of elementary
-operations in place of anyprec's autograd function and with quantized weights kept; with `--compiled` also both networks
-through `torch.compile`; with `--peers` those of Brevitas and ModelOpt, as far as they are installed, with 8-bit layers
-as they make them by default. Prints the median of the ratios to the float time of the same round, and the bytes that
+All against the float network, interleaved in one run: the converted network at W4A4; the converted
+network with the naive chain of elementary operations in place of anyprec's autograd function, and
+with its quantized weights cached; with `--compiled` also both networks through `torch.compile`;
+with `--peers` those of Brevitas and ModelOpt, as far as they are installed, with 8-bit layers as
+they make them by default.
+
+Prints the median of the ratios to the float time of the same round, and the ratio of the bytes that
 autograd keeps for the backward pass, parameters aside.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import importlib
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import timm
 import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.nn import layers
-from anyprec.nn import quantizers as quantizer
+from anyprec.nn import layers, quantizers
+
+Variants = dict[str, tuple[nn.Module, Callable[[], AbstractContextManager[None]]]]
+"""Networks to measure, each with the context in which it runs."""
+
+Times = dict[str, list[float]]
+"""Seconds of each round, by variant."""
 
 
 def main() -> None:
     """Print a Markdown table of ratios."""
+    args = parse_arguments()
+    warnings.simplefilter("ignore")
+    rows = [{"network": f"`{name}`", **measure(name, args)} for name in args.models]
+    columns = len(rows[0])
+    aligned = ["left", *["right"] * (columns - 1)]
+    print(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=aligned))
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,64 +73,77 @@ def main() -> None:
     parser.add_argument(
         "--peers", action="store_true", help="also Brevitas and ModelOpt, if installed"
     )
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    rows = [measure(name, args) for name in args.models]
-    columns = list(rows[0])
-    print(f"| network | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-    for name, row in zip(args.models, rows, strict=True):
-        print(f"| `{name}` | {' | '.join(row[column] for column in columns)} |")
+    return parser.parse_args()
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, str]:
     """The cells of one network."""
     torch.manual_seed(0)
     options = {"img_size": args.img_size} if "vit" in name else {}
-    network = timm.create_model(name, num_classes=100, **options).to(
-        args.device, memory_format=torch.channels_last
-    )
-    shape = args.batch_size, 3, args.img_size, args.img_size
-    images = torch.randn(shape, device=args.device).contiguous(memory_format=torch.channels_last)
+    network = timm.create_model(name, num_classes=100, **options)
+    network.to(args.device, memory_format=torch.channels_last)
+    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
+    images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(100, (args.batch_size,), device=args.device)
-    model = anyprec.convert(copy.deepcopy(network), example_input=images[:1])
-    anyprec.calibrate(model, [images], norm_batches=1)
-    model.set_bits(4)
-    runs: dict[str, tuple[nn.Module, Callable[[], Any]]] = {
-        "float": (network, contextlib.nullcontext)
-    }
-    runs["anyprec"] = (model, contextlib.nullcontext)
-    runs["naive chain"] = (model, naive_chain)
-    if args.compiled:
-        runs["float, compiled"] = (torch.compile(network), contextlib.nullcontext)
-        runs["anyprec, compiled"] = (torch.compile(model), contextlib.nullcontext)
-    for peer, make in PEERS.items() if args.peers else ():
-        with contextlib.suppress(ImportError):
-            runs[peer] = (make(copy.deepcopy(network), images), contextlib.nullcontext)
-    steps: dict[str, list[float]] = {run: [] for run in runs}
-    evals: dict[str, list[float]] = {run: [] for run in runs}
-    for index in range(args.rounds + 1):
-        for run, (net, context) in runs.items():
-            with context():
-                step = seconds(lambda net=net: train_step(net, images, labels), args.device)
-                evaluation = seconds(lambda net=net: evaluate(net, images), args.device)
-            if index:  # the first round warms up
-                steps[run].append(step)
-                evals[run].append(evaluation)
+    variants = make_variants(network, images, args)
+    steps, evaluations = time_rounds(variants, images, labels, args)
     cells = {"float step, ms": f"{1000 * statistics.median(steps['float']):.1f}"}
-    for run in list(runs)[1:]:
-        cells[f"step, {run}"] = f"{ratio(steps[run], steps['float']):.2f}"
-    for run in [run for run in runs if run not in {"float", "naive chain"}]:
-        cells[f"eval, {run}"] = f"{ratio(evals[run], evals['float']):.2f}"
-    plain = saved_bytes(network, images, labels)
-    for run in [run for run in runs if "compiled" not in run and run != "float"]:
-        with runs[run][1]():
-            cells[f"saved, {run}"] = f"{saved_bytes(runs[run][0], images, labels) / plain:.2f}"
+    for variant in variants:
+        if variant != "float":
+            cells[f"step, {variant}"] = ratio(steps[variant], steps["float"])
+    for variant in variants:
+        if variant not in {"float", "naive chain"}:
+            cells[f"eval, {variant}"] = ratio(evaluations[variant], evaluations["float"])
+    float_bytes = saved_bytes(network, images, labels)
+    for variant, (module, context) in variants.items():
+        if variant == "float" or "compiled" in variant:
+            continue
+        with context():
+            cells[f"saved, {variant}"] = f"{saved_bytes(module, images, labels) / float_bytes:.2f}"
     return cells
 
 
-def ratio(times: list[float], base: list[float]) -> float:
-    """Median of the ratios of the rounds."""
-    return statistics.median(here / there for here, there in zip(times, base, strict=True))
+def make_variants(network: nn.Module, images: Tensor, args: argparse.Namespace) -> Variants:
+    """The float network, and what it is compared with."""
+    model = anyprec.convert(copy.deepcopy(network), example_input=images[:1])
+    anyprec.calibrate(model, [images], norm_batches=1)
+    model.set_bits(4)
+    variants: Variants = {
+        "float": (network, nullcontext),
+        "anyprec": (model, nullcontext),
+        "naive chain": (model, naive_chain),
+    }
+    if args.compiled:
+        variants["float, compiled"] = (torch.compile(network), nullcontext)
+        variants["anyprec, compiled"] = (torch.compile(model), nullcontext)
+    if args.peers:
+        for peer, make in PEERS.items():
+            with suppress(ImportError):
+                variants[peer] = (make(copy.deepcopy(network), images), nullcontext)
+    return variants
+
+
+def time_rounds(
+    variants: Variants, images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> tuple[Times, Times]:
+    """Times of training steps and of evaluations, all variants in turn in each round."""
+    steps: Times = {variant: [] for variant in variants}
+    evaluations: Times = {variant: [] for variant in variants}
+    for number in range(args.rounds + 1):
+        for variant, (module, context) in variants.items():
+            with context():
+                step = seconds(partial(train_step, module, images, labels), args.device)
+                evaluation = seconds(partial(evaluate, module, images), args.device)
+            if number > 0:  # the first round warms up
+                steps[variant].append(step)
+                evaluations[variant].append(evaluation)
+    return steps, evaluations
+
+
+def ratio(times: list[float], base: list[float]) -> str:
+    """Median of the ratios of the rounds, as text."""
+    pairs = zip(times, base, strict=True)
+    return f"{statistics.median(time_ / base_time for time_, base_time in pairs):.2f}"
 
 
 def train_step(network: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -118,7 +155,7 @@ def train_step(network: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, images: Tensor) -> None:
-    """Two forward passes in eval mode; the second finds the quantized weights kept."""
+    """Two forward passes in eval mode; the second finds the quantized weights cached."""
     network.eval()
     network(images)
     network(images)
@@ -131,25 +168,28 @@ def logits(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward pass; parameters, buffers and images aside."""
+    """Bytes of the distinct tensors that autograd keeps for the backward pass.
+
+    Parameters, buffers and images do not count.
+    """
     network.train()
-    own = {
-        tensor.untyped_storage().data_ptr()
-        for tensor in (*network.parameters(), *network.buffers(), images)
-    }
-    found: dict[int, int] = {}
+    held_anyway = set()
+    for tensor in (*network.parameters(), *network.buffers(), images):
+        held_anyway.add(tensor.untyped_storage().data_ptr())
+    sizes: dict[int, int] = {}
     alive = []
 
     def note(tensor: Tensor) -> Tensor:
-        alive.append(tensor)  # so that no other tensor takes its place in memory
+        # As long as a tensor is alive, no other one gets its address.
+        alive.append(tensor)
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in held_anyway:
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         nn.functional.cross_entropy(logits(network, images), labels)
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
@@ -163,9 +203,8 @@ def seconds(run: Callable[[], None], device: str) -> float:
 
 def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
     """Every layer with a weight and an input quantizer whose scales are learned."""
-    quantized: nn.Module = importlib.import_module("brevitas.graph.quantize").layerwise_quantize(
-        network
-    )
+    module = importlib.import_module("brevitas.graph.quantize")
+    quantized: nn.Module = module.layerwise_quantize(network)
     quantized.train()
     quantized(images)
     return quantized
@@ -174,9 +213,9 @@ def brevitas(network: nn.Module, images: Tensor) -> nn.Module:
 def modelopt(network: nn.Module, images: Tensor) -> nn.Module:
     """Every layer that it knows with fixed scales; it learns no step sizes."""
     module = importlib.import_module("modelopt.torch.quantization")
-    with contextlib.redirect_stdout(None):
+    with redirect_stdout(None):
         quantized: nn.Module = module.quantize(
-            network, module.INT8_DEFAULT_CFG, lambda net: net(images)
+            network, module.INT8_DEFAULT_CFG, lambda model: model(images)
         )
     return quantized
 
@@ -189,31 +228,36 @@ PEERS: dict[str, Callable[[nn.Module, Tensor], nn.Module]] = {
 
 @contextmanager
 def naive_chain() -> Iterator[None]:
-    """Replace anyprec's autograd function by the operations that it stands for, and keep quantized weights."""
-    replaced: Any = quantizer
-    owner: Any = layers
-    ours = quantizer.fake_quantize, layers.recomputing
-
-    def chain(
-        values: Tensor,
-        step: Tensor,
-        *,
-        qmin: int,
-        qmax: int,
-        axis: int | None = None,
-        gradient_scale: float = 1.0,
-    ) -> Tensor:
-        step = step * gradient_scale + (step - step * gradient_scale).detach()
-        if axis is not None:
-            step = step.reshape([-1 if dim == axis else 1 for dim in range(values.ndim)])
-        clamped = torch.clamp(values / step, qmin, qmax)
-        return ((clamped.round() - clamped).detach() + clamped) * step
-
-    replaced.fake_quantize, owner.recomputing = chain, lambda *_: contextlib.nullcontext()
+    """Replace anyprec's autograd function by elementary operations, and cache quantized weights."""
+    quantizers_module: Any = quantizers
+    layers_module: Any = layers
+    fake_quantize, recomputing = quantizers_module.fake_quantize, layers_module.recomputing
+    quantizers_module.fake_quantize = fake_quantize_by_elementary_operations
+    layers_module.recomputing = lambda *_: nullcontext()
     try:
         yield
     finally:
-        replaced.fake_quantize, owner.recomputing = ours
+        quantizers_module.fake_quantize = fake_quantize
+        layers_module.recomputing = recomputing
+
+
+def fake_quantize_by_elementary_operations(
+    values: Tensor,
+    step: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    gradient_scale: float = 1.0,
+) -> Tensor:
+    """LSQ as it is usually written, with straight-through estimators by `detach`."""
+    step = step * gradient_scale + (step - step * gradient_scale).detach()
+    if axis is not None:
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        step = step.reshape(shape)
+    clamped = torch.clamp(values / step, qmin, qmax)
+    return ((clamped.round() - clamped).detach() + clamped) * step
 
 
 if __name__ == "__main__":

@@ -1,25 +1,33 @@
-"""Figures of the study, taken from its records: by network, method and seed. Cells and verdicts of the page's tables."""
+"""Figures of the study: a data frame of each workload's runs, taken from the records.
+
+Here are also the texts of cells and verdicts; `tables.py` puts them together.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import pandas as pd
 
 from benchmarks.study.grid import Track, grid
 from benchmarks.study.runs import BUDGETS
 
 MISSING = "not run yet"
+OURS = "ours"
+"""The method that is compared with everything else."""
+
+DEDICATED = "dedicated"
+"""Stands for the dedicated networks of a seed together, as if they were one run."""
+
 Record = dict[str, Any]
-By = Callable[[Record], float | None]
-"""A figure of a record, or None where it has none."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Workload:
     """A network of a track."""
 
     track: Track
@@ -28,184 +36,175 @@ class Place:
     def __str__(self) -> str:
         return f"{self.track.name}/{self.network}"
 
+    @property
+    def widths(self) -> list[str]:
+        """Names of the uniform configurations."""
+        return list(map(str, self.track.bits))
+
+    @property
+    def low(self) -> list[str]:
+        """Those of at most 6 bits, whose mean is reported."""
+        return [str(width) for width in self.track.bits if width <= 6]
+
 
 class Study:
     """The records that belong to the tracks as they are declared now.
 
     Args:
-        records: All that were found; the last one of a run counts.
+        records: All that were measured; the last one of a run counts.
         tracks: Those that are on the page.
+
+    Attributes:
+        runs: For each workload a frame of its runs, by method and seed. The columns of the groups
+            `own` and `stored` are top-1 with re-estimated and with stored norm statistics: of
+            uniform configurations ("4"), of all random ones ("mixed"), of searched ones
+            ("searched W4A4") and so on. The group `costs` has passes, minutes and the like.
     """
 
     def __init__(self, records: Iterable[Record], tracks: Iterable[Track]) -> None:
         self.tracks = tuple(tracks)
-        runs = {run.name: run for run in grid(self.tracks)}
-        found = {
-            record["run"]: record
-            for record in records
-            if record["run"] in runs and record["settings"] == runs[record["run"]].settings
+        planned = {run.name: run for run in grid(self.tracks)}
+        latest: dict[str, Record] = {}
+        for record in records:
+            run = planned.get(record["run"])
+            if run is not None and record["settings"] == run.settings:
+                latest[run.name] = record
+        self.planned = len(planned)
+        self.records = list(latest.values())
+        self.workloads: list[Workload] = []
+        for track in self.tracks:
+            self.workloads += [Workload(track, network) for network in track.networks]
+        self.runs = {str(workload): self._frame(workload) for workload in self.workloads}
+
+    def of_seeds(self, seeds: Collection[int]) -> Study:
+        """Only the records of these seeds, to compare methods that have one seed with others."""
+        return Study((record for record in self.records if record["seed"] in seeds), self.tracks)
+
+    def records_of(
+        self, workload: Workload, methods: Collection[str] | None = None
+    ) -> list[Record]:
+        """The records of a workload; only those of some methods, where they are given."""
+        selected = []
+        for record in self.records:
+            network = f"{record['track']}/{record['network']}"
+            if network == str(workload) and (methods is None or record["method"] in methods):
+                selected.append(record)
+        return selected
+
+    def of(self, workload: Workload, method: str) -> pd.DataFrame:
+        """The runs of a method, by seed."""
+        runs = self.runs[str(workload)]
+        return runs[runs.index.get_level_values("method") == method].droplevel("method")
+
+    def values(
+        self, workload: Workload, method: str, figure: str, *, group: str = "own"
+    ) -> pd.Series[float]:
+        """A figure of each seed's run, where it has one."""
+        return self.of(workload, method)[group, figure].dropna()
+
+    def _frame(self, workload: Workload) -> pd.DataFrame:
+        records = self.records_of(workload)
+        keys = [(record["method"], record["seed"]) for record in records]
+        index = pd.MultiIndex.from_tuples(keys, names=["method", "seed"])
+        searched = [f"searched {budget}" for budget in BUDGETS]
+        figures = [*self._widths, "lowest not frozen", "mixed", *searched, "float", "start"]
+        costs = ["passes", "minutes", "frozen"]
+        groups = {
+            "own": pd.DataFrame(_top1(records, "own"), index, figures, dtype=float),
+            "stored": pd.DataFrame(_top1(records, "stored"), index, figures, dtype=float),
+            "costs": pd.DataFrame(_costs(records), index, costs, dtype=float),
         }
-        self.records = [found[name] for name in runs if name in found]
-        self.planned = len(runs)
+        runs = _with_dedicated(pd.concat(groups, axis=1), workload)
+        own = runs["own"]
+        runs["own", "mean"] = own[workload.low].mean(axis=1, skipna=False)
+        for budget, widths in BUDGETS.items():
+            uniform = own.reindex(columns=list(map(str, widths)))
+            runs["own", f"uniform {budget}"] = uniform.mean(axis=1, skipna=False)
+        return runs
 
     @property
-    def places(self) -> list[Place]:
-        """All networks."""
-        return [Place(track, network) for track in self.tracks for network in track.networks]
-
-    def of(self, place: Place, method: str) -> dict[int, Record]:
-        """The records of a method, by seed."""
-        return {
-            record["seed"]: record
-            for record in self.records
-            if (record["track"], record["network"], record["method"])
-            == (place.track.name, place.network, method)
-        }
-
-    def of_seeds(self, seeds: Iterable[int]) -> Study:
-        """The records of these seeds only: to hold methods that have one seed against others that have more."""
-        found, wanted = copy.copy(self), set(seeds)
-        found.records = [record for record in self.records if record["seed"] in wanted]
-        return found
-
-    def processor(self, place: Place, method: str) -> str:
-        """What most of the method's records were measured on."""
-        names = [record["machine"]["processor"] for record in self.of(place, method).values()]
-        return statistics.mode(names) if names else ""
-
-    def values(self, place: Place, method: str, by: By) -> dict[int, float]:
-        """A figure of each seed's record, where it has one."""
-        found = {seed: by(record) for seed, record in self.of(place, method).items()}
-        return {seed: value for seed, value in found.items() if value is not None}
+    def _widths(self) -> list[str]:
+        """Of all tracks, so that the frames of all workloads have the same columns."""
+        return list(map(str, sorted(set().union(*(track.bits for track in self.tracks)))))
 
 
-# --- Figures of a record ------------------------------------------------------------------------------------------
+# --- From records ---------------------------------------------------------------------------------
 
 
-def top1(name: str, kind: str = "own") -> By:
-    """Of a named configuration, e.g. "4"; `kind` is "own" (statistics re-estimated) or "stored"."""
-
-    def by(record: Record) -> float | None:
-        entry = record["configs"].get(name)
-        return None if entry is None else float(entry[kind])
-
-    return by
-
-
-def mean_top1(names: Sequence[str], kind: str = "own") -> By:
-    """Mean over named configurations, all of which must be there."""
-
-    def by(record: Record) -> float | None:
-        found = [top1(name, kind)(record) for name in names]
-        return (
-            statistics.fmean(value for value in found if value is not None)
-            if names and None not in found
-            else None
-        )
-
-    return by
+def _top1(records: Sequence[Record], kind: str) -> list[dict[str, float]]:
+    """Top-1 of all configurations of each record, with `own` or with `stored` norm statistics."""
+    rows = []
+    for record in records:
+        row = {name: entry[kind] for name, entry in record.get("configs", {}).items()}
+        if record.get("mixed"):
+            row["mixed"] = statistics.fmean(entry[kind] for entry in record["mixed"])
+        for budget, entry in record.get("searched", {}).items():
+            if entry["config"] is not None:
+                row[f"searched {budget}"] = entry[kind]
+        row |= {"float": record.get("float"), "start": record.get("start")}
+        rows.append(row)
+    return rows
 
 
-def mixed(kind: str) -> By:
-    """Mean over the random configurations."""
+def _costs(records: Sequence[Record]) -> list[dict[str, float]]:
+    """Passes, frozen layers, and minutes on the machine that trained most runs of ours.
 
-    def by(record: Record) -> float | None:
-        return (
-            statistics.fmean(entry[kind] for entry in record["mixed"])
-            if record.get("mixed")
-            else None
-        )
-
-    return by
-
-
-def searched(budget: str, kind: str = "own") -> By:
-    """Of the configuration that was found for a budget."""
-
-    def by(record: Record) -> float | None:
-        entry = record.get("searched", {}).get(budget)
-        return None if entry is None or entry["config"] is None else float(entry[kind])
-
-    return by
-
-
-def uniform_at(budget: str) -> By:
-    """Of the uniform precision of the same BitOPs; in the middle between two, where no uniform one has them."""
-    return mean_top1([str(width) for width in BUDGETS[budget]])
-
-
-def reestimation(width: int) -> By:
-    """Points that re-estimated statistics add to stored ones."""
-
-    def by(record: Record) -> float | None:
-        own, stored = top1(str(width))(record), top1(str(width), "stored")(record)
-        return None if own is None or stored is None else own - stored
-
-    return by
-
-
-def minutes(processor: str) -> By:
-    """Of training on a machine; None on another one, or if the run was killed in between."""
-
-    def by(record: Record) -> float | None:
-        if record.get("resumed") or record["machine"]["processor"] != processor:
-            return None
-        return float(record["training"]["cpu_seconds"]) / 60
-
-    return by
-
-
-def float_top1(record: Record) -> float | None:
-    """Of the float network trained as long."""
-    return float(record["float"])
-
-
-def worst_reestimation(study: Study, place: Place, method: str) -> tuple[int, dict[int, float]]:
-    """The uniform bit-width where re-estimation adds most on the mean over seeds, and what it adds there.
-
-    The worst of each seed would be worse: six measured differences of nothing have a largest one too.
+    Minutes of other machines do not compare, nor those of a run that was killed in between.
     """
-    found = {width: study.values(place, method, reestimation(width)) for width in place.track.bits}
-    worst = max(found, key=lambda width: statistics.fmean(found[width].values() or [-math.inf]))
-    return worst, found[worst]
+    processors = [record["machine"]["processor"] for record in records if record["method"] == OURS]
+    processor = statistics.mode(processors) if processors else None
+    rows = []
+    for record in records:
+        row = {"passes": record.get("passes"), "frozen": len(record.get("frozen", ()))}
+        if record["machine"]["processor"] == processor and not record.get("resumed"):
+            row["minutes"] = record["training"]["cpu_seconds"] / 60
+        rows.append(row)
+    return rows
 
 
-def passes_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
-    """Forward-backward passes of all dedicated networks together, over those of a method."""
-    return _ratio(study, place, method, lambda record: float(record["passes"]))
+def _with_dedicated(runs: pd.DataFrame, workload: Workload) -> pd.DataFrame:
+    """Add the dedicated networks of each seed together: their accuracies, and the sum of costs."""
+    names = [f"{DEDICATED}-{width}" for width in workload.widths]
+    by_seed = runs[runs.index.get_level_values("method").isin(names)].groupby("seed")
+    top1 = by_seed.first()[["own", "stored"]]  # each accuracy is in one record only
+    # A sum counts only if all networks are there.
+    costs = by_seed.sum(min_count=len(names))[["costs"]]
+    together = pd.concat([top1, costs], axis=1)
+    return pd.concat([runs, pd.concat({DEDICATED: together}, names=["method"])])
 
 
-def time_ratio(study: Study, place: Place, method: str) -> dict[int, float]:
-    """The same for processor time of training, on one machine."""
-    return _ratio(study, place, method, minutes(study.processor(place, method)))
+def worst_reestimation(
+    study: Study, workload: Workload, method: str
+) -> tuple[int, pd.Series[float]]:
+    """The uniform bit-width where re-estimation adds most, and what it adds there by seed.
+
+    Most on the mean over seeds. The worst of each seed would be worse: six measured differences
+    of nothing have a largest one too.
+    """
+    runs = study.of(workload, method)
+    added = (runs["own"] - runs["stored"])[workload.widths]
+    worst = added.mean().fillna(-math.inf).idxmax()
+    return int(worst), added[worst].dropna()
 
 
-def _ratio(study: Study, place: Place, method: str, by: By) -> dict[int, float]:
-    dedicated = [study.values(place, f"dedicated-{width}", by) for width in place.track.bits]
-    shared = study.values(place, method, by)
-    seeds = [seed for seed in shared if all(seed in values for values in dedicated)]
-    return {seed: sum(values[seed] for values in dedicated) / shared[seed] for seed in seeds}
+# --- Texts ----------------------------------------------------------------------------------------
 
 
-# --- Cells --------------------------------------------------------------------------------------------------------
-
-
-def cell(values: Mapping[int, float], digits: int = 1) -> str:
-    """Mean and standard deviation over seeds."""
-    if not values:
+def cell(values: pd.Series[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds; empty without values."""
+    values = values.dropna()
+    if values.empty:
         return ""
-    text = f"{statistics.fmean(values.values()):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values.values()):.{digits}f}"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
-def difference(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
-    """Of the seeds that both have."""
-    return {seed: first[seed] - second[seed] for seed in first if seed in second}
-
-
-def verdict(found: Mapping[int, float], least: float) -> str:
+def verdict(values: pd.Series[float], least: float) -> str:
     """Whether a mean is at least as high as it should be."""
-    if not found:
+    values = values.dropna()
+    if values.empty:
         return MISSING
-    over = round(statistics.fmean(found.values()) - least, 2)  # as it is shown
+    over = round(statistics.fmean(values) - least, 2)  # as it is shown
     return f"met by {abs(over):.2f}" if over >= 0 else f"**missed by {-over:.2f}**"

@@ -1,82 +1,23 @@
-"""What the study compares: tracks (networks, images, epochs), methods, and the order of the runs.
+"""The grid of the study: tracks (networks, images, epochs) and the order of the runs.
 
-A run is a track, a network, a method and a seed. Within one seed of a network all methods start from the same float network,
-which was trained (or, pretrained, fine-tuned) for `start_epochs`, and take the same number of optimizer steps from there on
-the same images.
+A run is a track, a network, a method and a seed. Within one seed of a network all methods start
+from the same float network, which was trained (or, pretrained, fine-tuned) for `start_epochs`.
+From there on they take the same number of optimizer steps on the same images.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import timm
-import torch
-from timm.models._efficientnet_builder import decode_arch_def
-from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import BasicBlock
-from torch import nn
+from typing import Any
 
 import anyprec
-from anyprec.bits import Candidates
-from anyprec.training.losses import distillation_loss
-from anyprec.training.scheduler import Instability
-from benchmarks.common.pretrained import efficientnet_lite0
+from benchmarks.study.methods import GROUPS, Group, Method, methods
 
 REVISION = 2
-"""Of what anyprec trains: results from before a change of its quantizers or of its training step are another study's. 2: step
-sizes learn at the speed of their range."""
-
-Kind = Literal["float", "dedicated", "random paths", "one-shot", "any-precision"]
-Group = Literal["core", "weight", "ablation", "rate", "variant", "interference"]
-GROUPS: tuple[Group, ...] = get_args(Group)
-"""Which question a method answers."""
-
-
-# --- Networks -----------------------------------------------------------------------------------------------------
-
-
-def thin_resnet(num_classes: int) -> nn.Module:
-    """A timm ResNet of four basic blocks, 0.13 M parameters; at 32 px its stages see 16, 8, 4 and 2 positions."""
-    settings: dict[str, Any] = {
-        "block": BasicBlock,
-        "layers": (1, 1, 1, 1),
-        "channels": (16, 32, 48, 64),
-        "stem_width": 8,
-    }
-    network = timm.create_model("test_resnet", num_classes=num_classes, **settings)
-    network.maxpool = nn.Identity()
-    return network
-
-
-def small_mobile(num_classes: int) -> nn.Module:
-    """A timm EfficientNet with the blocks of MobileNetV2, 0.1 M parameters; 16, 8 and 4 positions at 32 px."""
-    blocks = [
-        ["ds_r1_k3_s1_c16"],
-        ["ir_r2_k3_s2_e6_c24"],
-        ["ir_r2_k3_s2_e6_c40"],
-        ["ir_r1_k3_s1_e6_c64"],
-    ]
-    return EfficientNet(
-        decode_arch_def(blocks),
-        num_classes=num_classes,
-        num_features=256,
-        stem_size=16,
-        act_layer=nn.ReLU6,
-    )
-
-
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "resnet": thin_resnet,
-    "mobile": small_mobile,
-    "lite0": efficientnet_lite0,
-}
-"""How each network is made."""
-
-
-# --- Tracks -------------------------------------------------------------------------------------------------------
+"""Of what anyprec trains: results from before a change of its quantizers or of its training step
+are another study's. 2: step sizes learn at the speed of their range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +44,8 @@ class Track:
         norm_batches: Training batches for norm statistics.
         mixed: Random configurations.
         search_evaluations: At most so many for one budget.
-        search_norms: Statistics that the search judges by: those of the batch, as what it finds gets statistics of its own.
+        search_norms: Statistics that the search judges by: those of the batch, as what it finds
+            gets statistics of its own.
         searches: The methods for which budgets are searched.
     """
 
@@ -128,7 +70,7 @@ class Track:
     norm_batches: int = 16
     mixed: int = 20
     search_evaluations: int
-    search_norms: anyprec.searching.evaluator.Norms = "batch"
+    search_norms: anyprec.searching.evaluator.SearchNorms = "batch"
     searches: tuple[str, ...] = ("plain", "full", "ours")
 
     @property
@@ -144,14 +86,26 @@ class Track:
         """What results depend on: results of other settings are another study's.
 
         Args:
-            shared: Whether one set of weights serves several configurations; otherwise nothing is mixed or searched.
+            shared: Whether one set of weights serves several configurations. Otherwise nothing is
+                mixed or searched.
         """
-        left_out = {"name", "title", "networks", "pretrained", "seeds", "fewer", "searches"}
-        if not shared:
-            left_out |= {name for name in vars(self) if name.startswith(("mixed", "search"))}
-        values = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**values, "bits": list(self.bits)}
+        settings = {**vars(self), "bits": list(self.bits)}
+        for name in vars(self):
+            is_of_shared = name.startswith(("mixed", "search"))
+            if name in _NOT_SETTINGS or (is_of_shared and not shared):
+                del settings[name]
+        return settings
 
+    def serves_all(self, method: Method) -> bool:
+        """Whether a method's weights serve all configurations of the candidates."""
+        return method.is_shared and method.widths == self.bits
+
+    def searches_for(self, method: Method) -> bool:
+        """Whether budgets are searched for a method."""
+        return method.name in self.searches and self.serves_all(method)
+
+
+_NOT_SETTINGS = {"name", "title", "networks", "pretrained", "seeds", "fewer", "searches"}
 
 _CORE_ONLY: dict[Group, tuple[int, ...]] = {group: () for group in GROUPS if group != "core"}
 
@@ -237,236 +191,6 @@ def tiny(track: Track) -> Track:
     return dataclasses.replace(track, **changes, **lengths)
 
 
-# --- Methods ------------------------------------------------------------------------------------------------------
-
-
-PLAIN = {"sampler": "uniform", "random_weight": 1.0}
-PAIRS = {"norm": "per-pair"}
-"""Where our defaults are others: uniform draws and a norm per pair as in the paper, and all random paths together count as
-much as the max path."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way to train.
-
-    Attributes:
-        name: For results and commands.
-        title: For the page.
-        group: Which question it answers; it sets the order of the runs.
-        kind: What trains it.
-        widths: Uniform bit-widths that it is trained for and reported at.
-        recipe: Settings of `anyprec.Recipe`, besides those of the track.
-        rate: Times the track's learning rate.
-        convert: Arguments of `anyprec.convert`, besides the candidates.
-    """
-
-    name: str
-    title: str
-    group: Group
-    kind: Kind
-    widths: tuple[int, ...]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    rate: float = 1.0
-    convert: Mapping[str, Any] = field(default_factory=PAIRS.copy)
-
-    @property
-    def passes(self) -> int:
-        """Forward-backward passes in a step."""
-        if self.kind in {"float", "dedicated"}:
-            return 1
-        return (
-            len(self.widths)
-            if self.kind == "any-precision"
-            else 1 + self.recipe.get("random_paths", 3)
-        )
-
-    def is_whole(self, track: Track) -> bool:
-        """Whether it serves all configurations of the track's candidates."""
-        return self.is_shared and self.widths == track.bits
-
-    def searches(self, track: Track) -> bool:
-        """Whether budgets are searched for it."""
-        return self.name in track.searches and self.is_whole(track)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether one set of weights serves several configurations."""
-        return self.kind in {"random paths", "one-shot", "any-precision"}
-
-
-SCHEDULER = {"scheduler": anyprec.BitWidthScheduler()}
-FEATURES = {"feature_weight": 0.01}
-FULL = {**SCHEDULER, **FEATURES, "error_weight": 0.1, "spare_decay": True}
-SANDWICH = {"sampler": "sandwich"}
-AFFINE = {"norm": "shared-affine"}
-OURS = {**SANDWICH, "random_weight": 2.0}
-"""With `AFFINE`, the defaults of anyprec."""
-RATES = {"half": 0.5, "double": 2.0}
-"""Other learning rates, to see that the track's favours nobody."""
-
-
-def methods(widths: Sequence[int]) -> dict[str, Method]:
-    """All methods, for these candidate bit-widths."""
-    every = tuple(sorted(widths))
-    found = [Method(name="float", title="float", group="core", kind="float", widths=())]
-    found += [
-        Method(name=f"dedicated-{width}", title=f"dedicated, {width} bits", group="core", kind="dedicated", widths=(width,))
-        for width in every
-    ]  # fmt: skip
-    found += [
-        _one_shot(every, "ours", "ours: sandwich + shared affine + weight 2", "core", OURS, AFFINE),
-        _one_shot(every, "plain", "one-shot, plain", "core", {}),
-        _one_shot(every, "full", "full method", "core", FULL),
-        Method(
-            name="random",
-            title="random paths and labels only",
-            group="ablation",
-            kind="random paths",
-            widths=every,
-        ),
-        _one_shot(every, "scheduler", "plain + scheduler", "ablation", SCHEDULER),
-        _one_shot(every, "distortion", "plain + distortion mitigation", "ablation", FEATURES),
-        _one_shot(every, "both", "plain + both", "ablation", {**SCHEDULER, **FEATURES}),
-        _one_shot(every, "sandwich", "plain + sandwich", "ablation", SANDWICH),
-        _one_shot(every, "affine", "plain + shared affine", "ablation", {}, AFFINE),
-        _one_shot(
-            every, "sandwich-affine", "plain + sandwich + shared affine", "weight", SANDWICH, AFFINE
-        ),
-        _one_shot(
-            every,
-            "weight-1.5",
-            "the same, weight 1.5",
-            "weight",
-            {**SANDWICH, "random_weight": 1.5},
-            AFFINE,
-        ),
-        Method(
-            name="any-precision",
-            title="Any-Precision DNN",
-            group="ablation",
-            kind="any-precision",
-            widths=every,
-            recipe={"distillation": 0.0, "random_weight": len(every) - 1.0},
-            convert=PAIRS,  # only uniform pairs are trained: a copy per weight bit-width, as in the paper
-        ),
-    ]
-    for held in (f"dedicated-{every[0]}", f"dedicated-{every[-1]}", "ours"):
-        (at_one,) = (method for method in found if method.name == held)
-        found += [
-            dataclasses.replace(
-                at_one,
-                name=f"{held}-{times}-rate",
-                title=f"{at_one.title}, {times} rate",
-                group="rate",
-                rate=rate,
-            )
-            for times, rate in RATES.items()
-        ]
-    found += [
-        Method(
-            name=f"random-{every[lowest]}-up",
-            title=f"random paths of {every[lowest]} bits and more",
-            group="interference",
-            kind="random paths",
-            widths=every[lowest:],
-        )
-        for lowest in range(len(every) - 2, 0, -1)
-    ]
-    found += [
-        _variant(every, "norm-shared", "one norm, weights corrected", convert={"norm": "shared"}),
-        _variant(every, "one-path", "1 path: the lowest or a random one", random_paths=1),
-        _variant(every, "two-paths", "2 paths: the lowest, 1 random", random_paths=2),
-        _variant(every, "per-tensor", "weight steps per tensor", convert={"per_channel": False}),
-        _variant(every, "instability", "instability sampler", sampler="instability"),
-    ]
-    return {method.name: method for method in found}
-
-
-def _one_shot(
-    widths: tuple[int, ...],
-    name: str,
-    title: str,
-    group: Group,
-    recipe: Mapping[str, Any],
-    convert: Mapping[str, Any] = PAIRS,
-) -> Method:
-    recipe = {**PLAIN, **recipe}
-    return Method(
-        name=name,
-        title=title,
-        group=group,
-        kind="one-shot",
-        widths=widths,
-        recipe=recipe,
-        convert=convert,
-    )
-
-
-def _variant(
-    widths: tuple[int, ...],
-    name: str,
-    title: str,
-    *,
-    convert: Mapping[str, Any] | None = None,
-    **recipe: Any,
-) -> Method:
-    return _one_shot(
-        widths, f"ours-{name}", title, "variant", {**OURS, **recipe}, {**AFFINE, **(convert or {})}
-    )
-
-
-@dataclass(frozen=True)
-class DescendingWidths:
-    """A sampler for Any-Precision DNN: every layer at the second highest bit-width, then the third, and so on.
-
-    Any-Precision DNN (Yu et al., AAAI 2021) knows uniform bit-widths only.
-    """
-
-    widths: tuple[int, ...]
-
-    def draw(
-        self,
-        candidates: Candidates,
-        count: int,
-        *,
-        generator: torch.Generator,
-        instability: Instability,
-    ) -> list[anyprec.BitConfig]:
-        """See `anyprec.training.samplers.Sampler`."""
-        del generator, instability  # nothing is drawn
-        descending = sorted(self.widths, reverse=True)[1:]
-        return [anyprec.bits.uniform(width, candidates) for width in descending[:count]]
-
-
-class RecursiveDistillation:
-    """Criterion of Any-Precision DNN: labels for the highest bit-width, for each lower one the next higher's predictions.
-
-    Args:
-        passes: In a step; the first one is the highest bit-width's.
-    """
-
-    def __init__(self, passes: int) -> None:
-        self._passes = passes
-        self._done = 0
-        self._target = torch.empty(0)
-
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of the next pass."""
-        first = self._done == 0
-        loss = (
-            nn.functional.cross_entropy(logits, labels)
-            if first
-            else distillation_loss(logits, self._target)
-        )
-        self._target = logits.detach()
-        self._done = (self._done + 1) % self._passes
-        return loss
-
-
-# --- Runs ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Run:
     """One training and its evaluation."""
@@ -491,8 +215,10 @@ class Run:
         """What its results depend on."""
         settings = self.track.settings(shared=self.method.is_shared)
         if self.method.is_shared:
-            settings["searches"] = self.method.searches(self.track)
-        return settings if self.method.kind == "float" else {**settings, "revision": REVISION}
+            settings["searches"] = self.track.searches_for(self.method)
+        if self.method.kind != "float":
+            settings["revision"] = REVISION
+        return settings
 
 
 _ORDER = (
@@ -518,15 +244,16 @@ def grid(tracks: Sequence[Track], *, seeds: int | None = None) -> list[Run]:
         tracks: Which ones.
         seeds: At most so many of each group of methods.
     """
-    runs = [
-        Run(track, network, method, seed)
-        for seed in sorted({seed for track in tracks for seed in track.seeds})
-        for track in tracks
-        for network in track.networks
-        for method in methods(track.bits).values()
-        if seed in track.seeds_of(method.group)[:seeds]
-    ]
-    return sorted(runs, key=_rank)
+    # Sorting is stable: within a seed the order is that of tracks, networks and methods.
+    return sorted(_unordered(tracks, seeds), key=lambda run: (_rank(run), run.seed))
+
+
+def _unordered(tracks: Sequence[Track], seeds: int | None) -> Iterator[Run]:
+    for track in tracks:
+        for network in track.networks:
+            for method in methods(track.bits).values():
+                for seed in track.seeds_of(method.group)[:seeds]:
+                    yield Run(track, network, method, seed)
 
 
 def _rank(run: Run) -> int:

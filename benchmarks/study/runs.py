@@ -1,10 +1,14 @@
-"""One run of the study: training by one method, and its evaluation on images that neither training nor search saw."""
+"""One run of the study: training by one method, and its evaluation.
+
+The images of the report are in neither training nor search.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import functools
+import hashlib
 import json
 import math
 import os
@@ -22,25 +26,21 @@ from anyprec.bits import uniform
 from anyprec.training.scheduler import layer_instability, unstable_fractions
 from benchmarks.common.images import Images, accuracy, batches, load
 from benchmarks.common.records import commit, machine
-from benchmarks.study.grid import (
-    NETWORKS,
-    REVISION,
-    DescendingWidths,
-    RecursiveDistillation,
-    Run,
-    Track,
-)
+from benchmarks.study.any_precision import DescendingWidths, RecursiveDistillation
+from benchmarks.study.grid import REVISION, Run, Track
+from benchmarks.study.networks import NETWORKS
 
 CLASSES = 10
 BUDGETS = {"W4A4": (4, 4), "W3A3": (3, 3), "W2.5A2.5": (2, 3)}
-"""Budgets to search, and between which two uniform bit-widths the BitOPs of each lie (in the middle)."""
+"""Budgets to search, each with two uniform bit-widths: its BitOPs are the mean of theirs."""
 
 _ROUNDING = 0.05
 """Points of top-1 by which one network can differ from itself on another device."""
 
 Batches = list[tuple[Tensor, Tensor]]
 Losses = Callable[[Tensor, Tensor], Iterator[Tensor]]
-"""The losses of the passes of one step, each to be followed by its backward pass before the next is asked for."""
+"""The losses of the passes of one step. Each is followed by its backward pass before the next is
+asked for."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,18 @@ def cifar10(folder: Path, size: int, train: int, search: int, report: int) -> Da
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run works: images, device, and the folder for what is kept between runs and for snapshots.
+class Workspace:
+    """Where a run works.
 
     Attributes:
+        data: Folder of the images.
+        cache: Folder for snapshots, and for networks that later runs load.
+        device: That trains.
         starts: Accuracy of the start networks of the runs that are done, by `Run.start_name`.
     """
 
     data: Path
-    kept: Path
+    cache: Path
     device: str = "cpu"
     starts: Mapping[str, float] = field(default_factory=dict)
 
@@ -87,23 +90,18 @@ class Place:
         )
 
 
-def perform(run: Run, place: Place) -> dict[str, Any]:
+def perform(run: Run, workspace: Workspace) -> dict[str, Any]:
     """Train and evaluate: one line of the results.
 
     A one-shot run that is killed goes on from its snapshot when it is performed again.
 
     Raises:
-        ValueError: The start network is not that of the runs of this seed that are done: it was trained again, elsewhere.
+        ValueError: The start network is not that of the runs of this seed that are done: it was
+            trained again, elsewhere.
     """
-    track, method, data = run.track, run.method, place.images(run.track)
-    start = start_network(run, place, data)
-    report = list(batches(data.report, place.report_batch, training=False))
-    start_top1 = accuracy(start, report)
-    expected = place.starts.get(run.start_name, start_top1)
-    if abs(start_top1 - expected) > _ROUNDING:
-        msg = f"the start network of {run.start_name} has {start_top1:.2f} %, that of the runs that are done {expected:.2f} %: "
-        msg += "remove those runs from the results, or run another seed"
-        raise ValueError(msg)
+    track, method, data = run.track, run.method, workspace.images(run.track)
+    start = start_network(run, workspace, data)
+    report = list(batches(data.report, workspace.report_batch, training=False))
     record: dict[str, Any] = {
         "run": run.name,
         "track": track.name,
@@ -111,85 +109,90 @@ def perform(run: Run, place: Place) -> dict[str, Any]:
         "method": method.name,
         "seed": run.seed,
         "settings": run.settings,
-        "machine": machine(place.device),
+        "machine": machine(workspace.device),
         "commit": commit(),
         "steps": track.steps,
         "passes": track.steps * method.passes,
-        "start": start_top1,
+        "start": _checked_start(run, workspace, accuracy(start, report)),
     }
     torch.manual_seed(run.seed)
     loader = batches(data.train, track.batch_size, training=True, seed=run.seed)
     clock = _Clock()
     if method.kind == "float":
         train_float(start, loader, _recipe(run), epochs=track.epochs)
-        return {
-            **record,
-            "training": clock.lap(),
-            "float": accuracy(start, report),
-            "evaluation": clock.lap(),
-        }
-    model, training = trained(start, loader, run, place, data)
-    clock = _Clock()
-    record |= {**training, **evaluate(model, run, data, report)}
+        record["training"] = clock.lap()
+        record["float"] = accuracy(start, report)
+    else:
+        model, training = trained(start, loader, run, workspace, data)
+        clock = _Clock()
+        record |= {**training, **evaluate(model, run, data, report)}
     record["evaluation"] = clock.lap()
     return record
 
 
-# --- Training -----------------------------------------------------------------------------------------------------
+def _checked_start(run: Run, workspace: Workspace, top1: float) -> float:
+    """The accuracy of a start network, which all runs of its seed must share."""
+    expected = workspace.starts.get(run.start_name, top1)
+    if abs(top1 - expected) > _ROUNDING:
+        msg = f"the start network of {run.start_name} has {top1:.2f} %, "
+        msg += f"that of the runs that are done {expected:.2f} %: "
+        msg += "remove those runs from the results, or run another seed"
+        raise ValueError(msg)
+    return top1
+
+
+# --- Training -------------------------------------------------------------------------------------
 
 
 def trained(
-    start: nn.Module, loader: Any, run: Run, place: Place, data: Data
+    start: nn.Module, loader: Any, run: Run, workspace: Workspace, data: Data
 ) -> tuple[anyprec.ConvertedModel, dict[str, Any]]:
     """The start network converted, calibrated and trained, and what is recorded of that.
 
-    A network that is searched is kept with its record: to search or to report in another way needs no training again.
+    A network that is searched is stored with its record: searching or reporting in another way
+    needs no training again.
     """
-    name = (
-        f"study.{run.name.replace('/', '.')}.{_digest(run.track)}.revision-{REVISION}.safetensors"
-    )
-    kept = place.kept / name
-    notes, snapshot = kept.with_suffix(".json"), kept.with_suffix(".snapshot")
-    if kept.exists() and notes.exists():
-        found: dict[str, Any] = json.loads(notes.read_text())
-        return anyprec.load(kept, start), found
+    name = f"study.{run.name.replace('/', '.')}.{_digest(run.track)}.revision-{REVISION}"
+    file = workspace.cache / f"{name}.safetensors"
+    notes, snapshot = file.with_suffix(".json"), file.with_suffix(".snapshot")
+    if file.exists() and notes.exists():
+        stored: dict[str, Any] = json.loads(notes.read_text())
+        return anyprec.load(file, start), stored
     clock = _Clock()
     model = converted(start, run, data)
-    record = {
-        **train(model, loader, run, snapshot),
-        "training": clock.lap(),
-        "trained_at": commit(),
-    }
-    if run.method.searches(run.track):
-        anyprec.save(model, kept, rebuildable=False)
+    record = train(model, loader, run, snapshot)
+    record |= {"training": clock.lap(), "trained_at": commit()}
+    if run.track.searches_for(run.method):
+        anyprec.save(model, file, rebuildable=False)
         notes.write_text(json.dumps(record))
-    for left in (snapshot, _trace_of(snapshot)):
-        left.unlink(missing_ok=True)
+    for finished in (snapshot, _trace_of(snapshot)):
+        finished.unlink(missing_ok=True)
     return model, record
 
 
-def start_network(run: Run, place: Place, data: Data) -> nn.Module:
-    """The float network that all methods start from at this seed: trained once, and kept.
+def start_network(run: Run, workspace: Workspace, data: Data) -> nn.Module:
+    """The float network that all methods start from at this seed: trained once, and stored.
 
-    Of runs that train it side by side the first to end keeps its own, which the others take too.
+    Of runs that train it side by side the first to end stores its own, which the others load too.
     """
     track = run.track
-    kept = place.kept / f"study.{track.name}.{run.network}.{run.seed}.{_digest(track)}.pt"
+    name = f"study.{track.name}.{run.network}.{run.seed}.{_digest(track)}.pt"
+    file = workspace.cache / name
     torch.manual_seed(run.seed)
-    network = NETWORKS[run.network](CLASSES).to(place.device).to(memory_format=torch.channels_last)
-    if kept.exists():
-        network.load_state_dict(torch.load(kept, weights_only=True, map_location=place.device))
-        return network
-    recipe = _recipe(run).changed(lr=track.start_lr)
-    loader = batches(data.train, track.batch_size, training=True, seed=run.seed)
-    train_float(network, loader, recipe, epochs=track.start_epochs)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = kept.with_suffix(f".{os.getpid()}")
-    torch.save(network.state_dict(), unfinished)
-    with contextlib.suppress(FileExistsError):
-        kept.hardlink_to(unfinished)
-    unfinished.unlink()
-    network.load_state_dict(torch.load(kept, weights_only=True, map_location=place.device))
+    network = NETWORKS[run.network](CLASSES)
+    network = network.to(workspace.device).to(memory_format=torch.channels_last)
+    if not file.exists():
+        recipe = _recipe(run).changed(lr=track.start_lr)
+        loader = batches(data.train, track.batch_size, training=True, seed=run.seed)
+        train_float(network, loader, recipe, epochs=track.start_epochs)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        torch.save(network.state_dict(), unfinished)
+        # Unlike a rename, a hard link never replaces the file of a run that ended earlier.
+        with contextlib.suppress(FileExistsError):
+            file.hardlink_to(unfinished)
+        unfinished.unlink()
+    network.load_state_dict(torch.load(file, weights_only=True, map_location=workspace.device))
     return network
 
 
@@ -210,18 +213,12 @@ def train(model: anyprec.ConvertedModel, loader: Any, run: Run, snapshot: Path) 
     """Train a converted network by the method of the run."""
     method, track = run.method, run.track
     if method.kind == "dedicated":
-        descend(
-            model,
-            loader,
-            _recipe(run),
-            epochs=track.epochs,
-            losses=_dedicated(model, method.widths[0]),
-        )
+        losses = _dedicated(model, method.widths[0])
     elif method.kind == "random paths":
         losses = _random_paths(model, method.passes, seed=run.seed)
-        descend(model, loader, _recipe(run), epochs=track.epochs, losses=losses)
     else:
         return _fit(model, loader, run, snapshot)
+    descend(model, loader, _recipe(run), epochs=track.epochs, losses=losses)
     anyprec.update_norms(model, loader, batches=track.norm_batches)
     return {}
 
@@ -242,9 +239,11 @@ def descend(
     if isinstance(network, anyprec.ConvertedModel):
         groups = anyprec.param_groups(network, weight_decay=recipe.weight_decay)
     else:
-        weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-        others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": recipe.weight_decay}, {"params": others}]
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for parameter in network.parameters():
+            (decayed if parameter.ndim > 1 else plain).append(parameter)
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain}]
     optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
     total = epochs * len(loader)
     warmup = round(recipe.warmup * total)
@@ -252,11 +251,9 @@ def descend(
     def share(step: int) -> float:
         """Of the learning rate, in the middle of a step."""
         now = step + 0.5
-        return (
-            now / warmup
-            if now < warmup
-            else (1 + math.cos(math.pi * (now - warmup) / (total - warmup))) / 2
-        )
+        if now < warmup:
+            return now / warmup
+        return (1 + math.cos(math.pi * (now - warmup) / (total - warmup))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     device = next(network.parameters()).device
@@ -341,68 +338,44 @@ def _recipe(run: Run) -> anyprec.Recipe:
 def instability(model: anyprec.ConvertedModel) -> dict[str, float]:
     """The measure that the bit-width scheduler ranks layers by."""
     margin = anyprec.BitWidthScheduler().margin
-    layers = {
-        path: layer
-        for path, layer in model.quantized_layers.items()
-        if len(layer.candidates.weight) > 1
-    }
-    return {
-        path: layer_instability(
-            {bits: float(part) for bits, part in unstable_fractions(layer.weight, layer.weight_quantizer, margin=margin).items()}
-        )
-        for path, layer in layers.items()
-    }  # fmt: skip
+    measured = {}
+    for path, layer in model.quantized_layers.items():
+        if len(layer.candidates.weight) > 1:
+            fractions = unstable_fractions(layer.weight, layer.weight_quantizer, margin=margin)
+            numbers = {bits: float(fraction) for bits, fraction in fractions.items()}
+            measured[path] = layer_instability(numbers)
+    return measured
 
 
-# --- Evaluation ---------------------------------------------------------------------------------------------------
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 def evaluate(
     model: anyprec.ConvertedModel, run: Run, data: Data, report: Batches
 ) -> dict[str, Any]:
-    """Accuracy of everything that the method promises, with the statistics that it stores and with re-estimated ones."""
-    track, method = run.track, run.method
+    """Accuracy of all that the method promises, with stored and with re-estimated statistics."""
     judge = _Judge(model, run, data, report)
-    found: dict[str, Any] = {"stored": {}, "frozen": sorted(model.frozen)}
-    configs: dict[str, anyprec.BitConfig] = {
-        str(width): uniform(width, model.candidates) for width in method.widths
-    }
-    mixed: list[anyprec.BitConfig] = []
-    searched: dict[str, dict[str, Any]] = {}
-    if method.is_whole(track):
-        pairs = {"W2A3": (2, 3), "W3A2": (3, 2)}
-        configs |= {
-            name: uniform(pair, model.candidates)
-            for name, pair in pairs.items()
-            if set(pair) <= set(track.bits)
-        }
-        if model.frozen:
-            floors = {path: model.current_candidates[path].lowest for path in model.candidates}
-            configs["lowest not frozen"] = anyprec.BitConfig(floors)
-        mixed = random_configs(model, track.mixed)
-        # Before any configuration has statistics of its own, which would favour it in the search.
-        searched = search(model, run, data) if method.searches(track) else {}
-    stored = {name: judge.accuracy(config) for name, config in configs.items()}
-    mixed_stored = [judge.accuracy(config, few=True) for config in mixed]
-    for entry in searched.values():
-        entry["stored"] = judge.accuracy(entry["config"]) if entry["config"] is not None else None
-    found["configs"] = {
-        name: {"stored": stored[name], "own": judge.own_accuracy(config), "bitops": anyprec.cost_of(model, config).bitops}
-        for name, config in configs.items()
-    }  # fmt: skip
-    found["mixed"] = [
-        {
-            "stored": before,
-            "own": judge.own_accuracy(config, few=True),
-            "bitops": anyprec.cost_of(model, config).bitops,
-        }
-        for config, before in zip(mixed, mixed_stored, strict=True)
-    ]
-    for entry in searched.values():
-        config = entry["config"]
-        if config is not None:
-            entry |= {"own": judge.own_accuracy(config), "config": config.to_json()}
-    return {**found, "searched": searched}
+    frozen = sorted(model.frozen)
+    named = named_configs(model, run)
+    random = random_configs(model, run)
+    # Before any configuration has statistics of its own, which would favour it in the search.
+    searched = search(model, run, data)
+    accepted = [entry for entry in searched.values() if entry["config"] is not None]
+
+    # Re-estimated statistics replace the stored ones: those are judged first, for all.
+    configs = {name: judge.stored(config) for name, config in named.items()}
+    mixed = [judge.stored(config, few=True) for config in random]
+    for entry in accepted:
+        entry["stored"] = judge.accuracy(entry["config"])
+
+    for name, config in named.items():
+        configs[name]["own"] = judge.own_accuracy(config)
+    for entry, config in zip(mixed, random, strict=True):
+        entry["own"] = judge.own_accuracy(config, few=True)
+    for entry in accepted:
+        entry["own"] = judge.own_accuracy(entry["config"])
+        entry["config"] = entry["config"].to_json()
+    return {"frozen": frozen, "configs": configs, "mixed": mixed, "searched": searched}
 
 
 class _Judge:
@@ -415,9 +388,16 @@ class _Judge:
         self._report = report
         self._few = report[: max(1, run.track.mixed_images // len(report[0][0]))]
         torch.manual_seed(run.seed)
-        loader = iter(batches(data.train, run.track.batch_size, training=True, seed=run.seed + 1))
-        count = min(run.track.norm_batches, len(data.train[0]) // run.track.batch_size)
-        self._training = [next(loader) for _ in range(count)]
+        loader = batches(data.train, run.track.batch_size, training=True, seed=run.seed + 1)
+        # `islice` would draw one batch more, and with it other random numbers afterwards.
+        count = min(run.track.norm_batches, len(loader))
+        iterator = iter(loader)
+        self._training = [next(iterator) for _ in range(count)]
+
+    def stored(self, config: anyprec.BitConfig, *, few: bool = False) -> dict[str, float]:
+        """Accuracy with the statistics that the model has for it, and BitOPs."""
+        bitops = anyprec.cost_of(self._model, config).bitops
+        return {"stored": self.accuracy(config, few=few), "bitops": bitops}
 
     def accuracy(self, config: anyprec.BitConfig, *, few: bool = False) -> float:
         """With the statistics that the model has for it."""
@@ -430,27 +410,50 @@ class _Judge:
         return self.accuracy(config, few=few)
 
 
-def random_configs(model: anyprec.ConvertedModel, count: int) -> list[anyprec.BitConfig]:
-    """Mixed configurations, the same for every method and seed that has these candidates; frozen ones are drawn too."""
+def named_configs(model: anyprec.ConvertedModel, run: Run) -> dict[str, anyprec.BitConfig]:
+    """The uniform configurations of a method, and those that are reported beside them."""
+    pairs: dict[str, Any] = {str(width): width for width in run.method.widths}
+    lowest = {}
+    if run.track.serves_all(run.method):
+        if {2, 3} <= set(run.track.bits):
+            pairs |= {"W2A3": (2, 3), "W3A2": (3, 2)}
+        if model.frozen:
+            lowest = {path: bits.lowest for path, bits in model.current_candidates.items()}
+    configs = {name: uniform(bits, model.candidates) for name, bits in pairs.items()}
+    if lowest:
+        configs["lowest not frozen"] = anyprec.BitConfig(lowest)
+    return configs
+
+
+def random_configs(model: anyprec.ConvertedModel, run: Run) -> list[anyprec.BitConfig]:
+    """Mixed configurations, the same for all methods that serve all, and for all seeds.
+
+    Frozen candidates are drawn too.
+    """
+    if not run.track.serves_all(run.method):
+        return []
     generator = torch.Generator().manual_seed(2024)
     return anyprec.UniformSampler().draw(
-        model.candidates, count, generator=generator, instability={}
+        model.candidates, run.track.mixed, generator=generator, instability={}
     )
 
 
 def search(model: anyprec.ConvertedModel, run: Run, data: Data) -> dict[str, dict[str, Any]]:
-    """A configuration for each budget, found on the images for it."""
-    held = list(batches(data.search, 128, training=False))
-    found: dict[str, dict[str, Any]] = {}
+    """A configuration for each budget, found on the images for it, where the track asks for it."""
+    if not run.track.searches_for(run.method):
+        return {}
+    images = list(batches(data.search, 128, training=False))
+    results: dict[str, dict[str, Any]] = {}
     for name, widths in BUDGETS.items():
         if not set(widths) <= set(run.track.bits):
             continue
-        limit = sum(anyprec.cost_of(model, width).bitops for width in widths) / 2
+        low, high = (anyprec.cost_of(model, width).bitops for width in widths)
+        limit = (low + high) / 2
         start = time.perf_counter()
         try:
             result = anyprec.search(
                 model,
-                held,
+                images,
                 anyprec.Budget(bitops=limit),
                 objective="divergence",
                 norms=run.track.search_norms,
@@ -458,46 +461,55 @@ def search(model: anyprec.ConvertedModel, run: Run, data: Data) -> dict[str, dic
                 show_progress=False,
             )
         except anyprec.BudgetError as error:  # what is frozen can leave nothing that fits
-            found[name] = {"budget": limit, "config": None, "refused": str(error)}
+            results[name] = {"budget": limit, "config": None, "stored": None, "refused": str(error)}
             continue
-        found[name] = {
+        results[name] = {
             "budget": limit,
             "bitops": result.cost.bitops,
             "config": result.config,
             "evaluations": result.evaluations,
             "seconds": time.perf_counter() - start,
         }
-    return found
+    return results
 
 
-# --- Helpers ------------------------------------------------------------------------------------------------------
+# --- Helpers --------------------------------------------------------------------------------------
 
 
 class _Clock:
     """Seconds of the wall and of the processor between two laps."""
 
     def __init__(self) -> None:
-        self._last = time.perf_counter(), time.process_time()
+        self._wall, self._processor = time.perf_counter(), time.process_time()
 
     def lap(self) -> dict[str, float]:
         """Since the last one."""
-        now = time.perf_counter(), time.process_time()
-        wall, cpu = (after - before for after, before in zip(now, self._last, strict=True))
-        self._last = now
-        return {"seconds": round(wall, 2), "cpu_seconds": round(cpu, 2)}
+        wall, processor = time.perf_counter(), time.process_time()
+        seconds = round(wall - self._wall, 2)
+        cpu_seconds = round(processor - self._processor, 2)
+        self._wall, self._processor = wall, processor
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
-_OF_TRAINING = ("bits", "size", "images", "batch_size", "start_epochs", "start_lr", "epochs", "lr", "weight_decay",
-                "norm_batches")  # fmt: skip
+_OF_TRAINING = (
+    "bits",
+    "size",
+    "images",
+    "batch_size",
+    "start_epochs",
+    "start_lr",
+    "epochs",
+    "lr",
+    "weight_decay",
+    "norm_batches",
+)
 
 
 def _digest(track: Track) -> str:
     """A few letters that change with the settings of training."""
-    import hashlib  # noqa: PLC0415 (only here)
-
-    every = track.settings(shared=True)
-    settings = {name: every[name] for name in _OF_TRAINING}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    settings = track.settings(shared=True)
+    of_training = {name: settings[name] for name in _OF_TRAINING}
+    return hashlib.sha256(json.dumps(of_training, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _trace_of(snapshot: Path) -> Path:
@@ -505,8 +517,8 @@ def _trace_of(snapshot: Path) -> Path:
 
 
 def _read_trace(snapshot: Path) -> dict[str, Any]:
-    path = _trace_of(snapshot)
-    found: dict[str, Any] = (
-        json.loads(path.read_text()) if snapshot.exists() and path.exists() else {}
-    )
-    return found
+    trace: dict[str, Any] = {}
+    file = _trace_of(snapshot)
+    if snapshot.exists() and file.exists():
+        trace = json.loads(file.read_text())
+    return trace

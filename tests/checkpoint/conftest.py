@@ -16,7 +16,7 @@ from anyprec.runtime.storage import read_file, write_file
 
 
 def plain_network() -> nn.Sequential:
-    """No timm: convolutions with and without norm, one of them depthwise, and a classifier, for 8x8 images."""
+    """No timm: convolutions with and without norm, a depthwise one, a classifier; 8x8 images."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False),
         nn.BatchNorm2d(4),

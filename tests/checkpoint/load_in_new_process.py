@@ -1,7 +1,8 @@
-"""Loads every file of a folder in a process that knows nothing of the networks, and writes down their outputs.
+"""Loads all files of a folder in a process that has not seen the networks; stores the outputs.
 
-Run by `test_new_process.py` as `python load_in_new_process.py FOLDER CONFTEST THREADS`. Files are named KIND.FORM; next to
-them stand KIND.images and KIND.json, the configurations to run at.
+Run by `test_new_process.py` as `python load_in_new_process.py FOLDER CONFTEST THREADS`. Files are
+named NETWORK.FORM. Next to them stand NETWORK.images and NETWORK.json, the configurations to run
+at.
 """
 
 import json
@@ -17,27 +18,25 @@ import anyprec
 
 def main(folder: Path, conftest: str, threads: int) -> None:
     torch.set_num_threads(threads)
+    plain_network = runpy.run_path(conftest)["plain_network"]
     outputs = {}
     for requests_file in sorted(folder.glob("*.json")):
-        kind = requests_file.stem
+        name = requests_file.stem
         requests = json.loads(requests_file.read_text())
-        images = load_file(folder / f"{kind}.images")["images"]
+        images = load_file(folder / f"{name}.images")["images"]
         for form in ("training", "fixed", "zstd"):
-            network = runpy.run_path(conftest)["plain_network"]() if kind == "plain" else None
-            model = anyprec.load(folder / f"{kind}.{form}", network)
+            network = plain_network() if name == "plain" else None
+            model = anyprec.load(folder / f"{name}.{form}", network)
             for number, request in enumerate(requests):
                 if request is None and model.is_packed:
                     continue
                 model.set_bits(anyprec.BitConfig(request) if isinstance(request, dict) else request)
                 with torch.no_grad():
-                    outputs[f"{kind} {form} {number}"] = model(images).contiguous()
-        single = anyprec.load(
-            folder / f"{kind}.zstd",
-            network and runpy.run_path(conftest)["plain_network"](),
-            bits="last",
-        )
+                    outputs[f"{name} {form} {number}"] = model(images).contiguous()
+        network = plain_network() if name == "plain" else None
+        single = anyprec.load(folder / f"{name}.zstd", network, bits="last")
         with torch.no_grad():
-            outputs[f"{kind} single {len(requests) - 1}"] = single(images).contiguous()
+            outputs[f"{name} single {len(requests) - 1}"] = single(images).contiguous()
     save_file(outputs, folder / "outputs")
 
 

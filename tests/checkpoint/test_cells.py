@@ -1,4 +1,4 @@
-"""Cells against the codes that they stand for: no code may be lost, whatever the weights and step sizes are."""
+"""Cells against the codes that they stand for: no code is lost, whatever weights and steps are."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def around_thresholds(steps: Tensor, candidates: tuple[int, ...], ulps: int) -> 
 
 @pytest.mark.parametrize("ratio", [2.0, 1 / 3, 0.1, 0.7, 1.0])
 def test_weights_within_rounding_errors_of_thresholds_keep_their_codes(ratio):
-    """Where thresholds of several candidates coincide or nearly do, and weights lie right on them."""
+    """Thresholds of several candidates coincide or nearly do, and weights lie right on them."""
     candidates = (2, 3, 4, 6, 8)
     steps = torch.tensor([[0.1 * ratio**place] for place in range(5)])
     assert_no_code_is_lost(around_thresholds(steps, candidates, ulps=3), steps, candidates)

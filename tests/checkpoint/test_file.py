@@ -193,7 +193,7 @@ def test_transposed_and_overlapping_tensors_come_back(tmp_path, same_state):
     assert same_state(with_aliases(read_file(tmp_path / "x")[0], aliases), state)
 
 
-# --- Writing ------------------------------------------------------------------------------------------------------
+# --- Writing --------------------------------------------------------------------------------------
 
 
 def _raising(error):
@@ -296,7 +296,7 @@ def test_a_file_may_be_read_by_whom_the_folder_allows(path, model):
     assert path.stat().st_mode & 0o777 == 0o640
 
 
-# --- Random damage ------------------------------------------------------------------------------------------------
+# --- Random damage --------------------------------------------------------------------------------
 
 
 def _tiny():

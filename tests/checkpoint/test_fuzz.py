@@ -1,4 +1,4 @@
-"""A slice of `benchmarks/checkpoint/fuzz.py`, in a process of its own, since it bounds its memory."""
+"""A slice of `benchmarks/checkpoint/fuzz.py`, in another process, since it bounds its memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Files of every format, as the version that introduced it wrote them: every later version must read them and compute the same.
+"""Files as the version that introduced their format wrote them: all later ones compute the same.
 
-Files and expected outputs lie beside this test. They are never made anew; a changed format gets new ones (call `make_golden`
-with other names). `golden-v1` is of format 1, the others are of format 2: training form, packed `fixed`, packed `zstd`.
+Files and expected outputs lie beside this test. They are never made anew; a changed format gets new
+ones (call `make_golden` with other names). They are of format 2: training form, packed `fixed`,
+packed `zstd`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ FORMS = {
     "golden-v2-fixed": {"packed": True, "coding": "fixed"},
     "golden-v2-zstd": {"packed": True, "coding": "zstd"},
 }
-GOLDEN = ["golden-v1", *FORMS]
 REQUESTS = [None, 2, 4, "W2A4", "mixed"]
 
 
@@ -51,7 +51,7 @@ def golden_outputs(model: anyprec.ConvertedModel) -> dict[str, list[list[float]]
 
 
 def make_golden(folder: Path = HERE) -> None:
-    """Write the files of the present format and their expected outputs; how those of format 2 were made."""
+    """Write the files of the present format and their expected outputs."""
     torch.manual_seed(0)
     images = golden_images()
     model = anyprec.convert(
@@ -69,21 +69,22 @@ def load_golden(name: str) -> anyprec.ConvertedModel:
     return anyprec.load(HERE / f"{name}.safetensors", golden_network())
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_files_of_every_format_still_load_and_compute_the_same(name):
+@pytest.mark.parametrize("name", FORMS)
+def test_golden_files_still_load_and_compute_the_same(name):
     expected = json.loads((HERE / f"{name}.json").read_text())
     found = golden_outputs(load_golden(name))
     assert found.keys() <= expected.keys()
     assert len(found) >= len(REQUESTS) - 1
     for request, values in found.items():
-        # Another machine may sum a convolution in another order, an error of some 1e-7 of values near 1. No input of
-        # a quantizer lies so close to a rounding border that this could move it to another code.
+        # Another machine may sum a convolution in another order, an error of some 1e-7 of values
+        # near 1. No input of a quantizer lies so close to a rounding border that this could move it
+        # to another code.
         torch.testing.assert_close(
             torch.tensor(values), torch.tensor(expected[request]), rtol=1e-5, atol=1e-6
         )
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", FORMS)
 def test_no_input_of_the_golden_network_lies_on_a_rounding_border(name):
     model = load_golden(name)
     ratios = []
@@ -121,18 +122,6 @@ def test_the_present_format_is_still_what_is_written(tmp_path, name):
         for name, tensor in old.items()
         if not frames or tensor.dtype != torch.uint8
     )
-
-
-def test_the_first_format_is_written_anew_in_the_present_one(tmp_path):
-    anyprec.save(load_golden("golden-v1"), tmp_path / "again")
-    (old, old_text), (new, new_text) = (
-        read_file(HERE / "golden-v1.safetensors"),
-        read_file(tmp_path / "again"),
-    )
-    added = {"format": 2, "version": None, "notes": json.loads(new_text)["notes"]}
-    assert {**json.loads(new_text), "version": None} == {**json.loads(old_text), **added}
-    assert new.keys() == old.keys()
-    assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
 
 
 def test_the_script_that_made_the_golden_files_still_runs(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import anyprec
-from anyprec.checkpoint import architecture
+from anyprec.checkpoint import rebuilding
 from anyprec.runtime.storage import StoredFile
 
 
@@ -31,7 +31,7 @@ def test_every_form_is_told_without_building_the_network_or_reading_tensors(
     def forbidden(*_args, **_kwargs):
         raise AssertionError
 
-    monkeypatch.setattr(architecture, "create", forbidden)
+    monkeypatch.setattr(rebuilding, "create", forbidden)
     monkeypatch.setattr(StoredFile, "read", forbidden)
     info = anyprec.inspect(path)
     assert (info.form, info.format_version, info.bytes) == (form, 2, path.stat().st_size)
@@ -61,13 +61,6 @@ def test_it_prints_what_people_ask_first(path):
         assert expected in text
     row = next(line for line in text.splitlines() if line.startswith("3 "))
     assert row.split() == ["3", "36", "2,304", "4,8", "4,8", "latent", "144"]
-
-
-def test_a_file_of_the_first_format_is_told(request):
-    info = anyprec.inspect(request.path.with_name("golden-v1.safetensors"))
-    assert (info.form, info.format_version) == ("training", 1)
-    assert info.notes == {}
-    assert list(info.configs) == ["mixed"]
 
 
 def test_a_single_configuration_is_told(tmp_path, path, plain):

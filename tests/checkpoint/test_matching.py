@@ -1,4 +1,4 @@
-"""A file that does not fit is refused by name, and the network that was passed stays what it was."""
+"""A file that does not fit is refused by name, and the network that was passed stays as it was."""
 
 from __future__ import annotations
 
@@ -18,14 +18,30 @@ def _other(plain, number, layer):
 
 
 MISFITS = [
-    (0, nn.Conv2d(3, 4, 5, padding=2, bias=False), r"1 are of another shape or type: '0.weight \(4, 3, 3, 3\) torch.float32 "
-     r"instead of \(4, 3, 5, 5\)"),
+    (
+        0,
+        nn.Conv2d(3, 4, 5, padding=2, bias=False),
+        r"1 are of another shape or type: '0.weight \(4, 3, 3, 3\) torch.float32 "
+        r"instead of \(4, 3, 5, 5\)",
+    ),
     (0, nn.Conv2d(3, 4, 3, padding=1), "1 tensors are missing: '0.bias'"),
-    (3, nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), "1 are unknown to the network: '3.bias'"),
+    (
+        3,
+        nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False),
+        "1 are unknown to the network: '3.bias'",
+    ),
     (8, nn.Identity(), "2 are unknown to the network: '8.bias', '8.weight'"),
-    (1, nn.GroupNorm(2, 4), "3 are unknown to the network: '1.num_batches_tracked', '1.running_mean'"),
-    (0, nn.Conv2d(3, 4, 3, padding=1, bias=False, dtype=torch.float64), "torch.float32 instead of .* torch.float64"),
-]  # fmt: skip
+    (
+        1,
+        nn.GroupNorm(2, 4),
+        "3 are unknown to the network: '1.num_batches_tracked', '1.running_mean'",
+    ),
+    (
+        0,
+        nn.Conv2d(3, 4, 3, padding=1, bias=False, dtype=torch.float64),
+        "torch.float32 instead of .* torch.float64",
+    ),
+]
 
 
 @pytest.mark.parametrize(("number", "layer", "message"), MISFITS)
@@ -177,7 +193,7 @@ def test_a_network_converted_otherwise_is_refused(
 
 
 def test_candidates_of_equal_number_but_other_bits_are_refused(tmp_path, plain, photograph, batch):
-    """One candidate for every layer: no shape shows that the first is fixed at 8 bits in one of the two."""
+    """With one candidate each, no shape shows that the first layer is fixed at 8 bits in one."""
     first = anyprec.convert(plain(), bits=(4,), example_input=batch)
     anyprec.save(first, tmp_path / "net")
     tensors, text = read_file(tmp_path / "net")

@@ -1,4 +1,4 @@
-"""The packed form: nothing of any precision is lost, nothing of the latent weights is kept, and what needs them says so."""
+"""The packed form: every precision survives, no latent weight does, and what needs them says so."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 
 import anyprec
 from anyprec.nn.packed import PackedWeight
+from anyprec.nn.weights import PackedCodes
 from anyprec.runtime.storage import read_file, write_file
 
 FORMS = ["fixed", "zstd"]
@@ -79,7 +80,7 @@ def test_no_latent_weight_is_stored_or_held(packed, loaded):
     for layer in loaded.quantized_layers.values():
         assert isinstance(layer.weight, PackedWeight)
         bytes_held = sum(
-            buffer.numel() * buffer.element_size() for buffer in layer.packed.buffers()
+            buffer.numel() * buffer.element_size() for buffer in layer.packed_operand.buffers()
         )
         assert bytes_held <= 2 * layer.weight.numel() + 4 * 3 * layer.weight.shape[0]
 
@@ -97,9 +98,9 @@ def test_a_single_quantized_weight_is_kept_and_computed_anew_after_a_switch(
 ):
     layer = loaded[3]
     calls = []
-    real = layer.packed.weight
+    real = layer.packed_operand.weight
     monkeypatch.setattr(
-        layer.packed,
+        layer.packed_operand,
         "weight",
         lambda index, *args, **kwargs: calls.append(index) or real(index, *args, **kwargs),
     )
@@ -114,7 +115,7 @@ def test_copies_compute_the_same(loaded, batch, again):
 
 def test_its_state_dict_fits_another_of_its_kind(loaded, packed, plain, batch):
     other = anyprec.load(packed, plain())
-    other[0].packed.points.zero_()
+    other[0].packed_operand.points.zero_()
     assert not equal(outputs(other, batch), outputs(loaded, batch))
     other.load_state_dict(loaded.state_dict())
     assert equal(outputs(other, batch), outputs(loaded, batch))
@@ -222,11 +223,11 @@ def test_options_that_mean_nothing_are_refused(tmp_path, model, options, message
     assert not list(tmp_path.iterdir())
 
 
-# --- Layers of other kinds ----------------------------------------------------------------------------------------
+# --- Layers of other kinds ------------------------------------------------------------------------
 
 
 def reload(tmp_path, make, images, norm="per-pair"):
-    """A network and what comes back from its packed file, with the file's account of layers that kept their weight."""
+    """What comes back from a network's packed file, and why layers kept their latent weight."""
     torch.manual_seed(1)
     model = anyprec.convert(
         make().eval(), bits=(2, 4), norm=norm, first_last_bits=None, example_input=images[:1]
@@ -244,7 +245,7 @@ def test_a_standardised_weight_is_stored_as_the_codes_of_what_was_standardised(t
 
     loaded, latent = reload(tmp_path, make, torch.randn(2, 3, 8, 8))
     assert latent == {}
-    assert loaded[0].packed is not None
+    assert isinstance(loaded[0].weight_source, PackedCodes)
     assert loaded[2].weight_quantizer.axis == 1
     with pytest.raises(
         anyprec.PackedError, match="convolution.default needs the values of a weight"
@@ -253,7 +254,7 @@ def test_a_standardised_weight_is_stored_as_the_codes_of_what_was_standardised(t
 
 
 class Mixed(nn.Module):
-    """A weight that follows the image, a weight that is computed, and one that is also an embedding."""
+    """A weight that follows the image, one that is computed, and one that is also an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,13 +278,13 @@ def test_layers_that_cannot_be_packed_keep_their_weight_and_the_file_says_why(tm
         "normed": "its weight is no parameter, but computed",
         "head": "its weight is also 'table.weight', which is not packed",
     }
-    assert loaded.mixed.matrices.weight.packed is not None
+    assert isinstance(loaded.mixed.matrices.weight.weight_source, PackedCodes)
     assert loaded.head.weight is loaded.table.weight
     assert anyprec.inspect(tmp_path / "net").layers["head"].reason == latent["head"]
 
 
 class Shared(nn.Module):
-    """One parameter in two layers, whose step sizes differ, one layer at two places, and rows of a weight."""
+    """A parameter in two layers of different step sizes, a layer at two paths, rows of a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +330,7 @@ def test_networks_of_half_precision_are_packed(tmp_path, plain, batch, dtype, pe
     assert equal(outputs(loaded, batch.to(dtype)), outputs(model, batch.to(dtype)))
 
 
-# --- One configuration --------------------------------------------------------------------------------------------
+# --- One configuration ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["training", *FORMS])
@@ -349,7 +350,8 @@ def test_a_single_configuration_computes_the_same(tmp_path, plain, batch, form, 
     assert single.bits == model.resolve_bits(bits)
     assert all(len(one.weight) == len(one.activation) == 1 for one in single.candidates.values())
     assert all(
-        layer.packed.points.dtype == torch.int8 for layer in single.quantized_layers.values()
+        layer.packed_operand.points.dtype == torch.int8
+        for layer in single.quantized_layers.values()
     )
     assert list(single.configs) == (["mixed"] if bits == "mixed" else [])
     with torch.no_grad():
@@ -401,7 +403,7 @@ def test_a_configuration_that_is_none_is_refused(packed, plain, photograph):
         )
 
 
-# --- Forged files -------------------------------------------------------------------------------------------------
+# --- Forged files ---------------------------------------------------------------------------------
 
 
 def _forge(path, change):
@@ -417,31 +419,66 @@ CELLS = "anyprec.packed.5.cells"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensors, packing: tensors.pop(CELLS), r"layer '5' cannot be unpacked: its parts are \['low'\]"),
-        (lambda tensors, packing: tensors.update({CELLS: tensors[CELLS].float()}), "its cells are no bytes"),
-        (lambda tensors, packing: tensors.update({CELLS: torch.full((24,), 255).byte()}), "a cell is out of range"),
-        (lambda tensors, packing: tensors.update({CELLS: tensors[CELLS][:5].clone()}), "layer '5' is damaged"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.5.low": torch.zeros(9).byte()}), "9 bytes of low bits"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.5.places": torch.zeros(1)}), "its parts are"),
-        (lambda tensors, packing: tensors.update({"anyprec.packed.9.cells": torch.zeros(1)}), "of no packed layer"),
+        (
+            lambda tensors, packing: tensors.pop(CELLS),
+            r"layer '5' cannot be unpacked: its parts are \['low'\]",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: tensors[CELLS].float()}),
+            "its cells are no bytes",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: torch.full((24,), 255).byte()}),
+            "a cell is out of range",
+        ),
+        (
+            lambda tensors, packing: tensors.update({CELLS: tensors[CELLS][:5].clone()}),
+            "layer '5' is damaged",
+        ),
+        (
+            lambda tensors, packing: tensors.update(
+                {"anyprec.packed.5.low": torch.zeros(9).byte()}
+            ),
+            "9 bytes of low bits",
+        ),
+        (
+            lambda tensors, packing: tensors.update({"anyprec.packed.5.places": torch.zeros(1)}),
+            "its parts are",
+        ),
+        (
+            lambda tensors, packing: tensors.update({"anyprec.packed.9.cells": torch.zeros(1)}),
+            "of no packed layer",
+        ),
         (lambda tensors, packing: packing.update(coding="fixed"), "its parts are"),
         (lambda tensors, packing: packing["layers"].pop("5"), "of no packed layer"),
         (
             lambda tensors, packing: tensors.update(
-                {"anyprec.packed.5.places": torch.tensor([24]), "anyprec.packed.5.codes": torch.zeros(3, 1).char()}
+                {
+                    "anyprec.packed.5.places": torch.tensor([24]),
+                    "anyprec.packed.5.codes": torch.zeros(3, 1).char(),
+                }
             ),
             "its exceptions are out of range",
         ),
         (
             lambda tensors, packing: tensors.update(
-                {"anyprec.packed.5.places": torch.tensor([3]), "anyprec.packed.5.codes": torch.full((3, 1), 5).char()}
+                {
+                    "anyprec.packed.5.places": torch.tensor([3]),
+                    "anyprec.packed.5.codes": torch.full((3, 1), 5).char(),
+                }
             ),
             "its exceptions are out of range",
         ),
-        (lambda tensors, packing: tensors["5.input_quantizer.step"].fill_(torch.nan), "no step sizes for the inputs of 1 layers"),
-        (lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan), "a step size is not finite"),
+        (
+            lambda tensors, packing: tensors["5.input_quantizer.step"].fill_(torch.nan),
+            "no step sizes for the inputs of 1 layers",
+        ),
+        (
+            lambda tensors, packing: tensors["5.weight_quantizer.step"].fill_(torch.nan),
+            "a step size is not finite",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_forged_packed_layer_is_refused_and_the_network_left(
     packed, plain, photograph, change, message
 ):
@@ -463,7 +500,7 @@ def test_exceptions_in_a_file_win_over_cells(packed, plain):
     assert [int(layer.weight_codes(index).flatten()[3]) for index in range(3)] == [-2, 7, -9]
 
 
-# --- Training form ------------------------------------------------------------------------------------------------
+# --- Training form --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

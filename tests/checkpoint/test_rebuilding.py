@@ -1,4 +1,4 @@
-"""Rebuilding a timm network from its name: what is found out, what must be said, what is refused."""
+"""Rebuilding a timm network by its name: what is found out, what must be said, what is refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import timm
 import torch
 
 import anyprec
-from anyprec.checkpoint.architecture import FORBIDDEN_ARGUMENTS, create, create_skeleton
 from anyprec.checkpoint.document import Architecture, Document
+from anyprec.checkpoint.rebuilding import FORBIDDEN_ARGUMENTS, create, create_skeleton
 from anyprec.runtime.storage import read_file
 
 
@@ -259,7 +259,7 @@ def test_the_file_names_network_and_arguments(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_network_made_without_memory_has_all_of_its_constants(tmp_path, converted, packed):
-    """Those of our own that no state holds, which compiled networks read, and nothing left on the meta device."""
+    """Those that no state holds, which compiled networks read; nothing stays on the meta device."""
     anyprec.save(converted("test_resnet"), tmp_path / "net", packed=packed)
     loaded = anyprec.load(tmp_path / "net")
     assert not [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import timm
@@ -95,7 +96,7 @@ def test_a_document_reads_back_as_it_was_written(path, model):
     _, text = read_file(path)
     document = Document.from_json(text)
     assert document.to_json() == text
-    assert document.settings == model.anyprec_record.settings
+    assert document.convert_settings == model.anyprec_record.settings
     assert document.facts == model.anyprec_record.facts
     assert document.configs == model.configs
 
@@ -135,6 +136,23 @@ def test_a_configuration_that_does_not_fit_is_not_saved(tmp_path, model, name, c
         anyprec.save(model, tmp_path / "net", configs={name: config})
     assert not model.configs
     assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_be_read_again_is_not_saved(tmp_path, model):
+    name = "half a \ud800 surrogate pair"
+    with pytest.raises(anyprec.CheckpointError, match="metadata is not valid JSON"):
+        anyprec.save(model, tmp_path / "net", configs={name: model.resolve_bits(4)})
+    assert not model.configs
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_that_are_the_default_of_the_file_are_left_out(tmp_path, plain, batch):
+    """Also if the string is not the very object that stands in the class."""
+    norm = "-".join(["per", "pair"])
+    model = anyprec.convert(plain(), norm=norm, example_input=batch[:1])
+    anyprec.save(model, tmp_path / "net")
+    assert "norm" not in json.loads(read_file(tmp_path / "net")[1])["settings"]
+    assert anyprec.load(tmp_path / "net", plain()).anyprec_record.settings.norm == "per-pair"
 
 
 def test_an_uncalibrated_network_is_saved_and_stays_uncalibrated(
@@ -341,6 +359,6 @@ def test_an_unknown_sharing_of_norms_is_refused(tmp_path, plain, batch):
     tensors, text = read_file(path)
     write_file(path, tensors, text.replace('"shared"', '"by moon"'))
     with pytest.raises(
-        anyprec.CheckpointError, match="settings.norm is 'by moon', expected one of"
+        anyprec.CheckpointError, match=r"Invalid enum value 'by moon' - at `\$\.settings\.norm`"
     ):
         anyprec.load(path, plain())

@@ -1,4 +1,4 @@
-"""`convert`: what becomes of each layer, what is refused, and that the network stays the user's own."""
+"""`convert`: what becomes of each layer, what is refused, and that the network stays the user's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.errors import BitsError, ConversionError
 from anyprec.model.conversion import revert
-from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.owners import FunctionalOwner
 
 BITS = (2, 4, 8)
 

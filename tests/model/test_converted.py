@@ -1,10 +1,12 @@
-"""What a converted model can do: switch, say what it is, load float weights, exchange its classifier."""
+"""A converted model: switching, describing itself, float weights, another classifier."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -229,6 +231,25 @@ def test_reset_classifier_to_none_drops_the_layer_and_configurations(
     model.set_bits(2)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
     assert model.anyprec_record.facts.layers["fc"].macs == 96 * 4
+
+
+def test_another_classifier_leaves_the_earlier_record_as_it_was(
+    converted: Callable[..., anyprec.ConvertedModel],
+) -> None:
+    model = converted("test_resnet", num_classes=5)
+    earlier = model.anyprec_record
+    coverage, layers = earlier.coverage, dict(earlier.facts.layers)
+    model.reset_classifier(7)
+    assert (earlier.coverage, earlier.facts.layers) == (coverage, layers)
+    assert model.anyprec_record.facts.layers["fc"].weights == 96 * 7
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        earlier.coverage = ()
+
+
+def test_freezing_what_is_frozen_already_changes_nothing(net: anyprec.ConvertedModel) -> None:
+    net.freeze({"head": 3})
+    net.freeze(net.anyprec_record.frozen)
+    assert net.frozen == {"head": Bits(3, 3)}
 
 
 def test_a_network_without_a_classifier_of_its_own_has_no_reset_classifier(

@@ -9,7 +9,7 @@ from torch import nn
 
 import anyprec
 from anyprec.errors import BitsError
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 
 
 # G BitOPs at 224 x 224 as the literature counts them: first and last layer at W8A8.

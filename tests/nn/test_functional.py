@@ -1,4 +1,4 @@
-"""Fake quantization against an independent chain of elementary operations that autograd differentiates."""
+"""Fake quantization against a chain of elementary operations that autograd differentiates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ GRIDS = [(-2, 1), (-8, 7), (0, 3), (0, 255), (-5, 10)]
 
 
 def chain(values: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
-    """LSQ by elementary operations: rounding is passed straight through, clamping has its own gradient.
+    """LSQ by elementary operations: rounding is passed straight through, clamping has a gradient.
 
-    The ratio is clamped with strict bounds as in Esser et al. (equation 3), where the gradient is zero on the border.
+    The ratio is clamped with strict bounds as in Esser et al. (equation 3), where the gradient is
+    zero on the border.
     """
     ratio = values / step
     inside = (ratio > qmin) & (ratio < qmax)

@@ -10,7 +10,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.nn.norms import NormBank, SwitchableNorm, restore_norm, switch_norm
+from anyprec.nn.norm_bank import NormBank
+from anyprec.nn.norms import SwitchableNorm, restore_norm, switch_norm
 
 
 @pytest.fixture(params=[nn.BatchNorm2d, BatchNormAct2d])
@@ -33,14 +34,14 @@ def test_a_copy_starts_as_the_float_norm(norm: nn.Module) -> None:
     original, x = copy.deepcopy(norm).eval(), torch.randn(6, 4, 5, 5)
     switch_norm(norm, 3)
     norm.eval()
-    norm.row = 2
+    norm.switch(2)
     assert torch.equal(norm(x), original(x))
 
 
 def test_training_at_one_precision_moves_only_its_own_copy(norm: nn.Module) -> None:
     before = copy.deepcopy(norm)
     switch_norm(norm, 3)
-    norm.row = 1
+    norm.switch(1)
     norm.train()
     norm(torch.randn(6, 4, 5, 5) + 3).square().sum().backward()
     moved = (norm.bank.running_mean != before.running_mean).all(dim=1)
@@ -56,7 +57,7 @@ def test_copies_can_share_their_affine_parameters(norm: nn.Module) -> None:
     switch_norm(norm, 3, shared_affine=True)
     norm.train()
     for row in (0, 2):
-        norm.row = row
+        norm.switch(row)
         norm(torch.randn(6, 4, 5, 5) + row).square().sum().backward()
     assert norm.bank.weight.shape == norm.bank.bias.shape == (1, 4)
     moved = (norm.bank.running_mean != before.running_mean).all(dim=1)
@@ -77,7 +78,7 @@ def test_copies_can_share_their_affine_parameters(norm: nn.Module) -> None:
     )
     assert torch.equal(norm.eval()(x), before.eval()(x))
     norm.bank.keep_row(2)
-    norm.row = 0
+    norm.switch(0)
     assert torch.equal(norm(x), before(x))
     assert norm.bank.rows == len(norm.bank.weight) == 1
 
@@ -85,7 +86,7 @@ def test_copies_can_share_their_affine_parameters(norm: nn.Module) -> None:
 def test_statistics_of_the_active_copy_are_those_of_torch(norm: nn.Module) -> None:
     reference = copy.deepcopy(norm).train()
     switch_norm(norm, 2)
-    norm.row = 1
+    norm.switch(1)
     norm.train()
     for _ in range(3):
         x = torch.randn(6, 4, 5, 5)
@@ -99,7 +100,7 @@ def test_a_norm_without_affine_parameters_switches_its_statistics() -> None:
     switch_norm(norm, 2)
     norm.eval()
     norm.bank.running_mean[1] = 5.0
-    norm.row = 1
+    norm.switch(1)
     torch.testing.assert_close(norm(torch.full((2, 3), 5.0)), torch.zeros(2, 3))
 
 
@@ -116,15 +117,15 @@ def test_restoring_gives_the_float_norm_back() -> None:
 def test_statistics_of_a_configuration_are_used_in_eval_mode_only(norm: nn.Module) -> None:
     reference = copy.deepcopy(norm)
     switch_norm(norm, 2)
-    norm.row = 0
-    norm.override = torch.rand(4), 0.5 + torch.rand(4)
+    norm.switch(0)
+    norm.override_with((torch.rand(4), 0.5 + torch.rand(4)))
     x = torch.randn(6, 4, 5, 5)
     reference.running_mean, reference.running_var = norm.override
     assert torch.equal(norm.eval()(x), reference.eval()(x))
     before = norm.override[0].clone()
     norm.train()(x)
     assert torch.equal(norm.override[0], before)
-    norm.override = None
+    norm.override_with(None)
     assert not torch.equal(norm.eval()(x), reference(x))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anyprec.nn.functional import fake_quantize
-from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer, usable_steps
 
 
 def test_weight_grids_are_signed_and_one_lower_at_the_bottom() -> None:
@@ -33,6 +33,17 @@ def test_a_dead_channel_gets_the_mean_step_of_the_living_and_a_dead_layer_a_fini
     torch.testing.assert_close(quantizer.step[0, 1], quantizer.step[0, [0, 2]].mean())
     quantizer.initialize(torch.zeros(3, 5))
     assert (quantizer.step > 0).all()
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_a_dead_layer_gets_the_deviation_of_a_he_initialised_weight(channels: int | None) -> None:
+    quantizer = WeightQuantizer((2, 4), channels=channels)
+    weight = torch.zeros(3, 4, 5, 5)
+    quantizer.initialize(weight)
+    deviation = math.sqrt(2 / (4 * 5 * 5))  # He et al. 2015: fan-in of a 5x5 kernel over 4 channels
+    torch.testing.assert_close(quantizer.step, torch.full((2, channels or 1), deviation))
+    twice = usable_steps(torch.zeros(channels or 1), torch.zeros(3, 8, 5, 5))
+    torch.testing.assert_close(twice, torch.full((channels or 1,), deviation / math.sqrt(2)))
 
 
 def test_an_input_quantizer_is_uncalibrated_until_it_has_a_grid_also_after_loading() -> None:

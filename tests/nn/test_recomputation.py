@@ -1,4 +1,4 @@
-"""Quantized weights are computed again in the backward pass: the same gradients, less memory, no stale weight."""
+"""Quantized weights are computed again for backward: same gradients, less memory, none stale."""
 
 from __future__ import annotations
 

@@ -9,8 +9,6 @@ import pytest
 import anyprec
 from tests.searching import distributed_search
 
-pytestmark = pytest.mark.xdist_group("torchrun")
-
 
 @pytest.fixture(scope="module")
 def folders(under_torchrun: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

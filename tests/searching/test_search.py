@@ -1,4 +1,4 @@
-"""`search` on a real (small) network: contracts of the result, objectives, and the model left as it was."""
+"""`search` on a small network: contracts of the result, objectives, the model left as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.bits import BitConfig, Bits
 from anyprec.errors import BitsError, BudgetError, NotCalibratedError, SearchError
-from anyprec.model.cost import cost_model
+from anyprec.model.costing import cost_model
 from anyprec.searching.measuring.evaluator import Evaluator
 
 
@@ -63,7 +63,7 @@ def test_the_search_comes_close_to_the_best_of_all_configurations(
     )
     fitting = [config for config in everything if costs.bitops(config) <= limit]
     scores = sorted(evaluator(config) for config in fitting[:: max(1, len(fitting) // 400)])
-    # A few images make neighbouring configurations a matter of rounding: among the best percent is what counts.
+    # With few images neighbours differ by roundings: to be among the best percent counts.
     assert result.score <= scores[len(scores) // 100]
 
 
@@ -140,7 +140,7 @@ def test_objectives_are_their_definitions(
     assert Evaluator(net, without_labels, "divergence")(config) == pytest.approx(
         float(divergence), rel=1e-4
     )
-    assert Evaluator(net, batches, "loss", max_batches=1)(config) != pytest.approx(
+    assert Evaluator(net, batches, "loss", batches=1)(config) != pytest.approx(
         float(loss), rel=1e-5
     )
 
@@ -325,7 +325,7 @@ def test_time_that_is_used_up_ends_the_search(
 ) -> None:
     clock = itertools.count()
     monkeypatch.setattr(
-        "anyprec.searching.algorithms.registry.evaluations.time.monotonic",
+        "anyprec.searching.algorithms.evaluations.time.monotonic",
         lambda: float(next(clock)),
     )
     result = anyprec.search(net, [], "W3A3", objective=cheap, max_seconds=15)
@@ -368,15 +368,15 @@ def test_the_frontier_holds_what_nothing_beats(result: anyprec.SearchResult) -> 
         a.cost.bitops < b.cost.bitops and a.score > b.score for a, b in itertools.pairwise(frontier)
     )
     for config, score in result.evaluated.items():
-        bitops = result.costs.model.bitops(config)
+        bitops = result.costs.bitops(config)
         assert any(found.cost.bitops <= bitops and found.score <= score for found in frontier)
 
 
 def test_another_budget_is_answered_from_what_was_evaluated(result: anyprec.SearchResult) -> None:
     found = result.at("W4A4")
-    limit = result.costs.model.bitops(result.at("W4A4").config.replace({}))
+    limit = result.costs.bitops(result.at("W4A4").config.replace({}))
     assert found.score == min(
-        s for c, s in result.evaluated.items() if result.costs.model.bitops(c) <= limit
+        s for c, s in result.evaluated.items() if result.costs.bitops(c) <= limit
     )
     assert result.at(result.budget).config == result.config
     with pytest.raises(

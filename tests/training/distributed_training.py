@@ -26,10 +26,16 @@ class Network(nn.Module):
         super().__init__()
         norm = nn.BatchNorm2d if batch_norm else lambda channels: nn.GroupNorm(2, channels)
         self.features = nn.Sequential(
-            nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(inplace=True),
-            nn.Conv2d(8, 8, 3, groups=8), norm(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 1), norm(8), nn.ReLU(),
-        )  # fmt: skip
+            nn.Conv2d(3, 8, 3),
+            norm(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, groups=8),
+            norm(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 1),
+            norm(8),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,9 +43,16 @@ class Network(nn.Module):
 
 
 RECIPE = anyprec.Recipe(
-    feature_weight=0.01, error_weight=0.1, error_start=0.0, sampler="instability", weight_decay=1e-3, spare_decay=True,
-    scheduler=anyprec.BitWidthScheduler(start=0.1, period=0.3, first_ratio=0.7), lr=0.05, ema_decay=0.5,
-)  # fmt: skip
+    feature_weight=0.01,
+    error_weight=0.1,
+    error_start=0.0,
+    sampler="instability",
+    weight_decay=1e-3,
+    spare_decay=True,
+    scheduler=anyprec.BitWidthScheduler(start=0.1, period=0.3, first_ratio=0.7),
+    lr=0.05,
+    ema_decay=0.5,
+)
 
 
 def share(batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

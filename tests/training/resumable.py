@@ -37,10 +37,19 @@ class Images(Dataset):
 
 def network() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
 
 
 def train(snapshot: Path, result: Path, kill_at: int | None, own_generator: bool) -> None:
@@ -61,14 +70,29 @@ def train(snapshot: Path, result: Path, kill_at: int | None, own_generator: bool
         return nn.functional.cross_entropy(output, targets)
 
     recipe = anyprec.Recipe(
-        random_paths=2, feature_weight=0.01, error_weight=0.1, sampler="instability", ema_decay=0.9, spare_decay=True,
-        scheduler=anyprec.BitWidthScheduler(start=0.1, period=0.1, first_ratio=0.7), weight_decay=1e-3, step_lr=1e-3,
-    )  # fmt: skip
+        random_paths=2,
+        feature_weight=0.01,
+        error_weight=0.1,
+        sampler="instability",
+        ema_decay=0.9,
+        spare_decay=True,
+        scheduler=anyprec.BitWidthScheduler(start=0.1, period=0.1, first_ratio=0.7),
+        weight_decay=1e-3,
+        step_lr=1e-3,
+    )
     drawn: list[float] = []
     history = anyprec.fit(
-        model, loader, epochs=3, recipe=recipe, criterion=criterion, accumulation=1, snapshot=snapshot,
-        snapshot_steps=2, on_epoch_end=lambda _: drawn.append(float(torch.rand(()))), norm_batches=2,
-    )  # fmt: skip
+        model,
+        loader,
+        epochs=3,
+        recipe=recipe,
+        criterion=criterion,
+        accumulation=1,
+        snapshot=snapshot,
+        snapshot_steps=2,
+        on_epoch_end=lambda _: drawn.append(float(torch.rand(()))),
+        norm_batches=2,
+    )
     state = {
         "model": dict(model.state_dict()),
         "losses": [record.losses for record in history],

@@ -10,8 +10,6 @@ import torch
 
 from tests.training import distributed_training
 
-pytestmark = pytest.mark.xdist_group("torchrun")
-
 
 @pytest.fixture(scope="module")
 def runs(under_torchrun: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -32,8 +30,8 @@ def test_two_processes_reach_the_weights_of_one_on_the_joined_batch(runs: dict[s
     )
     assert moved > 0.05
     for name, value in one.items():
-        # Gradients are summed in another order. In float64 that is below 1e-15 at each of the 12 steps, too little to
-        # flip a rounding, which in float32 happens and is worth 1e-4.
+        # Gradients are summed in another order. In float64 that is below 1e-15 at each of the 12
+        # steps, too little to flip a rounding. In float32 that happens, and is worth 1e-4.
         torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-10)
     assert runs["two"]["group norm, frozen"] == runs["one"]["group norm, frozen"]
 
@@ -71,7 +69,7 @@ def test_calibration_and_norm_statistics_see_the_images_of_all_processes(
 
 def test_all_processes_end_with_the_same_model(runs: dict[str, Any]) -> None:
     agreement = runs["two"]["agreement"]
-    # A process reports the losses of its own images, and its own running statistics in a loop of one's own.
+    # A process reports losses of its own images; in a user's loop also its own statistics.
     assert {name for name, agrees in agreement.items() if not agrees} <= {
         "group norm, losses", "batch norm, losses", "own loop",
     }  # fmt: skip

@@ -236,7 +236,7 @@ def test_freezing_what_does_not_fit_is_refused_and_nothing_changes(
 ) -> None:
     net.freeze({"head": 3})
     with pytest.raises(
-        anyprec.BitsError, match="no quantized layer 'heads' that could have a floor"
+        anyprec.BitsError, match="no quantized layer 'heads' to freeze candidates of"
     ):
         net.freeze({"heads": 3})
     with pytest.raises(anyprec.BitsError, match="W5A5 is not a candidate of layer 'head'"):

@@ -1,4 +1,7 @@
-"""What a search is compared with: random search, an evolutionary algorithm, and an integer program on one sensitivity table."""
+"""What a search is compared with.
+
+Random search, an evolutionary algorithm, and an integer program on one sensitivity table.
+"""
 
 from __future__ import annotations
 
@@ -23,51 +26,60 @@ def search_randomly(walk: Walk, *, seed: int, evaluations: int) -> None:
 
 
 def evolve(walk: Walk, *, seed: int, evaluations: int) -> None:
-    """An evolutionary algorithm with tournaments, uniform crossover and mutation, as in "Single Path One-Shot" (Guo 2020).
+    """An evolutionary algorithm with tournaments, uniform crossover and mutation.
 
-    It starts from random points and the uniform configurations that were measured before.
+    As in "Single Path One-Shot" (Guo et al., ECCV 2020). It starts from random points and the
+    uniform configurations that were measured before.
     """
     draw = random.Random(seed)
-    space = walk.problem.space
-    uniform = [
-        point
-        for config in walk.problem.fitting_uniform
-        if (point := space.point(config)) is not None
-    ]
-    population = [*uniform[:_PARENTS]]
-    while len(population) < _POPULATION:
-        population.append(_random_point(walk, draw))
-    asked = len(walk.evaluations) + evaluations
-    attempts = 0
+    population = _first_generation(walk, draw)
+    last = len(walk.evaluations) + evaluations
     for point in population:
         walk.loss(point)
-    while len(walk.evaluations) < asked and attempts < 20 * evaluations:
-        attempts += 1
+    # A small space is soon exhausted: then no child is new, however many are drawn.
+    for _ in range(20 * evaluations):
+        if len(walk.evaluations) >= last:
+            break
         population = sorted(dict.fromkeys(population), key=walk.loss)[:_POPULATION]
-        mother, father = (_tournament(walk, population, draw) for _ in range(2))
-        child = tuple(draw.choice(genes) for genes in zip(mother, father, strict=True))
-        child = _toward_budget(walk, _mutated(walk, child, draw), draw)
+        child = _child(walk, population, draw)
         if not walk.knows(child):
             walk.loss(child)
             population.append(child)
 
 
+def _first_generation(walk: Walk, draw: random.Random) -> list[Point]:
+    population: list[Point] = []
+    for config in walk.problem.fitting_uniform:
+        point = walk.problem.space.point(config)
+        if point is not None and len(population) < _PARENTS:
+            population.append(point)
+    while len(population) < _POPULATION:
+        population.append(_random_point(walk, draw))
+    return population
+
+
+def _child(walk: Walk, population: list[Point], draw: random.Random) -> Point:
+    mother = _tournament(walk, population, draw)
+    father = _tournament(walk, population, draw)
+    child = tuple(draw.choice(genes) for genes in zip(mother, father, strict=True))
+    return _toward_budget(walk, _mutated(walk, child, draw), draw)
+
+
 def program_on_sensitivities(walk: Walk) -> None:
-    """Measure every option of every choice with all others at their highest, and solve the integer program once."""
+    """Measure every option of every choice, all others highest, and solve the program once."""
     space = walk.problem.space
     highest = space.highest
     walk.set_anchor(highest)
     base = walk.loss(highest)
-    losses = [
-        [
-            0.0
-            if option == highest[number]
-            else walk.loss((*highest[:number], option, *highest[number + 1 :])) - base
-            for option in range(len(choice.options))
-        ]
-        for number, choice in enumerate(space.choices)
-    ]
-    target = walk.allocate(losses)
+    table = []
+    for number, choice in enumerate(space.choices):
+        losses = [0.0] * len(choice.options)
+        for option in range(len(choice.options)):
+            if option != highest[number]:
+                changed = (*highest[:number], option, *highest[number + 1 :])
+                losses[option] = walk.loss(changed) - base
+        table.append(losses)
+    target = walk.allocate(table)
     if target is not None:
         walk.loss(target)
 
@@ -89,18 +101,17 @@ def _toward_budget(walk: Walk, point: Point, draw: random.Random) -> Point:
         if not ups:
             break
         raised = draw.choice(ups).apply(point)
-        point = raised if walk.fits(raised) else point
+        if walk.fits(raised):
+            point = raised
     return point
 
 
 def _mutated(walk: Walk, point: Point, draw: random.Random) -> Point:
-    choices = walk.problem.space.choices
     count = max(1, math.ceil(_MUTATION * len(point)))
-    changed = dict.fromkeys(draw.sample(range(len(point)), count))
-    return tuple(
-        draw.randrange(len(choices[number].options)) if number in changed else option
-        for number, option in enumerate(point)
-    )
+    mutated = list(point)
+    for number in sorted(draw.sample(range(len(point)), count)):
+        mutated[number] = draw.randrange(len(walk.problem.space.choices[number].options))
+    return tuple(mutated)
 
 
 def _tournament(walk: Walk, population: list[Point], draw: random.Random) -> Point:

@@ -1,4 +1,8 @@
-"""Single moves of a search: one choice, one option down or up. What they cost, and what they are known to do."""
+"""Single moves of a search: one choice, one option down or up.
+
+What moves cost, what they are known to do, and the `Walk` that all algorithms go by. Every move
+that is measured teaches the predictor.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from anyprec.searching.algorithms.program import allocate
 from anyprec.searching.algorithms.space import Point
 
 _LIMITS = (1.0, 1 - 1e-7, 1 - 1e-5)
-"""The solver's tolerance may exceed a limit by a little; then it is asked again for a little less."""
+"""The solver's tolerance may exceed a limit by a little; then it is asked for a little less."""
 
 
 @dataclass(frozen=True)
@@ -39,36 +43,46 @@ class Move:
 
 
 class Walk:
-    """What algorithms that go from point to point share: losses, moves, measurements that teach the predictor.
+    """What algorithms that go from point to point share: losses, moves and predictions.
 
     Args:
         problem: What is searched.
         evaluations: Measures and remembers.
         predictor: Learns from every single move that is measured.
+
+    Attributes:
+        moves_asked: Moves that `measure` was asked for, those with a known loss included: what a
+            search without a memory would evaluate.
     """
 
     def __init__(self, problem: Problem, evaluations: Evaluations, predictor: Predictor) -> None:
         self.problem = problem
         self.evaluations = evaluations
         self.predictor = predictor
+        self.moves_asked = 0
         self._measured: dict[Point, float] = {}
-        self._seen = 0
+        self._evaluations_read = 0
 
     @property
     def measured(self) -> Mapping[Point, float]:
         """The losses of all points of the space that were measured so far."""
-        if self._seen < len(self.evaluations):
-            for config, loss in itertools.islice(self.evaluations.losses.items(), self._seen, None):
+        # The record speaks of configurations, and others add to it too: walks of other budgets,
+        # uniform configurations. Only what is new since the last call is translated.
+        if self._evaluations_read < len(self.evaluations):
+            new = itertools.islice(self.evaluations.losses.items(), self._evaluations_read, None)
+            for config, loss in new:
                 point = self.problem.space.point(config)
                 if point is not None:
                     self._measured[point] = loss
-            self._seen = len(self.evaluations)
+            self._evaluations_read = len(self.evaluations)
         return self._measured
 
     def loss(self, point: Point) -> float:
         """The loss of a point, measured if it is not known."""
-        known = self.measured.get(point)
-        return self.evaluations(self.problem.space.config(point)) if known is None else known
+        loss = self.measured.get(point)
+        if loss is None:
+            return self.evaluations(self.problem.space.config(point))
+        return loss
 
     def knows(self, point: Point) -> bool:
         """Whether a point was measured."""
@@ -89,7 +103,7 @@ class Walk:
         near: tuple[Point, int] | None = None,
         excluded: Collection[Point] = (),
     ) -> Point | None:
-        """The point of least total loss that fits; see `allocate`."""
+        """The point of least total loss that fits; see `program.allocate`."""
         for limit in _LIMITS:
             target = allocate(
                 losses, self.problem.shares, limit=limit, near=near, excluded=excluded
@@ -104,23 +118,19 @@ class Walk:
 
     def downs(self, point: Point) -> list[Move]:
         """Every single move down."""
-        return [
-            Move(number, here, option, lowers=True)
-            for number, (choice, here) in enumerate(
-                zip(self.problem.space.choices, point, strict=True)
-            )
-            for option in choice.below[here]
-        ]
+        moves = []
+        for number, choice in enumerate(self.problem.space.choices):
+            before = point[number]
+            moves += [Move(number, before, after, lowers=True) for after in choice.below[before]]
+        return moves
 
     def ups(self, point: Point) -> list[Move]:
         """Every single move up."""
-        return [
-            Move(number, here, option, lowers=False)
-            for number, (choice, here) in enumerate(
-                zip(self.problem.space.choices, point, strict=True)
-            )
-            for option in choice.above[here]
-        ]
+        moves = []
+        for number, choice in enumerate(self.problem.space.choices):
+            before = point[number]
+            moves += [Move(number, before, after, lowers=False) for after in choice.above[before]]
+        return moves
 
     def saving(self, point: Point, move: Move) -> float:
         """Share of the budget that a move sets free; negative for what it costs."""
@@ -130,7 +140,9 @@ class Walk:
         """Measure moves from `point`, whose loss is measured too."""
         before = self.loss(point)
         for move in moves:
+            self.moves_asked += 1
             increase = difference(self.loss(move.apply(point)), before)
+            # An infinite loss says nothing about how large the increase is elsewhere.
             if math.isfinite(increase):
                 options = self.problem.space.options[move.choice]
                 self.predictor.note(

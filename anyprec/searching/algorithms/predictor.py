@@ -1,8 +1,8 @@
-"""What a change of precision is expected to do to the loss, from changes that were measured elsewhere.
+"""What a change of precision is expected to do to the loss, from changes measured elsewhere.
 
-Predictions decide only what is measured next. A change that was never measured is predicted from the nearest one of the
-same layer and operand by the law of quantization noise: the power of the noise is proportional to 4^-bits, and small
-changes of the loss to the power of the noise.
+Predictions decide only what is measured next. A change that was never measured is predicted from
+the nearest one of the same layer and operand by the law of quantization noise: the power of the
+noise is proportional to 4^-bits, and small changes of the loss to the power of the noise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import math
 
 from anyprec.bits import Bits
 from anyprec.searching.algorithms.space import OPERANDS, Operand, Space
+
+_Lowerings = dict[tuple[int, int], float]
+"""Loss increase from the higher to the lower bit-width, by (lower, higher)."""
 
 
 class Predictor:
@@ -23,21 +26,30 @@ class Predictor:
 
     def __init__(self, space: Space) -> None:
         self._widths = [choice.widths for choice in space.choices]
-        self._lowerings: dict[tuple[int, Operand], dict[tuple[int, int], float]] = {}
+        self._lowerings: dict[tuple[int, Operand], _Lowerings] = {}
         self._joint: dict[int, float] = {}
 
     def note(self, choice: int, before: Bits, after: Bits, increase: float) -> None:
-        """Remember that changing `choice` from `before` to `after` raised the loss by `increase`."""
-        changed = [
-            operand for operand in OPERANDS if getattr(before, operand) != getattr(after, operand)
-        ]
-        if len(changed) == 1:
-            operand = changed[0]
-            low, high = sorted((getattr(before, operand), getattr(after, operand)))
-            lowering = increase if getattr(after, operand) == low else -increase
-            self._lowerings.setdefault((choice, operand), {})[low, high] = lowering
-        elif noise := sum(_noise(getattr(after, o), getattr(before, o)) for o in changed):
-            self._joint[choice] = increase / noise
+        """Remember that changing `choice` from `before` to `after` raised the loss so much."""
+        if before.activation == after.activation and before.weight != after.weight:
+            self._note_operand(choice, "weight", before.weight, after.weight, increase)
+        elif before.weight == after.weight and before.activation != after.activation:
+            self._note_operand(choice, "activation", before.activation, after.activation, increase)
+        else:
+            # Both operands change: only the loss per noise power of both together is known.
+            noise = _noise(after.weight, before.weight)
+            noise += _noise(after.activation, before.activation)
+            if noise != 0:
+                self._joint[choice] = increase / noise
+
+    def _note_operand(
+        self, choice: int, operand: Operand, before: int, after: int, increase: float
+    ) -> None:
+        lowerings = self._lowerings.setdefault((choice, operand), {})
+        if after < before:
+            lowerings[after, before] = increase
+        else:
+            lowerings[before, after] = -increase
 
     def increase(self, choice: int, before: Bits, after: Bits) -> float | None:
         """The loss increase to expect of a change; None if nothing is known of it."""
@@ -46,28 +58,32 @@ class Predictor:
             start, end = getattr(before, operand), getattr(after, operand)
             if start == end:
                 continue
-            low, high = sorted((start, end))
-            lowering = self._lowering(choice, operand, low, high)
+            lowering = self._lowering(choice, operand, min(start, end), max(start, end))
             if lowering is None:
                 return None
-            total += lowering if end == low else -lowering
+            total += lowering if end < start else -lowering
         return total
 
     def _lowering(self, choice: int, operand: Operand, low: int, high: int) -> float | None:
-        known = self._lowerings.get((choice, operand))
-        if known is None:
+        measured = self._lowerings.get((choice, operand))
+        if measured is None:
             joint = self._joint.get(choice)
             return None if joint is None else joint * _noise(low, high)
-        if (low, high) in known:
-            return known[low, high]
+        if (low, high) in measured:
+            return measured[low, high]
+        # Step by step, since each step has its own nearest measurement.
         between = [width for width in self._widths[choice][operand] if low <= width <= high]
-        return math.fsum(_extrapolated(known, *pair) for pair in itertools.pairwise(between))
+        return math.fsum(_extrapolated(measured, *step) for step in itertools.pairwise(between))
 
 
-def _extrapolated(known: dict[tuple[int, int], float], low: int, high: int) -> float:
-    """Loss increase from `high` to `low` bits: known, or scaled from the nearest that is."""
-    nearest = min(known, key=lambda widths: (abs(widths[0] - low) + abs(widths[1] - high), widths))
-    return known[nearest] * (_noise(low, high) / _noise(*nearest))
+def _extrapolated(measured: _Lowerings, low: int, high: int) -> float:
+    """Loss increase from `high` to `low` bits: measured, or scaled from the nearest that is."""
+
+    def distance(widths: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+        return abs(widths[0] - low) + abs(widths[1] - high), widths
+
+    nearest = min(measured, key=distance)
+    return measured[nearest] * (_noise(low, high) / _noise(*nearest))
 
 
 def _noise(low: int, high: int) -> float:

@@ -1,4 +1,7 @@
-"""The algorithms by name, each for one budget. They share a record of evaluations, and a predictor."""
+"""The algorithms by name, each for one budget. They share a record of evaluations, and a predictor.
+
+Searches of several budgets are in `question.py`.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ class Settings:
 
 
 def run_algorithm(name: str, walk: Walk, settings: Settings) -> None:
-    """Search below one budget. What is found stands in the walk's evaluations.
+    """Search below one budget. What is measured stands in the walk's evaluations.
 
-    Uniform configurations that fit are measured first, so that whatever is found, it is not worse.
+    Uniform configurations that fit are measured first, so that the result is never worse.
 
     Raises:
         SearchError: There is no such algorithm.
@@ -42,9 +45,8 @@ def run_algorithm(name: str, walk: Walk, settings: Settings) -> None:
     require_algorithm(name)
     for config in walk.problem.fitting_uniform:
         walk.evaluations(config)
-    if (
-        not walk.problem.fitting_uniform
-    ):  # costs of any table: something that fits is known from the beginning
+    if not walk.problem.fitting_uniform:
+        # Costs of any table: something that fits is known from the beginning.
         walk.evaluations(walk.problem.cheapest)
     start = walk.problem.start
     if start is None:
@@ -80,7 +82,10 @@ def _greedy(walk: Walk, start: Point, settings: Settings) -> None:
 
 
 def _improve_both(walk: Walk, end: Point, settings: Settings, *, lazy: bool = True) -> None:
-    """Improve where a descent ended, and then the best: uniform configurations may be better, and are harder to leave."""
+    """Improve where a descent ended, and then the best.
+
+    Uniform configurations may be better than the end of a descent, and are harder to leave.
+    """
     improve(walk, end, lazy=lazy, patience=settings.patience)
     improve(walk, lazy=lazy, patience=settings.patience)
 
@@ -107,3 +112,4 @@ _ALGORITHMS: dict[str, Callable[[Walk, Point, Settings], None]] = {
 }
 
 ALGORITHMS = tuple(_ALGORITHMS)
+"""Names of the algorithms, the default first."""

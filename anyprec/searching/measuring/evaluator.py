@@ -1,6 +1,7 @@
-"""The evaluator: what a configuration is worth, by forward passes on a fixed set of batches held in memory.
+"""The evaluator: what a configuration is worth, by forward passes on a fixed set of batches.
 
-With `execution.py` the only file of the search that knows torch; the algorithms see a function from configuration to number.
+The batches are held in memory. Only this folder of the search knows torch: the algorithms see a
+function from configuration to number.
 """
 
 from __future__ import annotations
@@ -31,28 +32,32 @@ from anyprec.runtime.processes import (
 from anyprec.searching.measuring.execution import DEFAULT_MEMORY, PartialExecution
 
 Objective = str | Callable[[ConvertedModel], float]
-"""`"loss"`, `"error"`, `"divergence"`, or a function of the model at the configuration to judge; lower is better."""
+"""`"loss"`, `"error"`, `"divergence"`, or a function of the model at the configuration to judge;
+lower is better."""
 
 OBJECTIVES = ("loss", "error", "divergence")
 
-Norms = Literal["stored", "batch"]
+SearchNorms = Literal["stored", "batch"]
+"""Whose statistics norms use in a search: those that the model holds, or those of each batch."""
 
 
 class Evaluator:
-    """Judges configurations of one model, which must be in eval mode; its precision is restored each time.
+    """Judges configurations of one model in eval mode; its precision is restored each time.
 
-    Under `torchrun` each process runs its share of the batches, and all get the same number, bit for bit that of one
-    process with as many threads. Every process must make the same calls.
+    Under `torchrun` each process runs its share of the batches, and all get the same number, bit
+    for bit that of one process with as many threads. Every process must make the same calls.
 
     Args:
         model: A converted and calibrated model.
         loader: Batches of (images, labels); images alone for `"divergence"`.
-        objective: `"loss"` is the mean cross-entropy; `"error"` the share of images whose most probable class is not their
-            label; `"divergence"` the mean Kullback-Leibler divergence from the float network's predictions, which needs no
-            labels and is far less noisy; or any function.
-        norms: `"stored"` uses each BatchNorm's own statistics for the configuration, as `set_bits` does; `"batch"`
-            those of the batch, which tells what the configuration is worth once its statistics are re-estimated.
-        max_batches: At most so many batches are held.
+        objective: `"loss"` is the mean cross-entropy; `"error"` the share of images whose most
+            probable class is not their label; `"divergence"` the mean Kullback-Leibler divergence
+            from the float network's predictions, which needs no labels and is far less noisy; or
+            any function.
+        norms: `"stored"` uses each BatchNorm's own statistics for the configuration, as `set_bits`
+            does; `"batch"` those of the batch, which shows what the configuration is worth once its
+            statistics are re-estimated.
+        batches: At most so many batches are held.
         reuse: Execute only what depends on the layers that changed. Changes no result.
         memory: Bytes of intermediate results that are kept for that.
 
@@ -60,7 +65,8 @@ class Evaluator:
         unable: Why forward passes cannot be reused in parts; None if they are.
 
     Raises:
-        SearchError: Unknown objective or norms, an empty loader, or outputs or labels that do not fit the objective.
+        SearchError: Unknown objective or norms, an empty loader, or outputs or labels that do not
+            fit the objective.
     """
 
     def __init__(
@@ -69,8 +75,8 @@ class Evaluator:
         loader: Iterable[Batch],
         objective: Objective = "loss",
         *,
-        norms: Norms = "stored",
-        max_batches: int | None = None,
+        norms: SearchNorms = "stored",
+        batches: int | None = None,
         reuse: bool = True,
         memory: int = DEFAULT_MEMORY,
     ) -> None:
@@ -80,45 +86,40 @@ class Evaluator:
         self._norms = norms
         self._images: list[Tensor] = []
         self._targets: list[Tensor] = []
-        self._places: list[int] = []
+        self._positions: list[int] = []  # of this process's batches among those of all processes
         self._batches = 0
         self._forward_runs = 0
-        self.unable: str | None = (
-            "the objective is a function of the whole model" if callable(objective) else None
-        )
-        self._hold(loader, max_batches)
+        self._execution: PartialExecution | None = None
+        self.unable: str | None = None
+        self._hold(loader, batches)
         if callable(objective):
-            self._execution = None
+            self.unable = "the objective is a function of the whole model"
             return
-        self._count = self._total([len(images) for images in self._images])
+        self._image_count = self._total([len(images) for images in self._images])
         if objective == "divergence":
             self._targets = [F.log_softmax(logits, dim=-1) for logits in self._reference()]
-        self._execution = None
-        if reuse:
-            with self._normalising(), self._evaluating():
-                self._execution, self.unable = PartialExecution.of(
-                    model, self._images, memory=memory
-                )
-        else:
+        if not reuse:
             self.unable = "reuse=False"
+            return
+        with self._normalising(), self._explaining():
+            self._execution, self.unable = PartialExecution.of(model, self._images, memory=memory)
 
     @property
     def layer_runs(self) -> int:
         """Executions of quantized layers by this process so far, counted for each batch."""
-        return self._forward_runs + (self._execution.layer_runs if self._execution else 0)
+        if self._execution is None:
+            return self._forward_runs
+        return self._forward_runs + self._execution.layer_runs
 
     def __call__(self, config: BitConfig) -> float:
         """The objective at `config`; infinity where the network's output is not finite."""
         with self._model.using_bits(config), torch.no_grad():
-            own = self._objective
-            if callable(own):
-                value = of_first_process(float(own(self._model)))
+            if callable(self._objective):
+                value = of_first_process(float(self._objective(self._model)))
             else:
-                with self._normalising(), self._evaluating():
-                    value = (
-                        self._total([self._judge(place) for place in range(len(self._images))])
-                        / self._count
-                    )
+                with self._normalising(), self._explaining():
+                    sums = [self._judge(number) for number in range(len(self._images))]
+                    value = self._total(sums) / self._image_count
         return value if math.isfinite(value) else math.inf
 
     def set_anchor(self, config: BitConfig) -> None:
@@ -127,53 +128,46 @@ class Evaluator:
             self._execution.set_anchor(config)
 
     def fingerprint(self) -> str:
-        """A digest of all that scores depend on: weights, step sizes, statistics, images, labels and objective."""
-        digest = hashlib.sha256(
-            repr(
-                (self._objective if isinstance(self._objective, str) else "own", self._norms)
-            ).encode()
-        )
-        for name, value in self._model.state_dict().items():
-            digest.update(name.encode())
-            _add(digest, value)
-        for config, statistics in self._model.anyprec_record.statistics.items():
-            digest.update(repr(config).encode())
-            for path, values in statistics.items():
-                digest.update(path.encode())
-                for value in values:
-                    _add(digest, value)
-        mine = []
-        for place, batch in enumerate(
-            zip(self._images, self._targets or self._images, strict=True)
-        ):
-            own = hashlib.sha256()
+        """A digest of all that scores depend on: the network, its images and the objective."""
+        objective = self._objective if isinstance(self._objective, str) else "own"
+        digest = hashlib.sha256(repr((objective, self._norms)).encode())
+        _add_network(digest, self._model)
+        batch_digests = []
+        targets = self._targets or self._images
+        for position, *batch in zip(self._positions, self._images, targets, strict=True):
+            batch_digest = hashlib.sha256()
             for value in batch:
-                _add(own, value)
-            mine.append((self._places[place], own.hexdigest()))
-        everything = sorted(entry for process in of_all_processes(mine) for entry in process)
-        digest.update(repr(everything).encode())
+                _add(batch_digest, value)
+            batch_digests.append((position, batch_digest.hexdigest()))
+        # Sorted by position, so that the number of processes does not matter.
+        of_all = sorted(entry for entries in of_all_processes(batch_digests) for entry in entries)
+        digest.update(repr(of_all).encode())
         return digest.hexdigest()
 
-    def _hold(self, loader: Iterable[Batch], max_batches: int | None) -> None:
-        """Keep this process's batches: every n-th, or all where the loader itself shares them out."""
+    def _hold(self, loader: Iterable[Batch], batches: int | None) -> None:
+        """Keep this process's batches: every n-th, or all if the loader itself shares them out."""
         shared_out = isinstance(getattr(loader, "sampler", None), DistributedSampler)
         device = device_of(self._model)
         count = 0
-        for number, batch in enumerate(take(loader, max_batches)):
+        for number, batch in enumerate(take(loader, batches)):
             count += 1
-            if not shared_out and number % process_count() != process_rank():
+            position = number
+            if shared_out:
+                position = number * process_count() + process_rank()
+            elif number % process_count() != process_rank():
                 continue
-            self._places.append(number * process_count() + process_rank() if shared_out else number)
+            self._positions.append(position)
             self._images.append(images_of(batch).to(device))
             if self._objective in ("loss", "error"):
                 self._targets.append(labels_of(batch).to(device))
         self._batches = max(of_all_processes(count)) * (process_count() if shared_out else 1)
         if not self._batches and not callable(self._objective):
-            msg = "the loader yields no batch: search needs at least one to judge configurations on"
+            msg = "the loader yields no batch: "
+            msg += "search needs at least one to judge configurations on"
             raise SearchError(msg)
 
     def _reference(self) -> list[Tensor]:
-        """Logits of the float network; of the highest precision where a file kept no float weights."""
+        """Logits of the float network; of the highest precision if there are no float weights."""
         try:
             with self._model.using_bits(None), torch.no_grad():
                 return [self._logits(self._model(images)) for images in self._images]
@@ -181,22 +175,22 @@ class Evaluator:
             with self._model.using_bits(highest_config(self._model.candidates)), torch.no_grad():
                 return [self._logits(self._model(images)) for images in self._images]
 
-    def _judge(self, place: int) -> float:
+    def _judge(self, number: int) -> float:
         """The objective summed over the images of one batch."""
-        images, targets = self._images[place], self._targets[place]
+        images, targets = self._images[number], self._targets[number]
         if self._execution is None:
             output = self._model(images)
             self._forward_runs += len(self._model.anyprec_record.quantized)
         else:
-            output = self._execution.run(place, images)
+            output = self._execution.run(number, images)
         logits = self._logits(output)
         if self._objective == "divergence":
-            return float(
-                F.kl_div(F.log_softmax(logits, dim=-1), targets, reduction="sum", log_target=True)
-            )
+            predictions = F.log_softmax(logits, dim=-1)
+            return float(F.kl_div(predictions, targets, reduction="sum", log_target=True))
         if targets.shape != logits.shape[:1]:
-            msg = f"objective {self._objective!r} needs one label for each image: the labels of a batch have shape "
-            msg += f"{tuple(targets.shape)}, the outputs {tuple(logits.shape)}; pass a function of the model instead"
+            msg = f"objective {self._objective!r} needs one label for each image: the labels of a "
+            msg += f"batch have shape {tuple(targets.shape)}, the outputs {tuple(logits.shape)}; "
+            msg += "pass a function of the model instead"
             raise SearchError(msg)
         if self._objective == "error":
             return float((logits.argmax(dim=-1) != targets).sum())
@@ -205,44 +199,59 @@ class Evaluator:
     def _logits(self, output: Any) -> Tensor:
         if isinstance(output, Tensor) and output.ndim == 2:
             return output.float()
-        kind = (
-            f"a tensor of shape {tuple(output.shape)}"
-            if isinstance(output, Tensor)
-            else f"a {type(output).__name__}"
-        )
-        msg = f"objective {self._objective!r} needs logits of shape (batch, classes), and the network returns {kind}: "
-        msg += "pass a function of the model instead"
+        returned = f"a {type(output).__name__}"
+        if isinstance(output, Tensor):
+            returned = f"a tensor of shape {tuple(output.shape)}"
+        msg = f"objective {self._objective!r} needs logits of shape (batch, classes), and the "
+        msg += f"network returns {returned}: pass a function of the model instead"
         raise SearchError(msg)
 
     def _total(self, values: list[float]) -> float:
-        """The sum over the batches of all processes, in their order, so that it is that of one process."""
+        """The sum over the batches of all processes, in their order: that of one process."""
         if process_count() == 1:
             return math.fsum(values)
-        every = torch.zeros(self._batches, dtype=torch.float64, device=device_of(self._model))
-        every[self._places] = torch.tensor(values, dtype=torch.float64, device=every.device)
-        return math.fsum(sum_over_processes(every).tolist())
+        device = device_of(self._model)
+        of_all = torch.zeros(self._batches, dtype=torch.float64, device=device)
+        of_all[self._positions] = torch.tensor(values, dtype=torch.float64, device=device)
+        return math.fsum(sum_over_processes(of_all).tolist())
 
     def _normalising(self) -> AbstractContextManager[Any]:
         return normalising_by_batch() if self._norms == "batch" else nullcontext()
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _explaining(self) -> Iterator[None]:
+        """Say what to do about torch's error for a BatchNorm that sees a single value."""
         try:
             yield
         except ValueError as error:
             if self._norms != "batch" or "more than 1 value per channel" not in str(error):
                 raise
-            msg = "norms='batch' needs batches of several images: a BatchNorm here sees a single value per channel"
+            msg = "norms='batch' needs batches of several images: "
+            msg += "a BatchNorm here sees a single value per channel"
             raise SearchError(msg) from error
 
 
 def _check(objective: Objective, norms: str) -> None:
     if isinstance(objective, str) and objective not in OBJECTIVES:
-        msg = f"objective {objective!r} is unknown: use one of {OBJECTIVES}, or a function of the model"
+        msg = f"objective {objective!r} is unknown: "
+        msg += f"use one of {OBJECTIVES}, or a function of the model"
         raise SearchError(msg)
     if norms not in ("stored", "batch"):
         msg = f"norms={norms!r} is unknown: use 'stored' or 'batch'"
         raise SearchError(msg)
+
+
+def _add_network(digest: Any, model: ConvertedModel) -> None:
+    """Weights, step sizes and statistics, those of single configurations included."""
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        _add(digest, value)
+    for config, statistics in model.anyprec_record.statistics.items():
+        digest.update(repr(config).encode())
+        for path, values in statistics.items():
+            digest.update(path.encode())
+            for value in values:
+                _add(digest, value)
 
 
 def _add(digest: Any, value: Tensor) -> None:

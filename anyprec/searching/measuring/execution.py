@@ -1,9 +1,10 @@
-"""Partial execution of a converted network: only what depends on the layers that changed runs again.
+"""Partial execution of a converted network: only what depends on changed layers runs again.
 
-The torch.fx graph of the network is executed node by node. One configuration is the *anchor*: values that are the same
-at the anchor are kept, as far as memory allows, and taken from there when another configuration is evaluated. So a change
-of one layer costs only the layers behind it. Nothing is approximated: what is kept is the very tensor that the node would
-compute again, and `PartialExecution.of` runs the network both ways first, and gives reasons where they differ.
+The torch.fx graph of the network is executed node by node. One configuration is the *anchor*:
+values that are the same at the anchor are stored, as far as memory allows, and taken from there
+when another configuration is evaluated. So a change of one layer costs only the layers behind it.
+Nothing is approximated: what is stored is the very tensor that the node would compute again, and
+`PartialExecution.of` runs the network both ways first, and gives reasons where they differ.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from torch import Tensor, fx
 
 from anyprec.bits import BitConfig, highest_config, lowest_config
 from anyprec.model.converted import ConvertedModel
-from anyprec.network.graph import trace
-from anyprec.nn.layers import FunctionalOwner, QuantizedLayer
+from anyprec.network.tracing import trace
+from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.owners import FunctionalOwner
 
 DEFAULT_MEMORY = 2 * 2**30
-"""Bytes of intermediate results that are kept."""
+"""Bytes of intermediate results that are stored."""
+
+_Switching = QuantizedLayer | SwitchableNorm
+"""A module whose output depends on the configuration."""
 
 
 class PartialExecution:
@@ -33,7 +38,7 @@ class PartialExecution:
         model: A converted network.
         graph: Its graph.
         batches: Number of batches that it will be run on.
-        memory: Most bytes to keep, over all batches.
+        memory: Most bytes to store, over all batches.
 
     Attributes:
         layer_runs: Executions of quantized layers so far, counted for each batch.
@@ -45,18 +50,17 @@ class PartialExecution:
         self._model = model
         module = fx.GraphModule(model, graph)
         self._interpreter = fx.Interpreter(module, garbage_collect_values=False)
-        self._nodes = list(module.graph.nodes)
-        self._parts = {node: _parts(model, node) for node in self._nodes}
-        self._layers = {
-            node: sum(isinstance(part, QuantizedLayer) for part in self._parts[node])
-            for node in self._nodes
-        }
+        self._nodes: list[fx.Node] = list(module.graph.nodes)
+        self._switching: dict[fx.Node, list[_Switching]] = {}
+        self._layers: dict[fx.Node, int] = {}
+        for node in self._nodes:
+            modules = _switching_modules(model, node)
+            self._switching[node] = modules
+            self._layers[node] = sum(isinstance(part, QuantizedLayer) for part in modules)
         self._memory = memory
-        self._kept: list[dict[fx.Node, Any]] = [{} for _ in range(batches)]
+        self._stored: list[dict[fx.Node, Any]] = [{} for _ in range(batches)]
         self._versions: dict[tuple[int, fx.Node], list[int]] = {}
-        self._keepable: set[fx.Node] = {
-            node for node in self._nodes if self._is_worth_keeping(node)
-        }
+        self._storable = {node for node in self._nodes if self._is_worth_storing(node)}
         self._anchor: dict[fx.Node, Any] = {}
         self.layer_runs = 0
 
@@ -66,7 +70,8 @@ class PartialExecution:
     ) -> tuple[PartialExecution | None, str | None]:
         """Partial execution of `model` on these batches, or None and why it is not possible.
 
-        The network is run a few times on one batch of each shape, whole and in parts: outputs must be identical.
+        The network is run a few times on one batch of each shape, whole and in parts: outputs must
+        be identical.
         """
         graph, reason = trace_converted(model)
         if graph is None:
@@ -84,63 +89,60 @@ class PartialExecution:
         return sum(self._layers.values())
 
     def set_anchor(self, config: BitConfig) -> None:
-        """From now on keep what is computed at `config`; what is not the same there is dropped."""
+        """From now on store what is computed at `config`; what differs there is dropped."""
         with self._model.using_bits(config):
             states = self._states()
-        changed = {node for node in self._nodes if self._anchor.get(node) != states[node]}
-        stale = self._reached_by(changed)
-        for kept in self._kept:
-            for node in stale & kept.keys():
-                del kept[node]
+        stale = self._differing(states)
+        for stored in self._stored:
+            for node in stale & stored.keys():
+                del stored[node]
         self._anchor = states
 
     def run(self, batch: int, images: Tensor) -> Any:
-        """The output for `images`, which are batch number `batch`, at the precision that the network has now."""
-        states = self._states()
-        differing = self._reached_by(
-            {node for node in self._nodes if self._anchor.get(node) != states[node]}
-        )
-        kept = self._kept[batch]
-        return self._execute(self._plan(differing, kept), batch, images, differing)
-
-    def _execute(
-        self, plan: list[fx.Node], batch: int, images: Tensor, differing: set[fx.Node]
-    ) -> Any:
-        kept = self._kept[batch]
-        last_use = {source: node for node in plan for source in node.all_input_nodes}
+        """The output for `images`, batch number `batch`, at the network's current precision."""
+        differing = self._differing(self._states())
+        plan = self._plan(differing, self._stored[batch])
         environment = self._interpreter.env
         environment.clear()
         self._interpreter.args_iter = iter(())
         try:
-            for node in plan:
-                for source in node.all_input_nodes:
-                    if source not in environment:
-                        environment[source] = kept[source]
-                value = self._run_node(node, images)
-                environment[node] = value
-                self.layer_runs += self._layers[node]
-                if node in self._keepable and node not in differing:
-                    kept[node] = value
-                    self._versions[batch, node] = _versions(value)
-                for source in node.all_input_nodes:
-                    if last_use[source] is node:
-                        del environment[source]
+            self._execute(plan, batch, images, differing)
             return environment[plan[-1]]
         finally:
             environment.clear()
+
+    def _execute(
+        self, plan: list[fx.Node], batch: int, images: Tensor, differing: set[fx.Node]
+    ) -> None:
+        stored, environment = self._stored[batch], self._interpreter.env
+        last_use = {source: node for node in plan for source in node.all_input_nodes}
+        for node in plan:
+            for source in node.all_input_nodes:
+                if source not in environment:
+                    environment[source] = stored[source]
+            value = self._run_node(node, images)
+            environment[node] = value
+            self.layer_runs += self._layers[node]
+            if node in self._storable and node not in differing:
+                stored[node] = value
+                self._versions[batch, node] = _versions(value)
+            # Memory peaks as in an ordinary forward pass: what nobody reads any more goes at once.
+            for source in node.all_input_nodes:
+                if last_use[source] is node:
+                    del environment[source]
 
     def _run_node(self, node: fx.Node, images: Tensor) -> Any:
         if node.op == "placeholder":
             return node.args[0] if node.args else images
         return self._interpreter.run_node(node)
 
-    def _plan(self, differing: set[fx.Node], kept: dict[fx.Node, Any]) -> list[fx.Node]:
+    def _plan(self, differing: set[fx.Node], stored: dict[fx.Node, Any]) -> list[fx.Node]:
         """The nodes to execute, in order, so that the output is known."""
         needed: set[fx.Node] = set()
         waiting = [self._nodes[-1]]
         while waiting:
             node = waiting.pop()
-            if node in needed or (node in kept and node not in differing):
+            if node in needed or (node in stored and node not in differing):
                 continue
             needed.add(node)
             waiting.extend(node.all_input_nodes)
@@ -148,32 +150,29 @@ class PartialExecution:
 
     def _states(self) -> dict[fx.Node, Any]:
         """What the value of each node depends on, beside its inputs."""
-        own_statistics: Any = None
-        states = {}
-        for node, parts in self._parts.items():
-            state: list[Any] = []
-            for part in parts:
-                if isinstance(part, QuantizedLayer):
-                    state.append(part.bits)
-                    continue
-                if part.override is not None and own_statistics is None:
-                    own_statistics = self._model.bits  # statistics of exactly this configuration
-                state.append(
-                    (part.row, part.uniform, None if part.override is None else own_statistics)
-                )
-            states[node] = tuple(state)
+        states: dict[fx.Node, Any] = {}
+        for node, modules in self._switching.items():
+            states[node] = tuple(self._state(module) for module in modules)
         return states
 
-    def _reached_by(self, changed: set[fx.Node]) -> set[fx.Node]:
-        """These nodes and all that depend on them."""
-        reached: set[fx.Node] = set()
-        for node in self._nodes:
-            if node in changed or any(source in reached for source in node.all_input_nodes):
-                reached.add(node)
-        return reached
+    def _state(self, module: _Switching) -> Any:
+        if isinstance(module, QuantizedLayer):
+            return module.bits
+        # Statistics of exactly this configuration depend on the bits of all layers.
+        config = None if module.override is None else self._model.bits
+        return module.row, module.uniform, config
 
-    def _is_worth_keeping(self, node: fx.Node) -> bool:
-        """Whether it is read by a layer or by several nodes: anything else is cheap to compute again from these."""
+    def _differing(self, states: dict[fx.Node, Any]) -> set[fx.Node]:
+        """Nodes whose value is not that of the anchor: the changed ones and all that read them."""
+        differing: set[fx.Node] = set()
+        for node in self._nodes:
+            is_changed = self._anchor.get(node) != states[node]
+            if is_changed or any(source in differing for source in node.all_input_nodes):
+                differing.add(node)
+        return differing
+
+    def _is_worth_storing(self, node: fx.Node) -> bool:
+        """Whether a layer or several nodes read it: all else is cheap to compute from these."""
         if node.op in ("get_attr", "placeholder", "output"):
             return False
         return len(node.users) > 1 or any(self._layers[user] for user in node.users)
@@ -181,7 +180,11 @@ class PartialExecution:
     # Trying it
 
     def _try(self, images: Sequence[Tensor]) -> str | None:
-        """Compare with whole forward passes, and choose what to keep; the reason why it is not possible, or None."""
+        """Compare with whole forward passes, and choose what to store.
+
+        Returns:
+            The reason why it is not possible, or None.
+        """
         first_of_shape: dict[tuple[int, ...], int] = {}
         for index, batch in enumerate(images):
             first_of_shape.setdefault(tuple(batch.shape), index)
@@ -192,23 +195,19 @@ class PartialExecution:
                 reason = f"executing its graph fails with {type(error).__name__}: {error}"
             if reason is not None:
                 return reason
-            self._keep_within_memory(index, len(images))
-            self._kept[index].clear()
+            self._limit_to_memory(index, len(images))
+            self._stored[index].clear()
         self.layer_runs = 0
         return None
 
     def _try_batch(self, index: int, images: Tensor) -> str | None:
         candidates = self._model.candidates
         highest, lowest = highest_config(candidates), lowest_config(candidates)
+        # From the last layer to the first: so ever more is recomputed on top of what is stored.
         some = list(candidates)[:: max(1, len(candidates) // 3)][::-1]
+        changed = [highest.replace({path: lowest[path]}) for path in some]
         self.set_anchor(highest)
-        configs = [
-            highest,
-            *(highest.replace({path: lowest[path]}) for path in some),
-            lowest,
-            highest,
-        ]
-        for config in configs:
+        for config in [highest, *changed, lowest, highest]:
             with self._model.using_bits(config), torch.no_grad():
                 whole, partial = self._model(images), self.run(index, images)
             if not (isinstance(whole, Tensor) and isinstance(partial, Tensor)):
@@ -220,52 +219,52 @@ class PartialExecution:
         return None
 
     def _find_mutation(self, index: int) -> str | None:
-        """Operators that work in place must not change what is kept."""
-        for node, value in self._kept[index].items():
+        """Operators that work in place must not change what is stored."""
+        for node, value in self._stored[index].items():
             if self._versions[index, node] != _versions(value):
                 return f"what {node.name} computes is changed in place later"
         return None
 
-    def _keep_within_memory(self, index: int, batches: int) -> None:
-        """Keep small results first: behind them most of a network lies before, and before the large ones little."""
-        sizes = {
-            node: batches
-            * sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
-            for node, value in self._kept[index].items()
-        }
+    def _limit_to_memory(self, index: int, batches: int) -> None:
+        """Store small results first: most of a network is before them, little before large ones."""
+        sizes = {}
+        for node, value in self._stored[index].items():
+            tensors = _tensors(value)
+            sizes[node] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         room = self._memory
         for node in sorted(sizes, key=lambda node: sizes[node]):
-            room -= sizes[node]
+            room -= batches * sizes[node]
             if room < 0:
-                self._keepable.discard(node)
+                self._storable.discard(node)
 
 
 def trace_converted(model: ConvertedModel) -> tuple[fx.Graph | None, str | None]:
-    """The graph of a converted network, in which quantized layers and what runs their operators are single nodes.
+    """The graph of a converted network.
 
-    None, and the reason, where torch.fx cannot trace it.
+    Quantized layers and what runs their operators are single nodes. None, and the reason, where
+    torch.fx cannot trace it.
     """
     return trace(model, opaque=(QuantizedLayer, FunctionalOwner))
 
 
-def _parts(model: ConvertedModel, node: fx.Node) -> list[QuantizedLayer | SwitchableNorm]:
+def _switching_modules(model: ConvertedModel, node: fx.Node) -> list[_Switching]:
     """What has a precision inside the module that a node calls."""
     if node.op != "call_module":
         return []
     modules = model.get_submodule(str(node.target)).modules()
-    return [module for module in modules if isinstance(module, (QuantizedLayer, SwitchableNorm))]
+    return [module for module in modules if isinstance(module, _Switching)]
 
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    tensors: list[Tensor] = []
     if isinstance(value, dict):
         value = list(value.values())
-    return (
-        [tensor for item in value for tensor in _tensors(item)]
-        if isinstance(value, (tuple, list))
-        else []
-    )
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            tensors += _tensors(item)
+    return tensors
 
 
 def _versions(value: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Layers that belong together in a network: those that read the same tensor, and those whose outputs are added."""
+"""Layers that belong together in a network: those that read one tensor, or whose outputs add."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.modes import evaluating
 from anyprec.searching.measuring.execution import trace_converted
 
-Tied = Literal["inputs", "residual"] | Iterable[Sequence[str]]
+TiedLayers = Literal["inputs", "residual"] | Iterable[Sequence[str]]
 """A rule, or groups of paths or patterns."""
 
 _ADDITIONS = (operator.add, operator.iadd, "add", "add_")
 
 
-def tied_groups(model: ConvertedModel, tied: Tied) -> list[Sequence[str]]:
+def tied_groups(model: ConvertedModel, tied: TiedLayers) -> list[Sequence[str]]:
     """The groups that `tied` means for a network.
 
     Raises:
@@ -34,7 +34,8 @@ def tied_groups(model: ConvertedModel, tied: Tied) -> list[Sequence[str]]:
     with evaluating(model):
         graph, reason = trace_converted(model)
     if graph is None:
-        msg = f"tied={tied!r} needs the network's graph, and torch.fx cannot trace it ({reason}): name the groups yourself"
+        msg = f"tied={tied!r} needs the network's graph, and torch.fx cannot trace it ({reason}): "
+        msg += "name the groups yourself"
         raise SearchError(msg)
     layers = _layers_by_node(model, graph)
     return _same_inputs(graph, layers) if tied == "inputs" else _added(graph, layers)
@@ -42,17 +43,16 @@ def tied_groups(model: ConvertedModel, tied: Tied) -> list[Sequence[str]]:
 
 def _layers_by_node(model: ConvertedModel, graph: fx.Graph) -> dict[fx.Node, list[str]]:
     """Paths of the quantized layers that each node executes."""
-    found: dict[fx.Node, list[str]] = {}
+    layers: dict[fx.Node, list[str]] = {}
     for node in graph.nodes:
         if node.op != "call_module":
             continue
-        inside = [
-            p
-            for p, m in model.get_submodule(str(node.target)).named_modules()
-            if isinstance(m, QuantizedLayer)
-        ]
-        found[node] = [".".join(filter(None, (str(node.target), path))) for path in inside]
-    return found
+        target = str(node.target)
+        layers[node] = []
+        for path, module in model.get_submodule(target).named_modules():
+            if isinstance(module, QuantizedLayer):
+                layers[node].append(f"{target}.{path}" if path else target)
+    return layers
 
 
 def _same_inputs(graph: fx.Graph, layers: dict[fx.Node, list[str]]) -> list[Sequence[str]]:
@@ -60,19 +60,21 @@ def _same_inputs(graph: fx.Graph, layers: dict[fx.Node, list[str]]) -> list[Sequ
     for node in graph.nodes:
         if len(layers.get(node, ())) == 1 and node.all_input_nodes:
             readers.setdefault(node.all_input_nodes[0], []).extend(layers[node])
-    return [tuple(dict.fromkeys(paths)) for paths in readers.values() if len(set(paths)) > 1]
+    # A layer that is called twice on the same tensor reads it once.
+    groups = [tuple(dict.fromkeys(paths)) for paths in readers.values()]
+    return [group for group in groups if len(group) > 1]
 
 
 def _added(graph: fx.Graph, layers: dict[fx.Node, list[str]]) -> list[Sequence[str]]:
-    """Layers whose outputs meet in an addition, with no other layer in between."""
+    """Layers whose outputs are added, with no other layer in between."""
     last: dict[fx.Node, frozenset[str]] = {}
     groups = []
     for node in graph.nodes:
         if layers.get(node):
             last[node] = frozenset(layers[node])
             continue
-        met = [last.get(source, frozenset()) for source in node.all_input_nodes]
-        last[node] = frozenset().union(*met)
-        if node.target in _ADDITIONS and sum(map(bool, met)) > 1:
+        summands = [last.get(source, frozenset()) for source in node.all_input_nodes]
+        last[node] = frozenset().union(*summands)
+        if node.target in _ADDITIONS and sum(map(bool, summands)) > 1:
             groups.append(tuple(sorted(last[node])))
     return [group for group in groups if len(group) > 1]

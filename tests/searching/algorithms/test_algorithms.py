@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates, uniform
 from anyprec.errors import BudgetError, SearchError
-from anyprec.searching.algorithms.evaluations import Evaluations, Stopped
+from anyprec.searching.algorithms import ALGORITHMS, Question, Settings, make_space, run_search
+from anyprec.searching.algorithms.evaluations import Evaluations
 from anyprec.searching.algorithms.moves import Walk
 from anyprec.searching.algorithms.predictor import Predictor
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.registry import ALGORITHMS, Settings, run_algorithm
-from anyprec.searching.algorithms.space import make_space
-from anyprec.searching.budget.budgets import Budget, parse_budget
+from anyprec.searching.budget import Budget, parse_budget
 
 OURS = ("combined", "lazy", "greedy")
 
@@ -42,11 +41,11 @@ class CostsAndJudge:
 
 
 class FakeNetwork(CostsAndJudge):
-    """Layers with MACs, weights and sensitivities of a spread that real networks have; both ends fixed at 8 bits.
+    """Layers with MACs, weights and sensitivities as uneven as in real networks; ends have 8 bits.
 
-    Quantization noise of an operand falls with its bits as base^-bits, where the base is its own: the search supposes
-    4 for all. The loss is the sum of the noises ("separable"), plus terms of neighbouring layers ("interacting"),
-    or bounded ("saturating").
+    Quantization noise of an operand falls with its bits as base^-bits, where the base is its own:
+    the search supposes 4 for all. The loss is the sum of the noises ("separable"), plus terms of
+    neighbouring layers ("interacting"), or bounded ("saturating").
     """
 
     names = ("bitops", "size", "latency")
@@ -140,23 +139,23 @@ class FakeNetwork(CostsAndJudge):
 class Outcome:
     """What `search` would return: the best of all that was measured and fits."""
 
-    def __init__(
-        self, network, budget: Budget, algorithm: str, settings: Settings, limit: int | None = None
-    ) -> None:
-        self.problem = Problem(make_space(network.candidates), budget, network)
-        self.evaluations = Evaluations(network, max_evaluations=limit)
-        self.stopped = False
-        try:
-            run_algorithm(
-                algorithm,
-                Walk(self.problem, self.evaluations, Predictor(self.problem.space)),
-                settings,
-            )
-        except Stopped:
-            self.stopped = True
-        self.config = self.evaluations.best(self.problem.fits)
+    def __init__(self, network, question: Question) -> None:
+        answer = run_search(question, network, set_anchor=network.set_anchor)
+        self.problem, self.config, self.losses = answer.problem, answer.best, answer.losses
+        self.stopped = answer.stopped != "finished"
         assert self.config is not None
-        self.loss = self.evaluations.losses[self.config]
+        self.loss = self.losses[self.config]
+
+
+def question_of(network, budget: Budget, algorithm: str = "combined", **options) -> Question:
+    return Question(
+        space=make_space(network.candidates),
+        costs=network,
+        budgets=(budget,),
+        algorithm=algorithm,
+        whole_frontier=False,
+        **options,
+    )
 
 
 def searched(
@@ -167,14 +166,16 @@ def searched(
     limit: int | None = None,
     **options: object,
 ) -> Outcome:
-    return Outcome(network, budget, algorithm, Settings(**options), limit)
+    settings = Settings(**options)
+    question = question_of(network, budget, algorithm, settings=settings, max_evaluations=limit)
+    return Outcome(network, question)
 
 
 network = cache(FakeNetwork)
 
 KINDS = ["separable", "interacting", "saturating"]
 SEEDS = range(2)
-# One BitOP above and below each uniform configuration; nothing fits below W2A2, and W4A4 is the highest.
+# One BitOP above and below each uniform configuration. Nothing fits below W2A2, the lowest.
 THRESHOLDS = [(2, 0), (2, 1), (3, -1), (3, 0), (3, 1), (4, -1)]
 
 
@@ -275,7 +276,7 @@ def test_an_unknown_algorithm_is_refused():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_measuring_what_looks_best_saves_most_evaluations(kind):
-    net = FakeNetwork(1, layers=16, widths=(2, 3, 4, 5, 6), kind=kind)
+    net = FakeNetwork(1, layers=10, widths=(2, 3, 4, 5, 6), kind=kind)
     budget = parse_budget("W4A4", net)
     results = {name: searched(net, budget, name) for name in OURS}
     best = min(result.loss for result in results.values())
@@ -283,14 +284,14 @@ def test_measuring_what_looks_best_saves_most_evaluations(kind):
         assert result.loss <= 1.05 * best, name
         assert result.loss < 0.7 * net.loss(uniform(4, net.candidates))
     for name in ("combined", "lazy"):
-        assert len(results[name].evaluations) * 3 <= len(results["greedy"].evaluations)
+        assert len(results[name].losses) * 3 <= len(results["greedy"].losses)
 
 
 def test_a_network_that_fits_as_it_is_costs_only_the_uniform_evaluations():
     net = network(0)
     result = searched(net, parse_budget("W4A4", net))
     assert result.config == uniform(4, net.candidates)
-    assert set(result.evaluations.losses) == set(uniform_pairs(net))
+    assert set(result.losses) == set(uniform_pairs(net))
 
 
 @pytest.mark.parametrize("name", FakeNetwork.names)
@@ -338,7 +339,10 @@ LOSSES: dict[str, Callable[[int, BitConfig], float]] = {
 
 
 class AnyNetwork(CostsAndJudge):
-    """A small problem of any shape, which counts what it is asked. Costs are MACs x bits, or any table at all."""
+    """A small problem of any shape, which counts what it is asked.
+
+    Costs are MACs x bits, or any table at all.
+    """
 
     names = ("bitops", "latency")
 
@@ -362,7 +366,8 @@ class AnyNetwork(CostsAndJudge):
         self.budget = Budget(**limits)
 
     def __repr__(self) -> str:
-        return f"AnyNetwork({self.candidates}, {self.macs}, {self.budget.limits}, {self.kind}, {self.seed})"
+        limits = self.budget.limits
+        return f"AnyNetwork({self.candidates}, {self.macs}, {limits}, {self.kind}, {self.seed})"
 
     def of_layer(self, name: str, path: str, bits: Bits) -> float:
         if name == "bitops":
@@ -421,12 +426,10 @@ def test_the_contracts_hold_for_any_loss(net, algorithm, alpha):
     assert all(net.total(name, result.config) <= limit for name, limit in net.budget.limits.items())
     assert result.loss == net.loss(result.config)
     # Each configuration is evaluated once, and the result is the best of them that fits.
-    assert len(net.asked) == len(set(net.asked)) == len(result.evaluations)
-    assert list(result.evaluations.losses) == net.asked
-    assert all(loss == net.loss(config) for config, loss in result.evaluations.losses.items())
-    assert result.loss == min(
-        loss for c, loss in result.evaluations.losses.items() if result.problem.fits(c)
-    )
+    assert len(net.asked) == len(set(net.asked)) == len(result.losses)
+    assert list(result.losses) == net.asked
+    assert all(loss == net.loss(config) for config, loss in result.losses.items())
+    assert result.loss == min(loss for c, loss in result.losses.items() if result.problem.fits(c))
     for weight, activation in itertools.product((2, 3, 4, 6, 8), repeat=2):
         if all(
             weight in layer.weight and activation in layer.activation
@@ -440,7 +443,7 @@ def test_the_contracts_hold_for_any_loss(net, algorithm, alpha):
 @given(net=networks.filter(problem_exists), algorithm=st.sampled_from(ALGORITHMS))
 def test_the_search_is_deterministic(net, algorithm):
     one, other = (searched(net, net.budget, algorithm, evaluations=3) for _ in range(2))
-    assert list(one.evaluations.losses.items()) == list(other.evaluations.losses.items())
+    assert list(one.losses.items()) == list(other.losses.items())
     assert one.config == other.config
 
 
@@ -448,14 +451,14 @@ def test_the_search_is_deterministic(net, algorithm):
 @given(net=networks.filter(problem_exists), algorithm=algorithms, extra=st.integers(0, 12))
 def test_no_more_evaluations_are_made_than_allowed_and_they_are_the_first(net, algorithm, extra):
     whole = searched(net, net.budget, algorithm)
-    limit = sum(map(whole.problem.fits, whole.problem.everything.equal_widths)) + 1 + extra
+    limit = sum(map(whole.problem.fits, whole.problem.full_space.equal_widths)) + 1 + extra
     net.asked.clear()
-    if not any(whole.problem.fits(config) for config in list(whole.evaluations.losses)[:limit]):
+    if not any(whole.problem.fits(config) for config in list(whole.losses)[:limit]):
         return
     result = searched(net, net.budget, algorithm, limit=limit)
-    assert len(net.asked) == len(result.evaluations) == min(limit, len(whole.evaluations))
-    assert net.asked == list(whole.evaluations.losses)[:limit]
-    assert result.stopped == (limit < len(whole.evaluations))
+    assert len(net.asked) == len(result.losses) == min(limit, len(whole.losses))
+    assert net.asked == list(whole.losses)[:limit]
+    assert result.stopped == (limit < len(whole.losses))
     assert result.problem.fits(result.config)
 
 
@@ -509,8 +512,8 @@ def test_one_infinite_loss_does_not_hide_the_differences_of_the_others(algorithm
     )
     assert result.config == BitConfig({"broken": (8, 8), "sensitive": (8, 8), "robust": (4, 8)})
     assert result.loss == 4.0
-    assert math.inf in result.evaluations.losses.values()
-    assert not any(map(math.isnan, result.evaluations.losses.values()))
+    assert math.inf in result.losses.values()
+    assert not any(map(math.isnan, result.losses.values()))
 
 
 @pytest.mark.parametrize("algorithm", OURS)
@@ -538,7 +541,7 @@ def test_what_the_descent_leaves_over_is_spent(algorithm):
 
 
 class Sheltered(FakeNetwork):
-    """The loss is a fraction of what it would be as long as all but `reach` layers have the same bits."""
+    """The loss is discounted while all but `reach` layers have the same bits."""
 
     def __init__(self, seed: int, *, reach: int, discount: float) -> None:
         super().__init__(seed, layers=10)
@@ -586,11 +589,8 @@ def test_losses_that_were_known_are_not_measured_and_count():
     net = FakeNetwork(0, kind="interacting")
     budget = parse_budget("W3A3", net)
     whole = searched(net, budget)
-    known = dict(list(whole.evaluations.losses.items())[:20])
+    remembered = dict(list(whole.losses.items())[:20])
     net.asked.clear()
-    evaluations = Evaluations(net, known=known)
-    run_algorithm(
-        "combined", Walk(whole.problem, evaluations, Predictor(whole.problem.space)), Settings()
-    )
-    assert list(evaluations.losses.items()) == list(whole.evaluations.losses.items())
-    assert net.asked == list(whole.evaluations.losses)[20:]
+    answer = run_search(question_of(net, budget), net, remembered=remembered)
+    assert list(answer.losses.items()) == list(whole.losses.items())
+    assert net.asked == list(whole.losses)[20:]

@@ -7,17 +7,17 @@ from typing import ClassVar
 import pytest
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates
-from anyprec.searching.algorithms import moves
+from anyprec.searching.algorithms import make_space, moves
 from anyprec.searching.algorithms.evaluations import Evaluations
 from anyprec.searching.algorithms.moves import Walk
 from anyprec.searching.algorithms.predictor import Predictor
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.space import Point, make_space
+from anyprec.searching.algorithms.space import Point
 from anyprec.searching.budget.budgets import Budget
 
 
 class Costs:
-    """One layer; the size is its weight bits, the latency that of a device that runs 4-bit weights as fast as 2-bit ones."""
+    """One layer. Its size is its weight bits; 4-bit weights run as fast as 2-bit ones."""
 
     names = ("bitops", "size", "latency")
     candidates: ClassVar = {"fc": LayerCandidates((2, 4, 8), (4, 8))}
@@ -66,7 +66,7 @@ def test_an_answer_of_the_solver_that_exceeds_the_budget_is_not_taken(
         return answers[-1][1]
 
     monkeypatch.setattr(moves, "allocate", beside_the_limit)
-    found = Walk(asked, Evaluations(judge=None), Predictor(asked.space)).allocate([[0.0] * 6])
+    found = Walk(asked, Evaluations(evaluate=None), Predictor(asked.space)).allocate([[0.0] * 6])
     assert found == asked.space.at_least(Bits(4, 4))
     assert len(answers) == 2
     assert answers[1][0] < 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates
 from anyprec.errors import BitsError
-from anyprec.searching.algorithms.space import Choice, dominates, make_space
+from anyprec.searching.algorithms import make_space
+from anyprec.searching.algorithms.space import Choice, dominates
 
 FREE, FIXED = LayerCandidates((2, 4, 8), (2, 4, 8)), LayerCandidates((8,), (8,))
 CANDIDATES = {

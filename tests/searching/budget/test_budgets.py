@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from anyprec.bits import BitConfig, Bits, LayerCandidates, uniform
 from anyprec.errors import BitsError, BudgetError
+from anyprec.searching.algorithms.constraints import make_space
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.space import make_space
-from anyprec.searching.budget.budgets import Budget, parse_budget, utilisation
+from anyprec.searching.budget import Budget, parse_budget
+from anyprec.searching.budget.budgets import utilisation
 
 WIDTHS = (2, 3, 4, 6)
 
@@ -210,7 +211,8 @@ def test_costs_that_are_given_can_be_limited_by_name(text, budget):
 
 @pytest.mark.parametrize("value", ["2.5 ms", "1 s", Budget(latency=0.0025)])
 def test_a_latency_without_a_table_is_refused_with_how_to_give_one(value, costs):
-    expected = r"nothing is known of the cost 'latency': give search costs=\{'latency': \.\.\.\}.* known are bitops, size"
+    expected = r"nothing is known of the cost 'latency': give search costs=\{'latency': \.\.\.\}"
+    expected += r".* known are bitops, size"
     with pytest.raises(BudgetError, match=expected):
         parse_budget(value, costs)
 
@@ -281,14 +283,16 @@ def test_limits_by_name_make_the_budget_again():
     ],
 )
 def test_anything_else_is_refused_with_the_accepted_forms(value, costs):
-    expected = rf"cannot read {re.escape(repr(value))} as a budget: write '20 GBitOPs'.*'5 MiB'.*'W4A4'.*or a Budget"
+    expected = rf"cannot read {re.escape(repr(value))} as a budget: write '20 GBitOPs'"
+    expected += ".*'5 MiB'.*'W4A4'.*or a Budget"
     with pytest.raises(BudgetError, match=expected):
         parse_budget(value, costs)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, 1.5, 20, math.nan, math.inf])
 def test_a_number_is_a_share_between_0_and_1(value, costs):
-    expected = rf"cannot read {value!r} as a budget: a number is a share of BitOPs, in \(0, 1\]; with a unit, write '20 G"
+    expected = rf"cannot read {value!r} as a budget: a number is a share of BitOPs, in \(0, 1\]; "
+    expected += "with a unit, write '20 G"
     with pytest.raises(BudgetError, match=expected):
         parse_budget(value, costs)
 
@@ -353,7 +357,8 @@ def test_an_unsupported_precision_is_refused_with_its_reason(text, costs):
 
 
 def test_a_precision_that_the_network_does_not_offer_is_refused(costs):
-    expected = r"'W5A5' as a budget: weight bit-width 5 is not a candidate of the network: choose from \(2, 3, 4, 6, 8\)"
+    expected = "'W5A5' as a budget: weight bit-width 5 is not a candidate of the network: "
+    expected += r"choose from \(2, 3, 4, 6, 8\)"
     with pytest.raises(BudgetError, match=expected):
         parse_budget("W5A5", costs)
 
@@ -399,9 +404,10 @@ def test_the_lowest_cost_is_reachable_and_a_hair_less_is_not(name, costs):
 
 def test_an_impossible_budget_is_refused_with_what_is_achievable(costs):
     expected = (
-        "no configuration fits the budget 1 KBitOPs and 5 MiB and 1 bits: achievable are 7.629 GBitOPs to 17.45 GBitOPs "
-        "and 153.2 KiB to 457.6 KiB and 2.01 bits to 6.003 bits (each by itself), every layer at its cheapest to every layer "
-        "at its highest option; raise the budget, or offer lower candidate bit-widths"
+        "no configuration fits the budget 1 KBitOPs and 5 MiB and 1 bits: achievable are "
+        "7.629 GBitOPs to 17.45 GBitOPs and 153.2 KiB to 457.6 KiB and 2.01 bits to 6.003 bits "
+        "(each by itself), every layer at its cheapest to every layer at its highest option; "
+        "raise the budget, or offer lower candidate bit-widths"
     )
     with pytest.raises(BudgetError, match=re.escape(expected)):
         require_reachable(Budget(bitops=1000, size=5 * 8 * 2**20, average_bits=1), costs)

@@ -106,7 +106,7 @@ def changes_of_one_layer(
 ) -> tuple[BitConfig, list[BitConfig]]:
     """A configuration, and others that differ from it in one layer."""
     anchor = model.resolve_bits(4)
-    free = [path for path, layer in model.candidates.items() if layer.searchable]
+    free = [path for path, layer in model.candidates.items() if layer.lowest != layer.highest]
     some = free[:: max(1, len(free) // count)]
     return anchor, [anchor.replace({path: model.candidates[path].lowest}) for path in some]
 

@@ -249,14 +249,14 @@ def test_infinite_scores_survive_the_file(tmp_path: Path) -> None:
     configs = [BitConfig({"a": (2, w), "b": (4, 4)}) for w in (2, 3, 4)]
     scores = [math.inf, 0.1 + 0.2, -1e300]
     with Memo(tmp_path / "scores", fingerprint="x", layers=["a", "b"]) as memo:
-        assert memo.known == {}
+        assert memo.scores == {}
         for config, score in zip(configs, scores, strict=True):
             memo.write(config, score)
     with Memo(tmp_path / "scores", fingerprint="x", layers=["a", "b"]) as memo:
-        assert memo.known == dict(zip(configs, scores, strict=True))
+        assert memo.scores == dict(zip(configs, scores, strict=True))
 
 
 def test_without_a_file_nothing_is_kept() -> None:
     with Memo(None, fingerprint="", layers=["a"]) as memo:
         memo.write(BitConfig({"a": (2, 2)}), 1.0)
-        assert memo.known == {}
+        assert memo.scores == {}

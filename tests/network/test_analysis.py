@@ -1,4 +1,4 @@
-"""Facts about networks: what reads the image, what makes the output, signs, norms, MACs, uses without a call."""
+"""Facts about networks: first and last layers, signs, norms, MACs, uses without a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from anyprec.errors import ConversionError
-from anyprec.network.graph import analyze
+from anyprec.network.analysis import analyze
 
 
 def test_the_small_network_is_understood(
@@ -48,7 +48,7 @@ def test_the_small_network_is_understood(
 def test_macs_equal_those_of_torchs_counter(name: str) -> None:
     model, x = timm.create_model(name).eval(), torch.randn(2, 3, 160, 160)
     facts = analyze(model, x)
-    # torch's counter misses the fused attention of the CPU, so it counts the products that it is made of.
+    # torch's counter misses the fused attention of the CPU, so it counts the products in it.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(x)
     counted = sum(layer.macs for layer in facts.layers.values()) + sum(

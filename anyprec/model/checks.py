@@ -1,0 +1,42 @@
+"""What a network must be before something is done with it: with latent weights, or calibrated.
+
+`require_converted` is in `converted.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from anyprec.bits import shorten
+from anyprec.errors import NotCalibratedError, PackedError
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.packed import NO_LATENTS
+
+if TYPE_CHECKING:
+    from anyprec.model.converted import ConvertedModel
+
+
+def require_latents(model: ConvertedModel, *, purpose: str) -> None:
+    """Refuse a packed network.
+
+    Raises:
+        PackedError: It is one.
+    """
+    if model.is_packed:
+        msg = f"{purpose} needs latent weights; {NO_LATENTS}"
+        raise PackedError(msg)
+
+
+def require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Refuse the layers of a network without activation step sizes.
+
+    Raises:
+        NotCalibratedError: Some layers have none.
+    """
+    missing = [path for path, layer in layers.items() if not layer.input_quantizer.calibrated]
+    if missing:
+        msg = f"{len(missing)} of {len(layers)} layers have no activation step sizes yet "
+        msg += f"({shorten(missing, 3)}): call anyprec.calibrate(model, loader) before a precision "
+        msg += "is set"
+        raise NotCalibratedError(msg)

@@ -1,0 +1,79 @@
+"""Converted networks that, like timm's, can exchange their classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from anyprec.model.converted import ConvertedModel
+from anyprec.model.record import Coverage
+from anyprec.model.switching import submodule_or_none, switch_to_float
+from anyprec.network.facts import LayerFacts
+from anyprec.nn.layers import QuantizedLayer, quantize_layer
+from anyprec.nn.operators import LAYER_TYPES
+
+
+class ConvertedClassifier(ConvertedModel):
+    """A converted network whose class has `reset_classifier`."""
+
+    class_prefix: ClassVar[str] = "AnyPrecision"
+
+    def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network's own `reset_classifier`, and quantize the new classifier like the old.
+
+        Step sizes of its input are kept where the layer reads the same features; the network runs
+        in floating point afterwards, and named configurations are dropped if the set of layers
+        changed.
+        """
+        before = self.quantized_layers
+        switch_to_float(self, before)
+        # The network's own class has it.
+        result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+        _adopt_replacements(self, before)
+        return result
+
+
+def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -> None:
+    """Quantize what took the place of the layers `before`, and give the network a new record."""
+    record = model.anyprec_record
+    coverage = {row.path: row for row in record.coverage}
+    covered_before = set(coverage)
+    facts = dict(record.facts.layers)
+    for path, old in {**record.removed, **before}.items():
+        new = submodule_or_none(model, path)
+        if new is old:
+            continue
+        if isinstance(new, LAYER_TYPES):
+            coverage[path] = Coverage(path, type(new).__name__, "quantized")
+            facts[path] = _facts_like(facts[path], new.weight.numel())
+            _quantize_like(new, old)
+            record.removed.pop(path, None)
+        else:
+            coverage.pop(path, None)
+            record.removed[path] = old
+    if coverage.keys() != covered_before:
+        # No configuration names the present layers.
+        record.configs.clear()
+        record.statistics.clear()
+        for path in record.frozen.keys() - coverage.keys():
+            del record.frozen[path]
+    model.anyprec_record = dataclasses.replace(
+        record,
+        coverage=tuple(coverage.values()),
+        facts=dataclasses.replace(record.facts, layers=facts),
+    )
+
+
+def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
+    """Facts of a new classifier: its MACs are to the old ones as its weights are."""
+    return dataclasses.replace(old, weights=weights, macs=old.macs * weights // old.weights)
+
+
+def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
+    nonnegative = old.input_quantizer.nonnegative
+    quantize_layer(new, old.candidates, nonnegative=nonnegative, axis=old.weight_quantizer.axis)
+    if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
+        new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())

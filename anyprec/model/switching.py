@@ -1,0 +1,109 @@
+"""Switching the layers and norms of a converted network, which are already in place.
+
+`set_bits` may be called between any two batches, so nothing is copied here, and modules are found
+without a walk through the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from anyprec.bits import BitConfig, Bits
+from anyprec.model.norm_copies import norm_row
+from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.norms import SwitchableNorm
+
+if TYPE_CHECKING:
+    from anyprec.model.converted import ConvertedModel
+
+
+def switch(
+    model: ConvertedModel,
+    layers: Mapping[str, QuantizedLayer],
+    bits: Mapping[str, Bits | None],
+) -> None:
+    """Make `bits` the precision of the network.
+
+    Args:
+        model: A converted network.
+        layers: Its quantized layers, by path.
+        bits: A candidate of each of them, or None for floating point.
+    """
+    active: dict[str, Bits] = {}
+    for path, layer in layers.items():
+        chosen = bits[path]
+        layer.switch(chosen)
+        if chosen is not None:
+            active[path] = chosen
+    if active:
+        _switch_norms(model, layers, active)
+    else:
+        for _, norm in switchable_norms(model):
+            norm.switch(None, None)
+
+
+def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Let the network run in floating point."""
+    switch(model, layers, dict.fromkeys(layers))
+
+
+def switchable_norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNorm]]:
+    """Path and module of every switchable norm that is still there."""
+    for path in model.anyprec_record.norms:
+        norm = submodule_or_none(model, path)
+        if isinstance(norm, SwitchableNorm):
+            yield path, norm
+
+
+def forget_statistics(model: ConvertedModel) -> None:
+    """Drop norm statistics of configurations and uniform precisions: they are of old weights."""
+    model.anyprec_record.statistics.clear()
+    for _, norm in switchable_norms(model):
+        if norm.bank is not None:
+            norm.bank.forget_uniform()
+
+
+def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path`, or None if there is none."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        if module is not None:
+            # `get_submodule` would take most of the time of `set_bits`.
+            module = module._modules.get(name)  # noqa: SLF001
+    return module
+
+
+def _switch_norms(
+    model: ConvertedModel, layers: Mapping[str, QuantizedLayer], active: Mapping[str, Bits]
+) -> None:
+    """Give every norm the copy that belongs to its layer's precision, and the right statistics."""
+    record = model.anyprec_record
+    # To make a BitConfig takes time, and without statistics there is nothing to find by it.
+    statistics = record.statistics.get(BitConfig(active), {}) if record.statistics else {}
+    width = _uniform_width(active, layers)
+    for path, norm in switchable_norms(model):
+        row = norm_row(layers.get(record.norms[path] or ""), record.settings.norm)
+        override = None
+        if path in statistics:
+            mean, variance = statistics[path]
+            override = mean.to(norm.running_mean), variance.to(norm.running_var)
+        has_uniform = norm.bank is not None and norm.bank.has_uniform
+        norm.switch(row, override, width=width if has_uniform else None)
+
+
+def _uniform_width(active: Mapping[str, Bits], layers: Mapping[str, QuantizedLayer]) -> int | None:
+    """The bit-width of a uniform configuration, or None.
+
+    In a uniform configuration every layer has that bit-width, as far as its candidates allow.
+    """
+    width = min(bits.weight for bits in active.values())
+    if width != min(bits.activation for bits in active.values()):
+        return None
+    uniform = Bits(width, width)
+    for path, bits in active.items():
+        if bits != layers[path].candidates.at_least(uniform):
+            return None
+    return width

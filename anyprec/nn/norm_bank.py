@@ -1,0 +1,217 @@
+"""The copies of one BatchNorm: affine parameters and running statistics, a row each.
+
+Which copy is used when is in `norms.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from anyprec.nn.staleness import StaleRows, TrainedNetwork
+from anyprec.nn.undecayed import Undecayed
+
+Statistics = tuple[Tensor, Tensor]
+"""Running mean and variance, shape `(channels,)` each."""
+
+STATISTICS = ("running_mean", "running_var")
+AFFINE = ("weight", "bias")
+
+
+class NormBank(Undecayed):
+    """The copies of one BatchNorm, a row each.
+
+    Args:
+        norm: The BatchNorm that every row starts from.
+        rows: Number of copies.
+        shared_affine: All copies have the same affine parameters.
+        widths: Uniform bit-widths with statistics beside the copies.
+
+    Attributes:
+        weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared,
+            `(1, channels)`; or None.
+        running_mean, running_var: Statistics, shape `(rows, channels)`.
+        uniform_mean, uniform_var: Statistics of uniform precisions, of shape
+            `(len(widths), channels)`, NaN until they are estimated; absent if there are none.
+        has_uniform: Whether they are estimated.
+        choice: For compiled networks, the active row as data, shape `(1,)`.
+        statistics_choice: The same for statistics in eval mode, where those of uniform precisions
+            are counted behind the rows.
+        stale: The rows whose statistics training has left behind; None before training.
+    """
+
+    stale: StaleRows | None = None
+
+    running_mean: Tensor
+    running_var: Tensor
+    uniform_mean: Tensor
+    uniform_var: Tensor
+    choice: Tensor
+    statistics_choice: Tensor
+
+    def __init__(
+        self,
+        norm: _BatchNorm,
+        rows: int,
+        *,
+        shared_affine: bool = False,
+        widths: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.widths = widths
+        self.has_uniform = False
+        affine_rows = 1 if shared_affine else rows
+        for name in AFFINE:
+            start = getattr(norm, name)
+            copies = None
+            if start is not None:
+                copies = nn.Parameter(
+                    _repeat(start, affine_rows), requires_grad=start.requires_grad
+                )
+            self.register_parameter(name, copies)
+        for name in STATISTICS:
+            self.register_buffer(name, _repeat(getattr(norm, name), rows))
+        if widths:
+            missing = torch.full_like(self.running_mean[:1], math.nan)
+            for name in ("uniform_mean", "uniform_var"):
+                self.register_buffer(name, missing.repeat(len(widths), 1))
+        for name in ("choice", "statistics_choice"):
+            chosen = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
+            self.register_buffer(name, chosen, persistent=False)
+
+    @property
+    def rows(self) -> int:
+        """Number of copies."""
+        return self.running_mean.shape[0]
+
+    def statistics(self, row: int, uniform: int | None) -> Statistics:
+        """Those of a copy, or of the uniform bit-width of this index.
+
+        Writing to them changes the bank.
+        """
+        if uniform is None:
+            return self.running_mean[row], self.running_var[row]
+        return self.uniform_mean[uniform], self.uniform_var[uniform]
+
+    def select(self, row: int, uniform: int | None) -> None:
+        """Make these the ones that compiled networks take."""
+        self.choice.fill_(row)
+        self.statistics_choice.fill_(row if uniform is None else self.rows + uniform)
+
+    def values(self, names: list[str], row: int, uniform: int | None) -> dict[str, Tensor]:
+        """Parameters and statistics of a copy, by name, for one call in eager mode.
+
+        Args:
+            names: What is wanted.
+            row: The copy.
+            uniform: Statistics of this uniform bit-width, by index, instead of those of the copy.
+        """
+        values: dict[str, Tensor] = {}
+        for name in names:
+            copies = getattr(self, name)
+            if self._is_shared(copies):
+                values[name] = copies.squeeze(0)
+            else:
+                # A view: through it batch_norm updates the statistics of the bank.
+                values[name] = copies[row]
+        if uniform is not None:
+            for name, estimated in zip(STATISTICS, self.statistics(row, uniform), strict=True):
+                values[name] = _finite_or(estimated, values[name])
+        return values
+
+    def selected_values(self, names: list[str], *, evaluating: bool) -> dict[str, Tensor]:
+        """`values` of what `select` chose, where another choice is other data and the same program.
+
+        Args:
+            names: What is wanted.
+            evaluating: In eval mode, where statistics of uniform precisions are used.
+        """
+        values: dict[str, Tensor] = {}
+        for name in names:
+            copies = getattr(self, name)
+            if self._is_shared(copies):
+                values[name] = copies.squeeze(0)
+                continue
+            values[name] = copies.index_select(0, self.choice)[0]
+            if evaluating and self.widths and name in STATISTICS:
+                # Behind the copies, so that one index chooses among both.
+                uniform = getattr(self, name.replace("running", "uniform"))
+                candidates = torch.cat((copies, uniform))
+                estimated = candidates.index_select(0, self.statistics_choice)[0]
+                values[name] = _finite_or(estimated, values[name])
+        return values
+
+    @torch.no_grad()
+    def forget_uniform(self) -> None:
+        """Drop the statistics of uniform precisions, which belonged to other weights."""
+        if self.has_uniform:
+            self.uniform_mean.fill_(math.nan)
+            self.uniform_var.fill_(math.nan)
+            self.has_uniform = False
+
+    def mark_stale(self, network: TrainedNetwork) -> None:
+        """Note that the weights of the network have moved, and all statistics stayed behind."""
+        if self.stale is None or self.stale.network is not network:
+            self.stale = StaleRows(network)
+        self.stale.rows.update((None, *range(self.rows)))
+
+    def refresh(self) -> None:
+        """Note whether the statistics of uniform precisions are there, after they were written."""
+        if self.widths and not self.uniform_mean.is_meta:
+            finite = torch.isfinite(self.uniform_mean) & torch.isfinite(self.uniform_var)
+            self.has_uniform = bool(finite.all())
+
+    @torch.no_grad()
+    def keep_row(self, row: int, uniform: int | None = None) -> None:
+        """Drop every copy but one, which takes the statistics of this uniform bit-width, if any."""
+        rows = self.rows
+        mean, variance = self.statistics(row, uniform)
+        for name in (*AFFINE, *STATISTICS):
+            copies = getattr(self, name)
+            if copies is None or len(copies) < rows:
+                continue  # nothing to drop: all copies have it in common
+            remaining = copies[row : row + 1].clone()
+            if isinstance(copies, nn.Parameter):
+                remaining = nn.Parameter(remaining, requires_grad=copies.requires_grad)
+            setattr(self, name, remaining)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+        if self.widths:
+            del self.uniform_mean, self.uniform_var
+            self.widths, self.has_uniform = (), False
+        self.select(0, None)
+
+    @torch.no_grad()
+    def copy_from(self, norm: nn.Module) -> None:
+        """Set every row to the values of a float norm."""
+        for name in (*AFFINE, *STATISTICS):
+            copies = getattr(self, name)
+            if copies is not None:
+                copies.copy_(getattr(norm, name).expand_as(copies))
+        self.forget_uniform()
+
+    def _is_shared(self, copies: Tensor) -> bool:
+        """Whether all copies have these values in common."""
+        return len(copies) < self.rows
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+        self.stale = None  # they came with the weights
+
+    def extra_repr(self) -> str:
+        """Number of copies, for `print(model)`."""
+        return f"rows={self.rows}"
+
+
+def _finite_or(values: Tensor, fallback: Tensor) -> Tensor:
+    # NaN and no flag marks what is missing: averaging weights from outside (EMA) copies no flags.
+    return torch.where(torch.isfinite(values), values, fallback)
+
+
+def _repeat(row: Tensor, rows: int) -> Tensor:
+    return row.detach().expand(rows, -1).clone()

@@ -1,0 +1,192 @@
+"""Where the quantized weight of a layer comes from: a latent float weight, or stored integer codes.
+
+Every quantized layer (`layers.py`) has one `WeightSource` as its attribute `weight_source`. It is a
+plain object and no `nn.Module`, so that it adds nothing to state dicts; the tensors stay where they
+are, in the layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from anyprec.errors import PackedError
+from anyprec.nn.functional import match_moments, moments
+from anyprec.nn.packed import NO_LATENTS, PackedOperand
+
+if TYPE_CHECKING:
+    from anyprec.nn.layers import QuantizedLayer
+    from anyprec.nn.quantizers import WeightQuantizer
+
+Stamp = tuple[int, ...]
+"""Changes whenever one of the tensors that a quantized weight is computed from does."""
+
+
+class WeightSource(ABC):
+    """Gives the quantized weight of one layer, and keeps what it computed while that is valid.
+
+    Copies and pickles leave out what is kept.
+
+    Attributes:
+        dynamic: The weight operand may change with the input, so nothing can be kept.
+        corrected_axis: Axis of the channels whose mean and spread are those of the latent weight
+            (`match_moments`); None without this correction.
+    """
+
+    def __init__(self, *, dynamic: bool, corrected_axis: int | None) -> None:
+        self.dynamic = dynamic
+        self.corrected_axis = corrected_axis
+        self._cache: dict[int, tuple[Stamp, Tensor]] = {}
+
+    @abstractmethod
+    def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
+        """The quantized weight at the active candidate.
+
+        Args:
+            layer: The layer that this is the source of.
+            operand: The float weight operand as the layer made it, of the shape of its weight.
+        """
+
+    @abstractmethod
+    def codes(self, quantizer: WeightQuantizer, index: int, operand: Tensor) -> Tensor:
+        """Integer codes at the weight candidate at `index`, int32, in the shape of `operand`."""
+
+    @abstractmethod
+    def moments(self, operand: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and spread of each channel of the float operand; None without their correction."""
+
+    def forget(self) -> None:
+        """Drop the quantized weights that are kept."""
+        self._cache.clear()
+
+    def _cached(self, index: int, stamp: Stamp | None) -> Tensor | None:
+        """The weight kept for a candidate, if it was computed from tensors with this stamp."""
+        if stamp is None or index not in self._cache:
+            return None
+        cached_stamp, quantized = self._cache[index]
+        if cached_stamp != stamp:
+            return None
+        return quantized
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_cache": {}}
+
+
+class LatentWeight(WeightSource):
+    """Quantizes a float weight; in eval mode without gradients, only when it has changed.
+
+    Args:
+        dynamic: As for `WeightSource`.
+    """
+
+    def __init__(self, *, dynamic: bool) -> None:
+        super().__init__(dynamic=dynamic, corrected_axis=None)
+
+    def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
+        """See `WeightSource`; differentiable in the operand and the step size."""
+        quantizer = layer.weight_quantizer
+        if torch.compiler.is_compiling():
+            # Neither the index nor a stamp may be read: each value would be a program of its own.
+            return self._corrected(quantizer.forward_selected(operand), operand)
+        index, step = quantizer.selected, quantizer.step
+        learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
+        if layer.training or learns or self.dynamic:
+            return self.compute(quantizer, operand, index)
+        # Optimizers, loading and pruning change weights in place, without notice.
+        stamp = _stamp((*layer.weight_tensors(), step))
+        if stamp is None:
+            return self.compute(quantizer, operand, index)
+        quantized = self._cached(index, stamp)
+        if quantized is None:
+            # Outside inference mode, so that the kept tensor is usable when gradients are wanted.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                if operand.is_inference():
+                    operand = operand.clone()
+                quantized = self.compute(quantizer, operand, index)
+            self._cache[index] = stamp, quantized
+        return quantized
+
+    def compute(self, quantizer: WeightQuantizer, operand: Tensor, index: int) -> Tensor:
+        """Quantize `operand` at the candidate at `index`; nothing is kept."""
+        return self._corrected(quantizer(operand, index), operand)
+
+    def codes(self, quantizer: WeightQuantizer, index: int, operand: Tensor) -> Tensor:
+        """See `WeightSource`."""
+        return quantizer.codes(operand, index)
+
+    def moments(self, operand: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `WeightSource`."""
+        if self.corrected_axis is None:
+            return None
+        return moments(operand, axis=self.corrected_axis)
+
+    def _corrected(self, quantized: Tensor, operand: Tensor) -> Tensor:
+        if self.corrected_axis is None:
+            return quantized
+        return match_moments(quantized, operand, axis=self.corrected_axis)
+
+
+class PackedCodes(WeightSource):
+    """Dequantizes the integer codes of a packed layer, which has no float weight.
+
+    Args:
+        operand: The codes. They are a child of the layer, too, for the sake of its state dict.
+    """
+
+    def __init__(self, operand: PackedOperand) -> None:
+        super().__init__(dynamic=False, corrected_axis=operand.moments_axis)
+        self.operand = operand
+
+    def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:  # noqa: ARG002
+        """See `WeightSource`; `operand` has no values and is not used.
+
+        Raises:
+            PackedError: The layer is in training mode.
+        """
+        if layer.training:
+            msg = f"a packed layer cannot run in training mode; {NO_LATENTS}"
+            raise PackedError(msg)
+        quantizer = layer.weight_quantizer
+        index, step = quantizer.selected, quantizer.step
+        stamp = _stamp((*self.operand.buffers(), step))
+        quantized = self._cached(index, stamp)
+        if quantized is None:
+            # No other candidate's weight is kept, so that memory does not grow with use.
+            self._cache.clear()
+            qmin, qmax = quantizer.limits(index)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                quantized = self.operand.weight(
+                    index, step[index], qmin=qmin, qmax=qmax, dtype=layer.weight.dtype
+                )
+            self._cache[index] = stamp or (), quantized
+        return quantized
+
+    def codes(
+        self,
+        quantizer: WeightQuantizer,
+        index: int,
+        operand: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """See `WeightSource`."""
+        qmin, qmax = quantizer.limits(index)
+        return self.operand.codes(index, qmin=qmin, qmax=qmax).to(torch.int32)
+
+    def moments(self, operand: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """See `WeightSource`."""
+        if self.operand.mean is None or self.operand.spread is None:
+            return None
+        return self.operand.mean, self.operand.spread
+
+
+def _stamp(tensors: Iterable[Tensor]) -> Stamp | None:
+    """Address and version of each tensor; None in inference mode, where nothing is versioned."""
+    stamp: list[int] = []
+    for tensor in tensors:
+        if tensor.is_inference():
+            return None
+        stamp += (tensor.data_ptr(), tensor._version)  # noqa: SLF001 (no public name)
+    return tuple(stamp)
