@@ -8,7 +8,7 @@ and stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -85,15 +85,8 @@ def update_norms(
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
         msg += "them: choose one"
         raise ValueError(msg)
-    norms = dict(switchable_norms(model))
     if bits == "all":
-        norms = {path: norm for path, norm in norms.items() if norm.bank is not None}
-        if norms:
-            requests: list[Bits | None] = [*_uniform_pairs(model)]
-            if include_float:
-                requests.append(None)
-            images = held_images(loader, batches, device_of(model))
-            _update_copies(model, norms, images, requests, anchored=anchored)
+        _update_all_copies(model, loader, batches, anchored=anchored, include_float=include_float)
         return
     config = model.resolve_bits(bits)
     if config is None:
@@ -104,13 +97,14 @@ def update_norms(
         msg = f'anchored=True and include_float=True need bits="all", got bits={bits!r}: leave '
         msg += "them out for a configuration"
         raise ValueError(msg)
-    _update_configuration(model, norms, held_images(loader, batches, device_of(model)), config)
+    images = held_images(loader, batches, device_of(model))
+    _update_configuration(model, dict(switchable_norms(model)), images, config)
 
 
 def refresh_norms(
     model: ConvertedModel,
     loader: Iterable[Batch],
-    configs: Iterable[BitConfig | None] | None = None,
+    configs: Sequence[BitConfig | None] | None = None,
     *,
     batches: int | None = None,
 ) -> None:
@@ -132,24 +126,35 @@ def refresh_norms(
         CalibrationError: The loader is empty, or statistics come out not finite.
     """
     norms = {path: norm for path, norm in switchable_norms(model) if _is_trained(norm)}
-    requests: list[Bits | None] = []
-    own: list[BitConfig] = []
-    if configs is None:
-        widths = uniform_widths(model.candidates.values())
-        requests = [*(Bits(width, width) for width in widths), None]
-    else:
-        requested = list(configs)
-        requests = [None] if None in requested else []
-        present = model.anyprec_record.statistics
-        own = [config for config in requested if config is not None and config not in present]
-    needs_copies = _uses_stale_rows(model, norms, requests)
-    if not norms or not (needs_copies or own):
+    if not norms:
+        return
+    uniform, missing = _requested_statistics(model, configs)
+    is_stale = _uses_stale_rows(model, norms, uniform)
+    if not (is_stale or missing):
         return
     images = held_images(loader, batches, device_of(model))
-    if needs_copies:
-        _update_copies(model, norms, images, requests)
-    for config in own:
+    if is_stale:
+        _update_copies(model, norms, images, uniform)
+    for config in missing:
         _update_configuration(model, norms, images, config)
+
+
+def _requested_statistics(
+    model: ConvertedModel, configs: Sequence[BitConfig | None] | None
+) -> tuple[list[Bits | None], list[BitConfig]]:
+    """Uniform precisions, and configurations that have no statistics of their own yet."""
+    if configs is None:
+        widths = uniform_widths(model.candidates.values())
+        return [*(Bits(width, width) for width in widths), None], []
+    present = model.anyprec_record.statistics  # training drops them
+    missing = [config for config in configs if config is not None and config not in present]
+    return [None] if None in configs else [], missing
+
+
+def _uses_stale_rows(
+    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
+) -> bool:
+    return any(row in _stale_rows(bank) for bank, row in _rows_used(model, norms, requests))
 
 
 def hand_over_affine(model: ConvertedModel) -> None:
@@ -157,6 +162,25 @@ def hand_over_affine(model: ConvertedModel) -> None:
     with model.using_bits(highest_config(model.candidates)):
         for _, norm in switchable_norms(model):
             norm.take_over_affine()
+
+
+def _update_all_copies(
+    model: ConvertedModel,
+    loader: Iterable[Batch],
+    limit: int | None,
+    *,
+    anchored: bool,
+    include_float: bool,
+) -> None:
+    """Estimate every copy of every norm."""
+    norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
+    if not norms:
+        return
+    requests: list[Bits | None] = [*_uniform_pairs(model)]
+    if include_float:
+        requests.append(None)
+    images = held_images(loader, limit, device_of(model))
+    _update_copies(model, norms, images, requests, anchored=anchored)
 
 
 def _update_copies(
@@ -217,12 +241,6 @@ def _rows_used(
             with model.using_bits(request):
                 used += [(norm.bank, norm.row) for norm in norms.values() if norm.bank is not None]
     return used
-
-
-def _uses_stale_rows(
-    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
-) -> bool:
-    return any(row in _stale_rows(bank) for bank, row in _rows_used(model, norms, requests))
 
 
 def _estimate_uniform(

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel, require_converted
@@ -154,12 +155,16 @@ class OneShotTask(ClassificationTask):
         network: nn.Module | None = super().get_eval_model(module, ema)
         return network
 
-    def get_checkpoint_state(self, ema: bool = False, **arguments: Any) -> dict[str, Any]:  # noqa: FBT001, FBT002
+    def get_checkpoint_state(
+        self,
+        ema: bool = False,  # noqa: FBT001, FBT002 (timm's signature)
+        unwrap_fn: Any = unwrap_model,
+    ) -> dict[str, Any]:
         """See timm's task; statistics are brought up to date first, in a single process."""
         # Scripts save in their first process alone, and statistics are of the images of all.
         self._is_saving = process_count() > 1
         try:
-            state: dict[str, Any] = super().get_checkpoint_state(ema, **arguments)
+            state: dict[str, Any] = super().get_checkpoint_state(ema, unwrap_fn)
         finally:
             self._is_saving = False
         return state
