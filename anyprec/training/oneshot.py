@@ -121,8 +121,12 @@ class OneShot:
         self._network = TrainedNetwork(compiled=compiled)
         self._drawer = ConfigDrawer(model, self.recipe, total_steps=total_steps, seed=seed)
         self._operands = WeightOperands(model)
+        # Where features are is found by tracing, which takes its time.
+        uses_features = self.recipe.feature_weight > 0
         self._features = FeatureDistances(
-            model, compiled=compiled and self.recipe.feature_weight > 0
+            model,
+            self.recipe.features if uses_features else "norm",
+            compiled=compiled and uses_features,
         )
         self._loss = PathLoss(model, self.recipe, self._operands, teacher=teacher, terms=terms)
 
