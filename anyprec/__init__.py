@@ -20,6 +20,7 @@ from anyprec.errors import (
     NotCalibratedError,
     PackedError,
     SearchError,
+    StaleNormsWarning,
     TrainingError,
 )
 from anyprec.model.conversion import convert
@@ -39,6 +40,7 @@ from anyprec.searching.measuring.evaluator import Objective, SearchNorms
 from anyprec.searching.measuring.grouping import TiedLayers
 from anyprec.searching.result import MeasuredConfig, SearchResult
 from anyprec.searching.search import search
+from anyprec.training.feature_sources import FeaturePoint
 from anyprec.training.fit import fit
 from anyprec.training.learner import Mixup
 from anyprec.training.loop import EpochRecord
@@ -84,6 +86,7 @@ __all__ = [
     "Coverage",
     "Criterion",
     "EpochRecord",
+    "FeaturePoint",
     "InputQuantizer",
     "Instability",
     "InstabilitySampler",
@@ -105,6 +108,7 @@ __all__ = [
     "SearchError",
     "SearchNorms",
     "SearchResult",
+    "StaleNormsWarning",
     "StoredLayer",
     "Summary",
     "SummaryRow",

@@ -10,6 +10,8 @@
     PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
+    StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
+
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
 Messages name the value that was found, what is allowed, and the remedy.
 """
@@ -56,3 +58,7 @@ class PackedError(AnyprecError, RuntimeError):
 
 class CheckpointError(AnyprecError, ValueError):
     """A checkpoint that is damaged, of another format, or of another network."""
+
+
+class StaleNormsWarning(UserWarning):
+    """A network is evaluated on norm statistics that training has left behind."""

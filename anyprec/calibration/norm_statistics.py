@@ -8,17 +8,19 @@ and stay as they are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Bits, highest_config, shorten
+from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_widths
 from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.switching import switchable_norms
+from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
@@ -84,7 +86,7 @@ def update_norms(
         msg += "them: choose one"
         raise ValueError(msg)
     if bits == "all":
-        _update_copies(model, loader, batches, anchored=anchored, include_float=include_float)
+        _update_all_copies(model, loader, batches, anchored=anchored, include_float=include_float)
         return
     config = model.resolve_bits(bits)
     if config is None:
@@ -95,7 +97,64 @@ def update_norms(
         msg = f'anchored=True and include_float=True need bits="all", got bits={bits!r}: leave '
         msg += "them out for a configuration"
         raise ValueError(msg)
-    _update_configuration(model, loader, config, batches)
+    images = held_images(loader, batches, device_of(model))
+    _update_configuration(model, dict(switchable_norms(model)), images, config)
+
+
+def refresh_norms(
+    model: ConvertedModel,
+    loader: Iterable[Batch],
+    configs: Sequence[BitConfig | None] | None = None,
+    *,
+    batches: int | None = None,
+) -> None:
+    """Bring statistics up to date that training has left behind, for some precisions only.
+
+    `update_norms` estimates every copy; this costs a forward pass for each precision and batch. If
+    nothing was left behind it does nothing. Norms that were in eval mode in training are left
+    alone: their statistics are what training uses.
+
+    Args:
+        model: A converted and calibrated model.
+        loader: As for `update_norms`.
+        configs: Configurations, each of which gets statistics of its own; None among them is the
+            float network. By default every uniform bit-width and the float network, whose
+            statistics stand in the norms' copies.
+        batches: At most so many batches of `loader`.
+
+    Raises:
+        CalibrationError: The loader is empty, or statistics come out not finite.
+    """
+    norms = {path: norm for path, norm in switchable_norms(model) if _is_trained(norm)}
+    if not norms:
+        return
+    uniform, missing = _requested_statistics(model, configs)
+    is_stale = _uses_stale_rows(model, norms, uniform)
+    if not (is_stale or missing):
+        return
+    images = held_images(loader, batches, device_of(model))
+    if is_stale:
+        _update_copies(model, norms, images, uniform)
+    for config in missing:
+        _update_configuration(model, norms, images, config)
+
+
+def _requested_statistics(
+    model: ConvertedModel, configs: Sequence[BitConfig | None] | None
+) -> tuple[list[Bits | None], list[BitConfig]]:
+    """Uniform precisions, and configurations that have no statistics of their own yet."""
+    if configs is None:
+        widths = uniform_widths(model.candidates.values())
+        return [*(Bits(width, width) for width in widths), None], []
+    present = model.anyprec_record.statistics  # training drops them
+    missing = [config for config in configs if config is not None and config not in present]
+    return [None] if None in configs else [], missing
+
+
+def _uses_stale_rows(
+    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
+) -> bool:
+    return any(row in _stale_rows(bank) for bank, row in _rows_used(model, norms, requests))
 
 
 def hand_over_affine(model: ConvertedModel) -> None:
@@ -105,7 +164,7 @@ def hand_over_affine(model: ConvertedModel) -> None:
             norm.take_over_affine()
 
 
-def _update_copies(
+def _update_all_copies(
     model: ConvertedModel,
     loader: Iterable[Batch],
     limit: int | None,
@@ -117,21 +176,71 @@ def _update_copies(
     norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
     if not norms:
         return
-    batches = held_images(loader, limit, device_of(model))
     requests: list[Bits | None] = [*_uniform_pairs(model)]
     if include_float:
         requests.append(None)
-    with undo_on_error(model), evaluating(model), torch.no_grad():
-        if include_float:
+    images = held_images(loader, limit, device_of(model))
+    _update_copies(model, norms, images, requests, anchored=anchored)
+
+
+def _update_copies(
+    model: ConvertedModel,
+    norms: dict[str, SwitchableNorm],
+    images: list[Tensor],
+    requests: list[Bits | None],
+    *,
+    anchored: bool = False,
+) -> None:
+    """Estimate the copies that these uniform precisions use, and the statistics beside them."""
+    with _trusting(norms), undo_on_error(model), evaluating(model), torch.no_grad():
+        if None in requests:
             hand_over_affine(model)
-        reference = _float_statistics(model, norms, batches) if anchored else None
-        _estimate_uniform(model, norms, batches, requests, reference)
+        reference = _float_statistics(model, norms, images) if anchored else None
+        _estimate_uniform(model, norms, images, requests, reference)
         _require_finite_banks(norms)
     for norm in norms.values():
         if norm.bank is not None:
             norm.bank.refresh()
+    if not anchored:  # what is anchored is as stale as the float statistics
+        for bank, row in _rows_used(model, norms, requests):
+            _stale_rows(bank).discard(row)
     # The active precision may have statistics now that it lacked when it was set.
     model.set_bits(model.bits)
+
+
+def _is_trained(norm: SwitchableNorm) -> bool:
+    """Whether training moved the statistics of its copies."""
+    return norm.bank is not None and norm.bank.stale is not None
+
+
+def _stale_rows(bank: NormBank) -> set[int | None]:
+    return set() if bank.stale is None else bank.stale.rows
+
+
+@contextmanager
+def _trusting(norms: dict[str, SwitchableNorm]) -> Iterator[None]:
+    """No norm warns in the block: its passes make the statistics that it would warn about."""
+    banks = [norm.bank for norm in norms.values() if norm.bank is not None]
+    stale = [bank.stale for bank in banks]
+    for bank in banks:
+        bank.stale = None
+    try:
+        yield
+    finally:
+        for bank, rows in zip(banks, stale, strict=True):
+            bank.stale = rows
+
+
+def _rows_used(
+    model: ConvertedModel, norms: dict[str, SwitchableNorm], requests: list[Bits | None]
+) -> list[tuple[NormBank, int | None]]:
+    """The copies of these norms that these uniform precisions use."""
+    used: list[tuple[NormBank, int | None]] = []
+    with _trusting(norms):
+        for request in requests:
+            with model.using_bits(request):
+                used += [(norm.bank, norm.row) for norm in norms.values() if norm.bank is not None]
+    return used
 
 
 def _estimate_uniform(
@@ -157,16 +266,17 @@ def _estimate_uniform(
 
 
 def _update_configuration(
-    model: ConvertedModel, loader: Iterable[Batch], config: BitConfig, limit: int | None
+    model: ConvertedModel,
+    norms: dict[str, SwitchableNorm],
+    images: list[Tensor],
+    config: BitConfig,
 ) -> None:
     """Estimate the statistics of one configuration, apart from those of the norms."""
-    norms = dict(switchable_norms(model))
-    batches = held_images(loader, limit, device_of(model))
-    with evaluating(model), torch.no_grad(), model.using_bits(config):
+    with evaluating(model), torch.no_grad(), _trusting(norms), model.using_bits(config):
         for norm in norms.values():
             mean, variance = norm.active_statistics()
             norm.override_with((mean.clone(), variance.clone()))
-        _estimate(model, norms, batches, None)
+        _estimate(model, norms, images, None)
         statistics = {path: norm.active_statistics() for path, norm in norms.items()}
     _require_finite(statistics)
     model.anyprec_record.statistics[config] = statistics

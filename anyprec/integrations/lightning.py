@@ -39,7 +39,9 @@ from anyprec.training.training_path import Criterion
 class OneShotCallback(Callback):
     """Runs the paths of each step and steps the optimizer.
 
-    The schedules are saved in Lightning's checkpoints.
+    The schedules are saved in Lightning's checkpoints. Before each validation or test, and at the
+    end, norm statistics are brought up to date from the last training images, for every uniform
+    bit-width and the float network; other configurations need `update_norms`.
 
     Args:
         model: The converted and calibrated model that the Lightning module trains.
@@ -111,12 +113,29 @@ class OneShotCallback(Callback):
         if self._state is not None:
             self._oneshot.load_state_dict(self._state)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002 (Lightning's signature, as below)
+        """Bring norm statistics up to date."""
+        self._refresh_norms()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Bring norm statistics up to date."""
+        self._refresh_norms()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Bring norm statistics up to date."""
+        self._refresh_norms()
+
+    def _refresh_norms(self) -> None:
+        if self._oneshot is not None:  # Lightning's sanity check validates before training
+            self._oneshot.refresh_norms()
+
     def run_step(self, module: LightningModule, images: Tensor, targets: Any) -> Tensor:
         """One optimizer step on a batch: paths, clipping, the module's optimizer, schedules.
 
         Returns:
             The max path's loss, detached, to log it.
         """
+        self.oneshot.remember(images)
         optimizer: Any = module.optimizers()
         losses = []
         for path in self.oneshot.paths(images):

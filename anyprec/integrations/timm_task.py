@@ -14,6 +14,11 @@ add up to those of the whole step.
         result = task(input, target)
         result["loss"].backward()
         optimizer.step(); optimizer.zero_grad()
+    validate(task.get_eval_model(), ...)
+
+The task keeps the last training images. `get_eval_model` and `task.eval()` bring norm statistics
+up to date with them, of the moving average too, so that what the script validates and saves is
+what the training is worth. Call `get_eval_model` for each validation.
 """
 
 from __future__ import annotations
@@ -25,9 +30,11 @@ from typing import Any
 
 import torch
 from timm.task import ClassificationTask
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.runtime.processes import process_count
 from anyprec.training.oneshot import OneShot
 from anyprec.training.recipe import Recipe, resolve_recipe
 
@@ -86,6 +93,8 @@ class OneShotTask(ClassificationTask):
         self._accumulation = accumulation
         self._scale = scale
         self.oneshot = self._make_oneshot()
+        self._average_step = 0  # of the last refresh of the average's statistics
+        self._is_saving = False
 
     def compile(  # type: ignore[override]  # as timm's
         self, backend: Any = "inductor", mode: str | None = None, **arguments: Any
@@ -115,6 +124,7 @@ class OneShotTask(ClassificationTask):
             unweighted loss of every path (`loss_max`, `loss_1`, ...), detached.
         """
         result: dict[str, Tensor] = {}
+        self.oneshot.remember(input)
         for path in self.oneshot.paths(input):
             with self._synchronising(is_last=path.is_last):
                 output = self.trainable_module(input)
@@ -127,6 +137,37 @@ class OneShotTask(ClassificationTask):
             result[name] = loss.detach() / path.weight
             result["loss"] = loss
         return result
+
+    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
+        """Set training mode; before eval mode norm statistics are brought up to date."""
+        if not mode:
+            self._refresh_norms(ema=False)
+        return super().train(mode)
+
+    def get_eval_model(
+        self,
+        module: nn.Module | None = None,
+        ema: bool = False,  # noqa: FBT001, FBT002 (timm's signature)
+    ) -> nn.Module | None:
+        """The model to validate, with norm statistics of its present weights."""
+        if module is None:
+            self._refresh_norms(ema=ema)
+        network: nn.Module | None = super().get_eval_model(module, ema)
+        return network
+
+    def get_checkpoint_state(
+        self,
+        ema: bool = False,  # noqa: FBT001, FBT002 (timm's signature)
+        unwrap_fn: Any = unwrap_model,
+    ) -> dict[str, Any]:
+        """See timm's task; statistics are brought up to date first, in a single process."""
+        # Scripts save in their first process alone, and statistics are of the images of all.
+        self._is_saving = process_count() > 1
+        try:
+            state: dict[str, Any] = super().get_checkpoint_state(ema, unwrap_fn)
+        finally:
+            self._is_saving = False
+        return state
 
     def get_task_state(
         self,
@@ -148,6 +189,22 @@ class OneShotTask(ClassificationTask):
         """Take over what `get_task_state` returned."""
         if state and not ema:
             self.oneshot.load_state_dict(state)
+
+    def _refresh_norms(self, *, ema: bool) -> None:
+        """Bring norm statistics up to date, if steps were taken since the last time."""
+        if self._is_saving:
+            return
+        if not ema:
+            self.oneshot.refresh_norms()
+            return
+        average = self.get_trainable_module(ema=True)
+        if average is None or self._average_step == self.oneshot.steps_done:
+            return
+        for module in average.modules():
+            if isinstance(module, ConvertedModel):
+                self.oneshot.refresh_norms(module)
+                break
+        self._average_step = self.oneshot.steps_done
 
     def _synchronising(self, *, is_last: bool) -> contextlib.AbstractContextManager[Any]:
         """Reduce gradients over the processes in the last backward pass of a step only."""

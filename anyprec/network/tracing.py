@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
@@ -24,6 +25,9 @@ def trace(model: nn.Module, *, opaque: tuple[type, ...] = ()) -> tuple[fx.Graph 
         model: A float or a converted network.
         opaque: Classes of modules that are not traced through, beside layers, norms and those that
             timm names.
+
+    In `node.meta`, `output_of` and `input_of` list the paths of modules, containers too, whose
+    output or first argument a node's tensor is.
     """
     reason = None
     for opening in (True, False):
@@ -58,6 +62,21 @@ class _Tracer(fx.Tracer):
         self._opening = opening
         self._leaf_types = (*LAYER_TYPES, *NORM_TYPES, *opaque)
         self._untraceable_types: tuple[type, ...] = tuple(get_notrace_modules())
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        path = self.path_of_module(m)
+        if args and isinstance(args[0], fx.Proxy):
+            args[0].node.meta.setdefault("input_of", []).append(path)
+        output = super().call_module(m, forward, args, kwargs)
+        if isinstance(output, fx.Proxy):
+            output.node.meta.setdefault("output_of", []).append(path)
+        return output
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self._leaf_types):

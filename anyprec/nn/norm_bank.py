@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anyprec.nn.staleness import StaleRows, TrainedNetwork
 from anyprec.nn.undecayed import Undecayed
 
 Statistics = tuple[Tensor, Tensor]
@@ -40,7 +41,10 @@ class NormBank(Undecayed):
         choice: For compiled networks, the active row as data, shape `(1,)`.
         statistics_choice: The same for statistics in eval mode, where those of uniform precisions
             are counted behind the rows.
+        stale: The rows whose statistics training has left behind; None before training.
     """
+
+    stale: StaleRows | None = None
 
     running_mean: Tensor
     running_var: Tensor
@@ -149,6 +153,12 @@ class NormBank(Undecayed):
             self.uniform_var.fill_(math.nan)
             self.has_uniform = False
 
+    def mark_stale(self, network: TrainedNetwork) -> None:
+        """Note that the weights of the network have moved, and all statistics stayed behind."""
+        if self.stale is None or self.stale.network is not network:
+            self.stale = StaleRows(network)
+        self.stale.rows.update((None, *range(self.rows)))
+
     def refresh(self) -> None:
         """Note whether the statistics of uniform precisions are there, after they were written."""
         if self.widths and not self.uniform_mean.is_meta:
@@ -191,6 +201,7 @@ class NormBank(Undecayed):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+        self.stale = None  # they came with the weights
 
     def extra_repr(self) -> str:
         """Number of copies, for `print(model)`."""

@@ -118,6 +118,8 @@ class SwitchableNorm(Specialized):
         self._select(NormSelection(row, uniform, override))
         if row is not None and bank is not None:
             bank.select(row, uniform)
+        if bank is not None and bank.stale is not None and bank.stale.network.compiled:
+            self._warn_if_stale(bank)
 
     def override_with(self, statistics: Statistics | None) -> None:
         """Use these statistics in eval mode until the next `switch`; None ends that."""
@@ -133,11 +135,17 @@ class SwitchableNorm(Specialized):
         # training `OneShot` drops them.
         if self.training and self.bank is not None and not torch.compiler.is_compiling():
             self.bank.forget_uniform()
+        if self.bank is not None and not torch.compiler.is_compiling():
+            self._warn_if_stale(self.bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
+
+    def _warn_if_stale(self, bank: NormBank) -> None:
+        if bank.stale is not None and not self.training and self.override is None:
+            bank.stale.warn_about(self.row)
 
     @torch.no_grad()
     def take_over_affine(self) -> None:

@@ -2,11 +2,9 @@
 
 Method of RFQuant (Tang et al., CVPR 2024), section 3.4.
 
-The feature of a layer is, whichever comes first: the output of the BatchNorm that it feeds, before
-any activation; the output of another norm or of the activation right behind it; the output of its
-own operator. It is taken the moment it exists, before an in-place operation (ReLU, residual sum)
-can change it: the max path's is copied, and the distance of a random path's to it is computed on
-the spot.
+Which tensor the feature of a layer is, `feature_sources.py` says. It is taken the moment it exists,
+before another in-place operation can change it: the max path's is copied, and the distance of a
+random path's to it is computed on the spot.
 
 A compiled network must not change its program from step to step. There the features of all layers
 are taken in every step, and which of them count is data.
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.norms import NORM_TYPES, SwitchableNorm
+from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import device_of
+from anyprec.training.feature_sources import FeaturePoint, FeatureSource, feature_sources
 from anyprec.training.losses import feature_distance
 
 
@@ -34,22 +33,26 @@ class FeatureDistances:
 
     Args:
         model: A converted model.
+        point: Where features are taken.
         compiled: It runs compiled: features are taken always, of all layers that have several
             weight bit-widths, until `close`.
     """
 
-    def __init__(self, model: ConvertedModel, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: ConvertedModel, point: FeaturePoint = "norm", *, compiled: bool = False
+    ) -> None:
         self._model = model
+        self._sources = feature_sources(model, point)
         self._taps: dict[str, _Tap] = {}
         self._compiled = compiled
         self._until_closed = ExitStack()
         if compiled:
             several = {path for path, layer in model.candidates.items() if len(layer.weight) > 1}
-            for path, module in self._modules(several):
+            for path in sorted(several):
                 # Whether a distance counts is data, so that the compiled program stays the same.
-                tap = _Tap(module, counts=torch.ones((), device=device_of(model)))
+                tap = _Tap(self._sources[path], counts=torch.ones((), device=device_of(model)))
                 self._taps[path] = tap
-                self._until_closed.enter_context(_watch(module, tap))
+                self._until_closed.enter_context(self._watching(tap))
 
     @contextmanager
     def keeping(self, paths: Set[str]) -> Iterator[None]:
@@ -60,9 +63,9 @@ class FeatureDistances:
         self.forget()
         with ExitStack() as watched:
             if not self._compiled:
-                for path, module in self._modules(paths):
-                    self._taps[path] = _Tap(module)
-                    watched.enter_context(_watch(module, self._taps[path]))
+                for path in sorted(paths):
+                    self._taps[path] = _Tap(self._sources[path])
+                    watched.enter_context(self._watching(self._taps[path]))
             watched.enter_context(self._in_mode("keep"))
             yield
 
@@ -81,7 +84,7 @@ class FeatureDistances:
                 if tap.counts is not None:
                     tap.counts.fill_(float(path in counting))
                 elif path in counting:
-                    watched.enter_context(_watch(tap.module, tap))
+                    watched.enter_context(self._watching(tap))
             watched.enter_context(self._in_mode("measure"))
             yield partial(self._distances, sorted(counting))
 
@@ -104,6 +107,9 @@ class FeatureDistances:
             distances += self._taps[path].distances
         return distances
 
+    def _watching(self, tap: _Tap) -> AbstractContextManager[Any]:
+        return _watch(self._model.get_submodule(tap.source.module), tap)
+
     @contextmanager
     def _in_mode(self, mode: Literal["keep", "measure"]) -> Iterator[None]:
         taps = list(self._taps.values())
@@ -115,27 +121,18 @@ class FeatureDistances:
             for tap in taps:
                 tap.mode = "off"
 
-    def _modules(self, paths: Set[str]) -> Iterator[tuple[str, nn.Module]]:
-        """For each of these layers the module whose output is its feature."""
-        record = self._model.anyprec_record
-        norms = {layer: norm for norm, layer in record.norms.items()}
-        for path in sorted(paths):
-            module_path = norms.get(path) or record.facts.layers[path].feature or path
-            yield path, self._model.get_submodule(module_path)
-
 
 class _Tap:
     """What is called with the features of one layer.
 
     Args:
-        module: Its output is the feature.
+        source: What is watched.
         counts: 0 or 1, if distances are always taken; they are multiplied by it.
     """
 
-    def __init__(self, module: nn.Module, counts: Tensor | None = None) -> None:
-        self.module = module
+    def __init__(self, source: FeatureSource, counts: Tensor | None = None) -> None:
+        self.source = source
         self.counts = counts
-        self.relative = not isinstance(module, NORM_TYPES)
         self.mode: Literal["off", "keep", "measure"] = "off"
         self.targets: list[Tensor] = []
         self.distances: list[Tensor] = []
@@ -147,18 +144,25 @@ class _Tap:
             call = len(self.distances)
             # With layer drop the max path may have called the layer less often, or on fewer images.
             if call < len(self.targets) and self.targets[call].shape == feature.shape:
-                distance = feature_distance(feature, self.targets[call], relative=self.relative)
+                target = self.targets[call]
+                distance = feature_distance(feature, target, relative=self.source.relative)
                 if self.counts is not None:
                     distance = distance * self.counts
                 self.distances.append(distance)
 
 
 def _watch(module: nn.Module, tap: _Tap) -> AbstractContextManager[Any]:
-    """Call `tap` with every feature that `module` makes in the block."""
-    if isinstance(module, (SwitchableNorm, QuantizedLayer)):
+    """Call `tap` with every feature that `module` has in the block."""
+    if tap.source.side == "input":
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            tap(args[0])
+
+        return module.register_forward_pre_hook(before)
+    if tap.source.side == "observed" and isinstance(module, (SwitchableNorm, QuantizedLayer)):
         return module.output_observers.including(tap)
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
         tap(output)
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(after)

@@ -31,6 +31,7 @@ from anyprec.training.oneshot import OneShot
 from anyprec.training.parameters import STEP_SIZES, param_groups
 from anyprec.training.recipe import Recipe, resolve_recipe
 from anyprec.training.training_path import Criterion, LossTerm
+from anyprec.training.validation import trust_statistics
 
 
 def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
@@ -92,7 +93,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         snapshot_steps: Optimizer steps between two snapshots.
         show_progress: Show a bar on a terminal.
         on_epoch_end: Called after each epoch, e.g. to log or evaluate; it may switch precision and
-            mode.
+            mode, and call `update_norms`, without which an evaluation means little.
         **changes: Settings of the recipe to change, e.g. `lr=0.05`.
 
     Returns:
@@ -165,6 +166,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         update_norms(model, train_loader, batches=norm_batches, include_float=True)
     else:
         hand_over_affine(model)
+        trust_statistics(model)
     model.eval()
     return run.position.history
 

@@ -18,7 +18,7 @@ losses, `features.py` and `operands.py` watch forward passes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,14 +28,23 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig, highest_config
 from anyprec.errors import TrainingError
 from anyprec.model.checks import require_latents
-from anyprec.model.converted import ConvertedModel, require_converted
+from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.switching import forget_statistics
+from anyprec.nn.staleness import TrainedNetwork
+from anyprec.runtime.batches import Batch
+from anyprec.runtime.modes import evaluating
 from anyprec.training.decay import exempt_from_decay
 from anyprec.training.drawing import ConfigDrawer
 from anyprec.training.features import FeatureDistances
 from anyprec.training.operands import WeightOperands
 from anyprec.training.recipe import Recipe, resolve_recipe
 from anyprec.training.training_path import LossTerm, PathLoss, StepState, TrainingPath
+from anyprec.training.validation import (
+    RecentBatches,
+    note_average_moved,
+    note_weights_moved,
+    refresh,
+)
 
 
 class OneShot:
@@ -108,10 +117,16 @@ class OneShot:
             raise ValueError(msg)
         self.total_steps = total_steps
         self.steps_done = 0
+        self._recent = RecentBatches()
+        self._network = TrainedNetwork(compiled=compiled)
         self._drawer = ConfigDrawer(model, self.recipe, total_steps=total_steps, seed=seed)
         self._operands = WeightOperands(model)
+        # Where features are is found by tracing, which takes its time.
+        uses_features = self.recipe.feature_weight > 0
         self._features = FeatureDistances(
-            model, compiled=compiled and self.recipe.feature_weight > 0
+            model,
+            self.recipe.features if uses_features else "norm",
+            compiled=compiled and uses_features,
         )
         self._loss = PathLoss(model, self.recipe, self._operands, teacher=teacher, terms=terms)
 
@@ -166,7 +181,84 @@ class OneShot:
         self._drawer.end_step(self.steps_done, self._operands.derived)
         self._operands.forget()
         forget_statistics(self.model)  # they belonged to the weights before this step
+        note_weights_moved(self.model, self._network)
         self.steps_done += 1
+
+    def remember(self, images: Tensor) -> None:
+        """Keep the last training images, about 512, for `evaluating` without a loader.
+
+        They are kept on their device, and not copied: call it once a step, with what the network is
+        run on.
+        """
+        self._recent.add(images)
+
+    @contextmanager
+    def evaluating(
+        self,
+        loader: Iterable[Batch] | None = None,
+        bits: BitsRequest | list[BitsRequest] = "uniform",
+        *,
+        batches: int | None = 8,
+    ) -> Iterator[ConvertedModel]:
+        """Validate in a `with` block while training, on norm statistics of the present weights.
+
+        Training leaves statistics behind: a copy of a norm sees few steps, the float network's
+        norms none. They are estimated anew on training images, which costs a forward pass for each
+        precision and batch, and nothing if there was no step since. In the block the model is in
+        eval mode; then modes and precision are restored.
+
+        Training goes on as if there had been no block: weights, gradients and random generators are
+        as they were. Two things change on purpose, so that a checkpoint taken in or after the block
+        has them: running statistics of norms that are in training mode, which training does not
+        read, and the parameters and statistics of the float network's norms, which take over what
+        the highest precision learned.
+
+        Args:
+            loader: Training images, as for `update_norms`; by default those that `remember` kept.
+                A loader with persistent workers must not be the one that is being iterated.
+            bits: `"uniform"`, every uniform bit-width and the float network; or what `set_bits`
+                takes, or a list of that. A configuration named here has statistics until the next
+                step, in the model and in its file, and not in `state_dict()`.
+            batches: At most so many of `loader`; None takes all.
+
+        Yields:
+            The model, in eval mode.
+
+        Raises:
+            TrainingError: No image is known.
+            BitsError: A precision does not fit the model.
+
+        Under `torch.distributed` all processes must call it.
+
+        Example:
+            >>> import timm, torch, anyprec
+            >>> model = anyprec.convert(timm.create_model("test_resnet"), bits=(4, 8))
+            >>> images = torch.randn(4, 3, 160, 160)
+            >>> anyprec.calibrate(model, [images])
+            >>> oneshot = anyprec.OneShot(model, total_steps=1)
+            >>> with oneshot.evaluating([images]), torch.no_grad():
+            ...     model.set_bits(4)
+            ...     output = model(images)
+        """
+        source = self._recent.all() if loader is None else loader
+        refresh(self.model, source, bits, batches=None if loader is None else batches)
+        with evaluating(self.model), self.model.using_bits(self.model.bits):
+            yield self.model
+
+    def refresh_norms(self, model: ConvertedModel | None = None) -> None:
+        """Bring norm statistics up to date from the images that `remember` kept, if there are any.
+
+        Args:
+            model: Another model than that in training: a copy with an average of its weights.
+        """
+        images = self._recent.all()
+        if not images:
+            return
+        if model is None:
+            refresh(self.model, images)
+            return
+        note_average_moved(model, self.model)
+        refresh(model, images)
 
     def exempt_from_decay(
         self, optimizer: torch.optim.Optimizer, *, decoupled: bool | None = None

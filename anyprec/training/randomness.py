@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,13 +53,28 @@ class RandomStates:
         self._epoch_start, self._resumed = state["start"], state["now"]
 
     def _generators(self) -> list[torch.Generator]:
-        """Generators of the loader and its sampler, each one once."""
-        generators: dict[int, torch.Generator] = {}
-        for owner in (self._loader, getattr(self._loader, "sampler", None)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generators[id(generator)] = generator
-        return list(generators.values())
+        return generators_of(self._loader)
+
+
+@contextmanager
+def keeping_randomness(loader: Iterable[Any]) -> Iterator[None]:
+    """Leave all generators, those of `loader` too, as if the block had not run."""
+    generators = generators_of(loader)
+    state = capture_randomness(generators)
+    try:
+        yield
+    finally:
+        restore_randomness(state, generators)
+
+
+def generators_of(loader: Iterable[Any]) -> list[torch.Generator]:
+    """Generators of the loader and its sampler, each one once."""
+    generators: dict[int, torch.Generator] = {}
+    for owner in (loader, getattr(loader, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generators[id(generator)] = generator
+    return list(generators.values())
 
 
 def capture_randomness(generators: Iterable[torch.Generator]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from anyprec.training.feature_sources import FeaturePoint
 from anyprec.training.samplers import SamplerLike, sampler_of
 from anyprec.training.scheduler import BitWidthScheduler
 
@@ -33,8 +34,11 @@ class Recipe:
         temperature: Of the distillation.
         feature_weight: Weight of information distortion mitigation. For every layer that a random
             path draws at its lowest weight bit-width, this is the mean squared error between its
-            feature and the max path's. `training/features.py` says what a feature is. 0 turns the
-            term off.
+            feature and the max path's. 0 turns the term off.
+        features: Which tensor the feature of a layer is. `"after-activation"`: its norm's output
+            after the activations and the residual sum that follow, as the published code has it
+            where these work in place. `"norm"`: its norm's output. Layers without a norm have the
+            output of the activation right behind them, or their own.
         error_weight: Weight of the quantization-error term at the end of training; it rises to
             that on a cosine, from 0 at `error_start`. 0 turns the term off.
         error_start: Time from 0 to 1, see `error_weight`.
@@ -64,6 +68,7 @@ class Recipe:
     distillation: float = 0.5
     temperature: float = 1.0
     feature_weight: float = 0.0
+    features: FeaturePoint = "after-activation"
     error_weight: float = 0.0
     error_start: float = 0.25
     scheduler: BitWidthScheduler | None = None
@@ -93,6 +98,9 @@ class Recipe:
             lambda value: 0 <= value < 1,
             "is a fraction of all steps: from 0, below 1",
         )
+        if self.features not in get_args(FeaturePoint):
+            msg = f"features={self.features!r} is not known: use one of {get_args(FeaturePoint)}"
+            raise ValueError(msg)
         sampler_of(self.sampler)
 
     @classmethod
@@ -113,6 +121,7 @@ class Recipe:
         return cls(
             random_weight=3.0,
             feature_weight=0.01,
+            features="after-activation",
             error_weight=0.1,
             scheduler=BitWidthScheduler(),
             sampler="uniform",

@@ -162,20 +162,16 @@ class PathLoss:
     def _task_and_distillation(
         self, path: TrainingPath, step: StepState, output: Any, task: Tensor
     ) -> list[_WeightedTerm]:
+        if isinstance(output, Tensor) and path.is_max:
+            step.max_logits = output.detach()
         share = self._recipe.distillation
-        if share > 0 and (self._teacher is not None or not path.is_last):
+        has_target = not path.is_max or self._teacher is not None
+        if share > 0 and (has_target or not path.is_last):
             # At the max path already: later paths would refuse it after work was done.
             require_logits(output, of="the network's output")
-        if path.is_max and isinstance(output, Tensor):
-            step.max_logits = output.detach()
-        has_target = not path.is_max or self._teacher is not None
         if share == 0 or not has_target:
             return [_WeightedTerm("task", 1.0, task)]
-        target = step.teacher_logits if path.is_max else step.max_logits
-        if target is None:
-            msg = "distillation needs the max path's logits: call loss() on every path in order, "
-            msg += "or set distillation=0"
-            raise TrainingError(msg)
+        target = _target_logits(path, step)
         distillation = distillation_loss(output, target, temperature=self._recipe.temperature)
         return [
             _WeightedTerm("task", 1 - share, task),
@@ -220,3 +216,12 @@ class _WeightedTerm:
 
     def weighted(self) -> Tensor:
         return self.weight * widened(self.value)
+
+
+def _target_logits(path: TrainingPath, step: StepState) -> Tensor:
+    target = step.teacher_logits if path.is_max else step.max_logits
+    if target is None:
+        msg = "distillation needs the max path's logits: call loss() on every path in order, or "
+        msg += "set distillation=0"
+        raise TrainingError(msg)
+    return target

@@ -61,12 +61,15 @@ def test_the_callback_takes_the_steps_of_ones_own_loop(
     optimizer = torch.optim.SGD(anyprec.param_groups(other, lr=0.1), lr=0.1)
     for _ in range(2):
         for part, targets in zip(images.split(4), labels.split(4), strict=True):
+            oneshot.remember(part)
             for path in oneshot.paths():
                 path.loss(other(part), targets, F.cross_entropy).backward()
             torch.nn.utils.clip_grad_value_(other.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             oneshot.step()
+    with oneshot.evaluating():
+        pass  # the callback ends with norm statistics
     for name, value in other.state_dict().items():
         torch.testing.assert_close(net.state_dict()[name], value, equal_nan=True)
     assert len(module.losses) == 4
@@ -104,3 +107,41 @@ def test_automatic_optimization_is_refused(
         anyprec.TrainingError, match="set automatic_optimization = False in Classifier"
     ):
         fit(module, loader(images, labels), tmp_path, epochs=1)
+
+
+class Validated(Classifier):
+    """Notes what it predicts in validation, and what updated statistics would have given."""
+
+    def __init__(self, model: anyprec.ConvertedModel, oneshot: Any, images: Tensor) -> None:
+        super().__init__(model, oneshot)
+        self.images, self.predicted, self.expected = images, [], []
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        if self.trainer.sanity_checking:
+            return
+        reference = copy.deepcopy(self.model)
+        anyprec.update_norms(reference, [self.images] * len(self.losses), include_float=True)
+        for bits in (None, 2, 8):
+            with self.model.using_bits(bits), reference.eval().using_bits(bits):
+                self.predicted.append(self.model(batch[0]))
+                self.expected.append(reference(batch[0]))
+
+
+@pytest.mark.filterwarnings("error::anyprec.StaleNormsWarning")
+def test_validation_and_the_end_have_norm_statistics_of_the_weights(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor, tmp_path: Path
+) -> None:
+    module = Validated(net.train(), OneShotCallback(net), images)
+    batches = DataLoader(TensorDataset(images, labels), batch_size=8)
+    trainer = lightning.Trainer(
+        callbacks=[module.oneshot], max_epochs=3, accelerator="cpu", devices=1, logger=False,
+        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, check_val_every_n_epoch=2,
+    )  # fmt: skip
+    trainer.fit(module, batches, batches)
+    assert len(module.predicted) == 3
+    for found, expected in zip(module.predicted, module.expected, strict=True):
+        torch.testing.assert_close(found, expected)
+    for bits in (None, 2, 8):  # the last epoch was not validated
+        with net.eval().using_bits(bits), torch.no_grad():
+            net(images)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import anyprec
+from anyprec.training.parameters import unused_parameters
 
 pytest.importorskip("timm.task", reason="needs timm.task")
 OneShotTask = pytest.importorskip("anyprec.integrations.timm_task").OneShotTask
@@ -132,3 +133,51 @@ def test_a_float_network_is_refused() -> None:
         anyprec.ConversionError, match="OneShotTask needs a converted model, got Linear"
     ):
         OneShotTask(nn.Linear(2, 2), total_steps=1)
+
+
+def warmed_up(net: anyprec.ConvertedModel, images: Tensor, labels: Tensor) -> Any:
+    """A task with an average, after a few steps."""
+    task = OneShotTask(net, total_steps=20, verbose=False)
+    task.setup_ema(decay=0.5)
+    train(task, images, labels, steps=5)
+    task.update_ema(step=5)
+    return task
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("way", ["get_eval_model", "checkpoint"])
+def test_what_is_validated_and_saved_has_norm_statistics_of_its_weights(
+    way: str, ema: bool, net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    task = warmed_up(net, images, labels)
+    trained = task.get_trainable_module(ema=True).module if ema else net
+    reference = copy.deepcopy(trained)
+    anyprec.update_norms(reference, [images] * 5, include_float=True)
+    if way == "get_eval_model":
+        evaluated = task.get_eval_model(ema=ema)
+        evaluated = evaluated.module if ema else evaluated
+    else:
+        state = task.get_checkpoint_state(ema=ema)
+        evaluated = copy.deepcopy(net)
+        evaluated.load_state_dict(state["state_dict_ema" if ema else "state_dict"])
+    for bits in (None, 2, 3, 8):
+        with evaluated.eval().using_bits(bits), reference.eval().using_bits(bits), torch.no_grad():
+            torch.testing.assert_close(evaluated(images), reference(images))
+
+
+def test_validation_changes_no_training(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    other = copy.deepcopy(net)
+    for model in (net, other):
+        task = OneShotTask(model, total_steps=20, verbose=False)
+        for _ in range(2):
+            train(task, images, labels, steps=3)
+            if model is net:
+                with torch.no_grad(), task.get_eval_model().eval().using_bits(3):
+                    model(images)
+                task.eval()
+    unused = {id(parameter) for parameter in unused_parameters(net)}
+    for (name, value), expected in zip(net.named_parameters(), other.parameters(), strict=True):
+        if id(value) not in unused:
+            assert torch.equal(value, expected), name
