@@ -67,7 +67,8 @@ def require_free_names(
             raise ConversionError(msg)
     for path, layers in owners.items():
         subject = f"module {path!r}" if path else "the network"
-        names = ", ".join(map(repr, layers))
+        prefix = f"{path}." if path else ""
+        names = ", ".join(repr(prefix + layer) for layer in layers)
         remedy = f"exclude the layers that it uses ({names}) or rename the attribute"
         owner = model.get_submodule(path)
         _require_free(owner, names_of(FunctionalOwner), subject, remedy)
