@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.intact import parts_of, submodule_or_none
+from anyprec.model.intact import Parts, parts_of, submodule_or_none
 from anyprec.model.record import Coverage
 from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
@@ -37,9 +37,14 @@ class ConvertedClassifier(ConvertedModel):
         switch_to_float(self, before.layers)
         # The network's own class has it.
         result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        _adopt_norms(self, before.norms)
-        _adopt_layers(self, before.layers)
+        _adopt_replacements(self, before)
         return result
+
+
+def _adopt_replacements(model: ConvertedModel, before: Parts) -> None:
+    """Quantize and switch what took the place of layers and norms that were there before."""
+    _adopt_norms(model, before.norms)
+    _adopt_layers(model, before.layers)
 
 
 def _adopt_norms(model: ConvertedModel, before: Mapping[str, SwitchableNorm]) -> None:
