@@ -95,6 +95,8 @@ def observe(model: nn.Module, example_input: Tensor) -> Observation:
     watcher = _Watcher(model, example_input)
     hooks = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks: what runs in it counts for the module around it
         hooks.append(module.register_forward_pre_hook(watcher.enter_module))
         hooks.append(module.register_forward_hook(watcher.leave_module, always_call=True))
     devices = [example_input.device] if example_input.is_cuda else []

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.nn.bodies import body_of
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.packed import PackedOperand, stand_in
@@ -193,7 +194,12 @@ class _LayerInterceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OPERATORS:
-            return self.layer.run_operator(func, args, kwargs, *operands(args, kwargs))
+            input_, weight = operands(args, kwargs)
+            if not _is_foreign(weight, self.layer):
+                return self.layer.run_operator(func, args, kwargs, input_, weight)
+        elif (body := body_of(func, args, kwargs)) is not None:
+            with self:
+                return body(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -283,6 +289,19 @@ def _whole(operand: Tensor, latent: Tensor) -> Tensor:
     if operand is not latent and operand._base is latent:  # noqa: SLF001 (torch has no public name)
         return latent
     return operand
+
+
+def _is_foreign(operand: Tensor, layer: nn.Module) -> bool:
+    """Whether an operand in a layer is another parameter (of an adapter), a layer of its own."""
+    parameters = dict(layer._parameters)  # noqa: SLF001 (`named_parameters` is slow)
+    # A parametrized layer has none of this name.
+    weight = parameters.pop("weight", None)
+    if operand is weight:
+        return False
+    base = operand._base if operand._base is not None else operand  # noqa: SLF001 (as in `_whole`)
+    if not isinstance(base, nn.Parameter) or base is weight:
+        return False
+    return weight is not None or any(base is parameter for parameter in parameters.values())
 
 
 def _saving_no_weight(
