@@ -164,7 +164,9 @@ def _problem(path: str, weight: Tensor, observation: Observation) -> str | None:
     if path in observation.hidden:
         return f"{READ_BY}{observation.hidden[path]}, {HIDDEN}"
     if path in observation.uses:
-        return None
+        if weight.is_floating_point():
+            return None
+        return f"its weight is {weight.dtype}, and only real numbers are quantized"
     reading = observation.readings.get(path)
     functions = list(reading.functions) if reading else []
     if reading and path in observation.parameters:

@@ -318,7 +318,7 @@ def test_weights_inside_a_transform_are_skipped_and_what_follows_still_varies() 
     rows = {row.path: (row.status, row.reason) for row in model.coverage}
     reason = "read by a transform of torch.func (vmap, grad), which hides the operator"
     assert rows["middle.layer"] == rows["middle.matrices.mix"] == ("skipped", reason)
-    # The transform's result is made outside torch's functions, and depends on the input all the same.
+    # The transform's result comes from outside torch's functions, and depends on the input.
     assert rows["joint"] == rows["head"] == ("quantized", "")
     facts = model.anyprec_record.facts.layers
     assert facts["middle.layer"].macs == facts["middle.matrices.mix"].macs == TOKENS * WIDTH**2
@@ -353,6 +353,24 @@ def test_a_product_of_a_quantized_weight_that_is_hidden_elsewhere_is_named() -> 
     costs = {entry.name: entry.macs for entry in cost_model(model).uncounted}
     assert costs["einsum"] == TOKENS * WIDTH**3
     assert model.anyprec_record.facts.layers["middle.weights.matrices.0"].macs == TOKENS * WIDTH**2
+
+
+def test_complex_weights_are_skipped() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH, dtype=torch.complex64)
+            self.mixing = nn.Parameter(torch.randn(SQUARE, dtype=torch.complex64) * 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer(x.to(torch.complex64)) @ self.mixing).abs()
+
+    model, x, expected = _convert(Complex())
+    rows = {row.path: row.reason for row in model.coverage if row.status == "skipped"}
+    reason = "its weight is torch.complex64, and only real numbers are quantized"
+    assert rows == {"middle.layer": reason, "middle.matrices.mixing": reason}
+    anyprec.calibrate(model, [x])
+    assert torch.equal(model(x), expected)
 
 
 def test_what_nothing_reads_is_no_row() -> None:
