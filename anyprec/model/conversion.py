@@ -23,6 +23,7 @@ from anyprec.model.norm_copies import norm_rows, norm_widths
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.channels import Axis, output_axis
 from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
@@ -166,14 +167,22 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
-        axis = facts.axis if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
     else:
         layer = model.get_submodule(facts.path)
-        axis = channel_axis(layer) if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
             layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
         )
+
+
+def _output_axis(model: nn.Module, facts: LayerFacts) -> Axis | None:
+    """Where a layer's weight has its output channels."""
+    axis = facts.axis
+    if facts.parameter is None:
+        axis = channel_axis(model.get_submodule(facts.path))
+    return None if axis is None else output_axis(axis, facts.groups)
 
 
 def _functional_uses(
@@ -243,7 +252,7 @@ def _correct_moments(
     for path in row_setters.values():
         layer = _quantized_layer(model, path)
         if path is not None and layer is not None and not facts.layers[path].dynamic:
-            layer.weight_source.corrected_axis = channel_axis(layer)
+            layer.weight_source.corrected_axis = _output_axis(model, facts.layers[path])
 
 
 def _quantized_layer(model: nn.Module, path: str | None) -> QuantizedLayer | None:

@@ -22,7 +22,8 @@ from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.network.flow import Flow, flow_from_graph, flow_from_observation
 from anyprec.network.observation import Observation, WeightUse, observe
 from anyprec.network.tracing import trace
-from anyprec.nn.operators import LAYER_TYPES, MATRICES
+from anyprec.nn.channels import GroupedAxis
+from anyprec.nn.operators import LAYER_TYPES, MATRICES, transposed_groups
 from anyprec.runtime.modes import evaluating
 
 
@@ -92,6 +93,7 @@ def _layer_facts(path: str, layer: nn.Module, observation: Observation, flow: Fl
         dynamic=use.dynamic,
         derived=use.derived,
         feature=flow.features.get(path),
+        groups=transposed_groups(layer),
         depthwise=getattr(layer, "groups", 1) > 1 and layer.groups == layer.in_channels,
         nonnegative=path in flow.nonnegative,
         first=path in flow.first,
@@ -106,9 +108,13 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
     use = observation.uses.get(path, WeightUse())
     name = observation.parameters[path]
     parameter = model.get_parameter(name)
-    axis = None
+    axis, groups = None, 1
     if len(use.axes) == 1:
-        (axis,) = use.axes
+        (channels,) = use.axes
+        if isinstance(channels, GroupedAxis):
+            axis, groups = 1, channels.groups
+        else:
+            axis = channels
     return LayerFacts(
         path=path,
         calls=use.calls,
@@ -117,6 +123,7 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
         owner=_owner(name, use.modules),
         parameter=name,
         axis=axis,
+        groups=groups,
         per_tensor=axis is None,
         constant=_is_constant(use),
         problem=_problem(path, parameter, observation),

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from anyprec.errors import ConversionError
+from anyprec.nn.channels import Axis
 from anyprec.nn.operators import (
     BODIES,
     HIDING,
@@ -42,7 +43,7 @@ class WeightUse:
         calls: How many there were.
         macs: Multiply-accumulates over all of them, for the whole batch.
         modules: Path of the innermost module that was running, for each call.
-        axes: Axes of the weight that held the output channels; None stands for no such axis.
+        axes: Where the weight held the output channels; None stands for no such axis.
         only_rows: Every operand was the weight or some of its rows, or a tensor of such a shape.
         varies: An input depended on the network's input.
         dynamic: So did a weight operand.
@@ -52,7 +53,7 @@ class WeightUse:
     calls: int = 0
     macs: int = 0
     modules: list[str] = field(default_factory=list)
-    axes: set[int | None] = field(default_factory=set)
+    axes: set[Axis | None] = field(default_factory=set)
     only_rows: bool = True
     varies: bool = False
     dynamic: bool = False
@@ -233,7 +234,7 @@ class _Watcher(TorchFunctionMode):
         path, weight = source
         use = self._add_use(path, macs, input_, operand)
         if operand.shape[1:] == weight.shape[1:]:
-            use.axes.add(operator.channel_axis)
+            use.axes.add(operator.output_axis(args, kwargs))
         else:
             use.axes.add(None)
             use.only_rows = False

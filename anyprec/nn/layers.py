@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.packed import PackedOperand, stand_in
@@ -202,7 +203,7 @@ def quantize_layer(
     candidates: LayerCandidates,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
     dynamic: bool = False,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
@@ -212,7 +213,7 @@ def quantize_layer(
             `weight` makes.
         candidates: The bit-widths that it may take.
         nonnegative: Its input cannot be negative.
-        axis: Axis of the weight operand with a step size for each index; None for one step size.
+        axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
@@ -227,12 +228,15 @@ def add_precision(
     source: WeightSource,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    channels = None if axis is None else weight.shape[axis]
-    weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis or 0)
+    if axis is None:
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=None)
+    else:
+        channels = channel_count(weight.shape, axis)
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
     input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
     layer.weight_quantizer = weight_quantizer.train(layer.training)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anyprec.bits import LayerCandidates
 from anyprec.errors import ConversionError
+from anyprec.nn.channels import Axis
 from anyprec.nn.layers import QuantizedLayer, add_precision
 from anyprec.nn.operators import MATRICES
 from anyprec.nn.weights import LatentWeight
@@ -62,7 +63,7 @@ class Matrices(nn.ModuleDict):
 
 
 def quantize_parameter(
-    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: int | None
+    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: Axis | None
 ) -> None:
     """Make a bare parameter of `holder` a quantized layer, in place.
 
@@ -73,7 +74,7 @@ def quantize_parameter(
         holder: The module that has the parameter.
         name: The parameter's name in it.
         candidates: The bit-widths that it may take.
-        axis: Axis of the parameter with a step size for each index; None for one step size.
+        axis: Output channels of the parameter, with a step size each; None for one step size.
 
     Raises:
         ConversionError: `holder` has an attribute `matrices` that is not ours.
