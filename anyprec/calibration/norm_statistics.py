@@ -19,7 +19,7 @@ from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_width
 from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch, device_of

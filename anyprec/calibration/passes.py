@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from anyprec.errors import CalibrationError
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.runtime.batches import Batch, images_of, take
 
 

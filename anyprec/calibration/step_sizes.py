@@ -18,7 +18,7 @@ from anyprec.calibration.passes import held_images, undo_on_error
 from anyprec.errors import CalibrationError
 from anyprec.model.checks import require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count

@@ -170,6 +170,17 @@ class QuantizedModule(QuantizedLayer, Specialized):
 
     class_prefix: ClassVar[str] = "Quantized"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = (
+        "weight_quantizer",
+        "input_quantizer",
+        PACKED,
+        "weight_source",
+        "operand_observers",
+        "output_observers",
+        "_bits",
+        "_active",
+    )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original layer's forward, with the operands of its operator quantized."""
         if not self.is_intercepted:
