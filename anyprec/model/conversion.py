@@ -26,11 +26,12 @@ from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_pa
 from anyprec.model.restoring import restored_on_error
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.bodies import FUSING_TYPES
 from anyprec.nn.channels import Axis, output_axis
 from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
-from anyprec.nn.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
+from anyprec.nn.operators import LAYER_TYPES, channel_axis
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 

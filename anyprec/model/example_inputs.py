@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from anyprec.errors import ConversionError
 from anyprec.network.analysis import analyze
 from anyprec.network.facts import NetworkFacts
-from anyprec.network.observation import named_layers
+from anyprec.network.weights import named_layers
 from anyprec.runtime.batches import device_of
 
 USUAL_CHANNELS = 3

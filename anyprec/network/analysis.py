@@ -13,12 +13,13 @@ Nothing of the network is changed here. What becomes of its layers is decided in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.network.facts import HIDDEN, READ_BY, LayerFacts, NetworkFacts
 from anyprec.network.flow import Flow, flow_from_graph, flow_from_observation
 from anyprec.network.observation import Observation, WeightUse, observe
 from anyprec.network.tracing import trace
@@ -63,8 +64,8 @@ def _all_layer_facts(
 ) -> Iterator[LayerFacts]:
     """Facts of every Conv and Linear layer and of all other weights in use, in network order."""
     matrices_of: dict[str, list[str]] = {}
-    for path in {**observation.uses, **observation.hidden}:
-        if path in observation.parameters:
+    for path in {**observation.uses, **observation.hidden, **observation.readings}:
+        if path in observation.parameters and not _is_of_module(path, observation):
             holder = observation.parameters[path].rpartition(".")[0]
             matrices_of.setdefault(holder, []).append(path)
     for path, module in model.named_modules():
@@ -74,8 +75,14 @@ def _all_layer_facts(
             yield _matrix_facts(matrix, model, observation)
 
 
+def _is_of_module(path: str, observation: Observation) -> bool:
+    """Whether a bare parameter is the weight of a module that makes its operand from it."""
+    holder, _, name = observation.parameters[path].rpartition(".")
+    return name == "weight" and holder in observation.uses and path not in observation.uses
+
+
 def _layer_facts(path: str, layer: nn.Module, observation: Observation, flow: Flow) -> LayerFacts:
-    use = observation.uses.get(path, WeightUse())
+    use = _use(path, observation)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     # In a mixture of experts a product of the weight multiplies the input. That product has no
     # weights of its own: those are counted where the product is made.
@@ -105,7 +112,7 @@ def _layer_facts(path: str, layer: nn.Module, observation: Observation, flow: Fl
 
 def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> LayerFacts:
     """Facts of a bare parameter."""
-    use = observation.uses.get(path, WeightUse())
+    use = _use(path, observation)
     name = observation.parameters[path]
     parameter = model.get_parameter(name)
     axis, groups = None, 1
@@ -130,6 +137,17 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
     )
 
 
+def _use(path: str, observation: Observation) -> WeightUse:
+    """What multiplied a weight by an input; calls and MACs also of what else read it."""
+    use = observation.uses.get(path, WeightUse())
+    reading = observation.readings.get(path)
+    if reading is None:
+        return use
+    calls, macs = use.calls + reading.calls, use.macs + reading.macs
+    # What else read it may depend on the input, too.
+    return dataclasses.replace(use, calls=calls, macs=macs, varies=True)
+
+
 def _is_constant(use: WeightUse) -> bool:
     return use.calls > 0 and not use.varies
 
@@ -151,7 +169,13 @@ def _problem(path: str, weight: Tensor, observation: Observation) -> str | None:
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet: run the network once before converting"
     if path in observation.hidden:
-        return f"its weight is used inside {observation.hidden[path]}, which hides the operator"
-    if path not in observation.uses:
+        return f"{READ_BY}{observation.hidden[path]}, {HIDDEN}"
+    if path in observation.uses:
+        return None
+    reading = observation.readings.get(path)
+    functions = list(reading.functions) if reading else []
+    if reading and path in observation.parameters:
+        functions = functions or list(reading.views)
+    if not functions:
         return "never used in an eval-mode forward pass"
-    return None
+    return f"{READ_BY}{', '.join(functions)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anyprec.network.observation import Observation, named_layers
+from anyprec.network.observation import Observation
 from anyprec.network.signs import (
     IDENTITY_MODULES,
     SIGN_KEEPING_MODULES,
@@ -21,6 +21,7 @@ from anyprec.network.signs import (
     is_activation,
     module_is_nonnegative,
 )
+from anyprec.network.weights import named_layers
 from anyprec.nn.norms import NORM_TYPES
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from anyprec.network.observation import named_layers
+from anyprec.network.weights import named_layers
 from anyprec.nn.norms import NORM_TYPES
 from anyprec.nn.operators import LAYER_TYPES
 

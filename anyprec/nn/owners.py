@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anyprec.nn.bodies import body_of
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.operators import OPERATORS, PRODUCTS, body_of, operands, product_operands
+from anyprec.nn.operators import operands, operator_of
+from anyprec.nn.products import PRODUCTS, product_operands
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
 
@@ -65,7 +67,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OPERATORS:
+        if operator_of(func) is not None:
             input_, weight = operands(args, kwargs)
             layer = self._layer_of(weight)
             if layer is not None:
@@ -73,7 +75,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         elif func in PRODUCTS:
             return self._run_product(func, args, kwargs)
         else:
-            body = body_of(func, args)
+            body = body_of(func, args, kwargs)
             if body is not None:
                 # torch switched this mode off for the call: on again, to see the operators inside.
                 with self:

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyprec.nn.operators import OPERATORS, body_of, operands, product_macs, product_operands
+from anyprec.nn.bodies import body_of
+from anyprec.nn.operators import OPERATORS, operands
+from anyprec.nn.products import product_macs, product_operands
 
 
 class Opening(TorchFunctionMode):
