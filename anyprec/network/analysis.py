@@ -1,12 +1,9 @@
 """The facts of a network: what its layers and norms are, and how they are connected.
 
-They come from two sources, each for what it knows best:
-
-- The torch.fx graph of the eval-mode network (`tracing.py`, `flow.py`) shows how layers are
-  connected.
-- One real forward pass (`observation.py`) shows what happens: in which operators each weight
-  multiplies an input, its MACs, whether it is used without calling its layer, and what else costs
-  something. It is also the fallback where a network cannot be traced.
+They come from one real forward pass of the eval-mode network (`observation.py`): in which operators
+each weight multiplies an input, its MACs, whether it is used without calling its layer, what else
+costs something; and where each value comes from (`flow.py`). Partial execution needs a graph as
+well, so it is noted here whether there is one (`tracing.py`).
 
 Nothing of the network is changed here. What becomes of its layers is decided in `anyprec.model`.
 """
@@ -20,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.network.facts import HIDDEN, READ_BY, LayerFacts, NetworkFacts
-from anyprec.network.flow import Flow, flow_from_graph, flow_from_observation
 from anyprec.network.observation import Observation, WeightUse, observe
 from anyprec.network.tracing import trace
 from anyprec.nn.channels import GroupedAxis
@@ -29,7 +25,7 @@ from anyprec.runtime.modes import evaluating
 
 
 def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
-    """Find the facts of `model`. Its parameters, buffers and mode are left as they were.
+    """Find the facts of `model`. It is left as it was, with all that its forward remembers.
 
     Args:
         model: Any float network.
@@ -41,17 +37,16 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
     """
     with evaluating(model):
         observation = observe(model, example_input)
-        graph, untraceable = trace(model)
-    flow = flow_from_observation(observation) if graph is None else flow_from_graph(model, graph)
+        _, untraceable = trace(model)
     norms = {}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            norms[path] = flow.feeds.get(path)
+            norms[path] = observation.flow.feeds.get(path)
     uncounted = {}
     for name, (calls, macs) in sorted(observation.uncounted.items()):
         uncounted[name] = calls, macs // observation.samples
     return NetworkFacts(
-        layers={facts.path: facts for facts in _all_layer_facts(model, observation, flow)},
+        layers={facts.path: facts for facts in _all_layer_facts(model, observation)},
         norms=norms,
         uncounted=uncounted,
         example_shape=tuple(example_input.shape),
@@ -59,9 +54,7 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
     )
 
 
-def _all_layer_facts(
-    model: nn.Module, observation: Observation, flow: Flow
-) -> Iterator[LayerFacts]:
+def _all_layer_facts(model: nn.Module, observation: Observation) -> Iterator[LayerFacts]:
     """Facts of every Conv and Linear layer and of all other weights in use, in network order."""
     matrices_of: dict[str, list[str]] = {}
     for path in {**observation.uses, **observation.hidden, **observation.readings}:
@@ -70,7 +63,7 @@ def _all_layer_facts(
             matrices_of.setdefault(holder, []).append(path)
     for path, module in model.named_modules():
         if isinstance(module, LAYER_TYPES) or path in observation.uses:
-            yield _layer_facts(path, module, observation, flow)
+            yield _layer_facts(path, module, observation)
         for matrix in matrices_of.get(path, ()):
             yield _matrix_facts(matrix, model, observation)
 
@@ -81,15 +74,12 @@ def _is_of_module(path: str, observation: Observation) -> bool:
     return name == "weight" and holder in observation.uses and path not in observation.uses
 
 
-def _layer_facts(path: str, layer: nn.Module, observation: Observation, flow: Flow) -> LayerFacts:
-    use = _use(path, observation)
+def _layer_facts(path: str, layer: nn.Module, observation: Observation) -> LayerFacts:
+    use, flow = _use(path, observation), observation.flow
     weight: Tensor = layer.weight  # type: ignore[assignment]
     # In a mixture of experts a product of the weight multiplies the input. That product has no
     # weights of its own: those are counted where the product is made.
     is_product = f"{path}.{MATRICES}.weight" in observation.uses
-    # Both sources must agree on a constant input. The graph may hide what a block does, and the
-    # forward pass loses track of a value that leaves torch.
-    constant = _is_constant(use) and (flow.constant is None or path in flow.constant)
     return LayerFacts(
         path=path,
         calls=use.calls,
@@ -105,7 +95,7 @@ def _layer_facts(path: str, layer: nn.Module, observation: Observation, flow: Fl
         nonnegative=path in flow.nonnegative,
         first=path in flow.first,
         last=path in flow.last,
-        constant=constant,
+        constant=_is_constant(use),
         problem=_problem(path, weight, observation),
     )
 
@@ -132,6 +122,8 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
         axis=axis,
         groups=groups,
         per_tensor=axis is None,
+        first=path in observation.flow.first,
+        last=path in observation.flow.last,
         constant=_is_constant(use),
         problem=_problem(path, parameter, observation),
     )
