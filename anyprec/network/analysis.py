@@ -42,16 +42,50 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             norms[path] = observation.flow.feeds.get(path)
-    uncounted = {}
-    for name, (calls, macs) in sorted(observation.uncounted.items()):
-        uncounted[name] = calls, macs // observation.samples
     return NetworkFacts(
         layers={facts.path: facts for facts in _all_layer_facts(model, observation)},
         norms=norms,
-        uncounted=uncounted,
+        uncounted=_uncounted(observation),
         example_shape=tuple(example_input.shape),
         untraceable=untraceable,
     )
+
+
+def counted_anew(model: nn.Module, facts: NetworkFacts, example_input: Tensor) -> NetworkFacts:
+    """`facts` with the calls and MACs of a forward pass on another input.
+
+    All else is what the network was converted by, and stays.
+
+    Args:
+        model: The network that the facts are of, float or converted and in floating point.
+        facts: What is known of it.
+        example_input: As for `analyze`.
+
+    Raises:
+        ConversionError: The network does not run on `example_input`.
+    """
+    with evaluating(model):
+        observation = observe(model, example_input)
+    layers = dict(facts.layers)
+    for counted in _all_layer_facts(model, observation):
+        if counted.path in layers:
+            layers[counted.path] = dataclasses.replace(
+                layers[counted.path], calls=counted.calls, macs=counted.macs
+            )
+    return dataclasses.replace(
+        facts,
+        layers=layers,
+        uncounted=_uncounted(observation),
+        example_shape=tuple(example_input.shape),
+    )
+
+
+def _uncounted(observation: Observation) -> dict[str, tuple[int, int]]:
+    """Calls and MACs for one sample of what belongs to no weight, by name."""
+    uncounted = {}
+    for name, (calls, macs) in sorted(observation.uncounted.items()):
+        uncounted[name] = calls, macs // observation.samples
+    return uncounted
 
 
 def _all_layer_facts(model: nn.Module, observation: Observation) -> Iterator[LayerFacts]:

@@ -248,7 +248,8 @@ class _Watcher(TorchFunctionMode):
         macs = operator.macs(input_, operand, result)
         source = self._weight_behind(operand)
         if source is None:
-            kind = type(self._running[-1][1]).__name__
+            module = self._running[-1][1]
+            kind = getattr(module, "original_class", type(module)).__name__
             self._add_uncounted(f"weight of no layer, in {kind}", macs)
             return
         path, weight = source
