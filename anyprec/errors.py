@@ -9,8 +9,11 @@
     (ValueError)          a search that cannot be made, or a search file of another one |--
     PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
+    |-- BatchError (ValueError, TypeError)     images or labels that a network cannot take
+    |-- NoValuesError (RuntimeError)           values asked of a network on the meta device
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
+    InputSizeWarning (UserWarning)        costs counted at another input size than that in use
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
 Messages name the value that was found, what is allowed, and the remedy.
@@ -62,3 +65,15 @@ class CheckpointError(AnyprecError, ValueError):
 
 class StaleNormsWarning(UserWarning):
     """A network is evaluated on norm statistics that training has left behind."""
+
+
+class BatchError(AnyprecError, ValueError, TypeError):
+    """A loader yields images or labels that cannot be used, or is no loader at all."""
+
+
+class NoValuesError(AnyprecError, RuntimeError):
+    """Values were asked of a network on the meta device, whose tensors have none."""
+
+
+class InputSizeWarning(UserWarning):
+    """Costs are counted at another input size than that of the images in use."""

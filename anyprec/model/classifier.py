@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.intact import submodule_or_none
 from anyprec.model.record import Coverage
-from anyprec.model.switching import submodule_or_none, switch_to_float
+from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer, quantize_layer
 from anyprec.nn.operators import LAYER_TYPES
@@ -20,6 +21,8 @@ class ConvertedClassifier(ConvertedModel):
     """A converted network whose class has `reset_classifier`."""
 
     class_prefix: ClassVar[str] = "AnyPrecision"
+
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ("reset_classifier",)
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network's own `reset_classifier`, and quantize the new classifier like the old.

@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
 from anyprec.errors import BitsError, ConversionError
 from anyprec.model.checks import require_calibrated, require_latents
+from anyprec.model.intact import Structure, parts_of, require_intact
 from anyprec.model.record import ConversionRecord, Coverage
 from anyprec.model.state_dicts import added_keys, restart_from_float
 from anyprec.model.summary import Summary, SummaryRow
-from anyprec.model.switching import submodule_or_none, switch, switch_to_float
+from anyprec.model.switching import switch, switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
 from anyprec.nn.undecayed import undecayed_parameters
@@ -36,25 +38,31 @@ class ConvertedModel(Specialized):
 
     class_prefix: ClassVar[str] = "AnyPrecision"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = ("anyprec_record", "anyprec_structure")
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ("no_weight_decay",)
+
     anyprec_record: ConversionRecord
+    anyprec_structure: Structure
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network.
+
+        Raises:
+            ConversionError: A precision is set, but a layer or norm was replaced or removed.
+        """
+        # Not by `forward`, whose signature tracers and trainers read.
+        if not torch.compiler.is_compiling():
+            require_intact(self)
+        return super().__call__(*args, **kwargs)
 
     @property
     def quantized_layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers by path, in network order.
 
         Raises:
-            ConversionError: A layer was replaced by another module after conversion.
+            ConversionError: A layer or norm was replaced or removed after conversion.
         """
-        layers: dict[str, QuantizedLayer] = {}
-        for path in self.anyprec_record.quantized:
-            layer = submodule_or_none(self, path)
-            if not isinstance(layer, QuantizedLayer):
-                change = "removed" if layer is None else f"replaced by a {type(layer).__name__}"
-                msg = f"layer {path!r} was {change} after conversion: replace layers before "
-                msg += "anyprec.convert, or use the model's reset_classifier"
-                raise ConversionError(msg)
-            layers[path] = layer
-        return layers
+        return dict(parts_of(self).layers)
 
     @property
     def is_packed(self) -> bool:
@@ -198,11 +206,13 @@ class ConvertedModel(Specialized):
         state_dict: Mapping[str, Any],
         strict: bool = True,  # noqa: FBT001, FBT002 (the signature of nn.Module)
         assign: bool = False,  # noqa: FBT001, FBT002
+        **kwargs: Any,
     ) -> Any:
         """Load a state dict of this network, or of the float network that it was made from.
 
         A float state dict has none of our keys. Then weight step sizes and norm copies start anew
-        from the loaded values, and activations must be calibrated again.
+        from the loaded values, and activations must be calibrated again. Further arguments are for
+        a `load_state_dict` of the network's own.
 
         Raises:
             RuntimeError: as `nn.Module.load_state_dict`.
@@ -210,17 +220,22 @@ class ConvertedModel(Specialized):
         """
         if not any(PACKED in key.split(".") for key in state_dict):
             require_latents(self, purpose="load_state_dict")
+        # By name, and only what was asked for: the network's own method may take less.
+        if not strict:
+            kwargs["strict"] = strict
+        if assign:
+            kwargs["assign"] = assign
         added = added_keys(self)
         is_float = bool(added) and added.isdisjoint(state_dict)
         if not (strict and is_float):
-            return super().load_state_dict(state_dict, strict, assign)
+            return super().load_state_dict(state_dict, **kwargs)
         # With our keys at their present values, torch still names every key of the float network
         # that is missing or unknown.
         present = self.state_dict()
         completed = dict(state_dict)
         for key in added:
             completed[key] = present[key]
-        result = super().load_state_dict(completed, strict, assign)
+        result = super().load_state_dict(completed, **kwargs)
         restart_from_float(self)
         return result
 
@@ -248,15 +263,15 @@ class ConvertedModel(Specialized):
             names.update(original())
         return names
 
-    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
-        """Set training mode.
+    def train(self, mode: bool = True, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 (as nn.Module)
+        """Set training mode; further arguments are for a `train` of the network's own.
 
         Raises:
             PackedError: The network is packed, and `mode` is True.
         """
         if mode:
             require_latents(self, purpose="train")
-        return super().train(mode)
+        return super().train(mode, **kwargs)
 
 
 def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:

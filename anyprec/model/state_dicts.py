@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyprec.model.switching import switch_to_float, switchable_norms
+from anyprec.model.intact import switchable_norms
+from anyprec.model.switching import switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 

@@ -6,15 +6,13 @@ without a walk through the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from anyprec.bits import BitConfig, Bits
+from anyprec.model.intact import switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.norms import SwitchableNorm
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -50,30 +48,12 @@ def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer])
     switch(model, layers, dict.fromkeys(layers))
 
 
-def switchable_norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNorm]]:
-    """Path and module of every switchable norm that is still there."""
-    for path in model.anyprec_record.norms:
-        norm = submodule_or_none(model, path)
-        if isinstance(norm, SwitchableNorm):
-            yield path, norm
-
-
 def forget_statistics(model: ConvertedModel) -> None:
     """Drop norm statistics of configurations and uniform precisions: they are of old weights."""
     model.anyprec_record.statistics.clear()
     for _, norm in switchable_norms(model):
         if norm.bank is not None:
             norm.bank.forget_uniform()
-
-
-def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path`, or None if there is none."""
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        if module is not None:
-            # `get_submodule` would take most of the time of `set_bits`.
-            module = module._modules.get(name)  # noqa: SLF001
-    return module
 
 
 def _switch_norms(

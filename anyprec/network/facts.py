@@ -27,6 +27,9 @@ class LayerFacts:
         parameter: Path of the bare parameter that is the weight, or None.
         axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer,
             whose class determines it.
+        groups: Groups of a transposed convolution: the output channels along the axis are those of
+            one of them. 1 for anything else, and in files of earlier versions, where groups share
+            step sizes.
         per_tensor: The weight operand has no fixed output channels, so one step size serves all
             of it.
         dynamic: The weight operand depends on the network's input.
@@ -48,6 +51,7 @@ class LayerFacts:
     owner: str | None = None
     parameter: str | None = None
     axis: int | None = None
+    groups: int = 1
     per_tensor: bool = False
     dynamic: bool = False
     derived: bool = False

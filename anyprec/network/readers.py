@@ -51,11 +51,10 @@ class Reading:
 
 
 class Readers(TorchDispatchMode):
-    """Notes what reads parameters while it is active, and follows what depends on the input.
+    """Notes what reads parameters while it is active.
 
     Args:
         parameters: Each parameter with the path of the row that it belongs to.
-        varying: The tensors that depend on the network's input, by identity; more are added.
 
     Attributes:
         readings: Path of each row that was read to how.
@@ -63,11 +62,10 @@ class Readers(TorchDispatchMode):
             and MACs of the whole batch.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], varying: Any) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.readings: dict[str, Reading] = {}
         self.uncounted: dict[str, tuple[int, int]] = {}
-        self._varying = varying
         # By storage, since a view, `detach` and `data` make other tensors. A storage can hold
         # several parameters: those of an LSTM on a GPU.
         self._spans: dict[int, list[tuple[range, str]]] = {}
@@ -109,14 +107,10 @@ class Readers(TorchDispatchMode):
         kwargs = kwargs or {}
         arguments = (*args, *kwargs.values())
         paths = self._paths_in(arguments)
-        varies = any(tensor in self._varying for tensor in tensors_in(arguments))
         # This call is no function that the network's own code calls.
         with torch._C.DisableTorchFunction():  # noqa: SLF001 (as torch's documentation has it)
             result = func(*args, **kwargs)
         results = list(tensors_in((result,)))
-        if varies:
-            for tensor in results:
-                self._varying[tensor] = True
         name = function_name(func)
         if paths and name not in _BLIND:
             is_view = not func._schema.is_mutable and _share_storage(arguments, results)  # noqa: SLF001

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
 from anyprec.nn.bodies import body_of
+from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.packed import PackedOperand, stand_in
@@ -170,6 +171,17 @@ class QuantizedModule(QuantizedLayer, Specialized):
 
     class_prefix: ClassVar[str] = "Quantized"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = (
+        "weight_quantizer",
+        "input_quantizer",
+        PACKED,
+        "weight_source",
+        "operand_observers",
+        "output_observers",
+        "_bits",
+        "_active",
+    )
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original layer's forward, with the operands of its operator quantized."""
         if not self.is_intercepted:
@@ -208,7 +220,7 @@ def quantize_layer(
     candidates: LayerCandidates,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
     dynamic: bool = False,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
@@ -218,7 +230,7 @@ def quantize_layer(
             `weight` makes.
         candidates: The bit-widths that it may take.
         nonnegative: Its input cannot be negative.
-        axis: Axis of the weight operand with a step size for each index; None for one step size.
+        axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
@@ -233,12 +245,15 @@ def add_precision(
     source: WeightSource,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    channels = None if axis is None else weight.shape[axis]
-    weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis or 0)
+    if axis is None:
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=None)
+    else:
+        channels = channel_count(weight.shape, axis)
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
     input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
     layer.weight_quantizer = weight_quantizer.train(layer.training)

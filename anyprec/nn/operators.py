@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
+from anyprec.nn.channels import Axis, output_axis
+
 LAYER_TYPES = (
     nn.Linear,
     nn.Conv1d,
@@ -46,6 +48,13 @@ class Operator:
 
     channel_axis: int = 0
     transposed: bool = False
+
+    def output_axis(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Axis:
+        """Where the weight of a call has its output channels."""
+        if not self.transposed:
+            return self.channel_axis
+        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        return output_axis(self.channel_axis, groups)
 
     def macs(self, input_: Tensor, weight: Tensor, output: Tensor) -> int:
         """Multiply-accumulates of one call, for the whole batch."""
@@ -105,9 +114,17 @@ def matrix_path(parameter: str) -> str:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Axis of the layer's weight that holds the output channels."""
+    """Axis of the layer's weight that holds (a group's) output channels."""
     transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     return 1 if transposed else 0
+
+
+def transposed_groups(layer: nn.Module) -> int:
+    """Groups of a transposed convolution; 1 for any other layer."""
+    if channel_axis(layer) == 0:
+        return 1
+    groups: int = layer.groups  # type: ignore[assignment]
+    return groups
 
 
 def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:

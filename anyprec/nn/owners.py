@@ -31,6 +31,8 @@ class FunctionalOwner(Specialized):
 
     class_prefix: ClassVar[str] = "QuantizedOwner"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = ("functional_layers",)
+
     functional_layers: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import PackedError
-from anyprec.nn.functional import match_moments, moments
+from anyprec.nn.channels import Axis
+from anyprec.nn.moments import match_moments, moments
 from anyprec.nn.packed import NO_LATENTS, PackedOperand
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ class WeightSource(ABC):
 
     Attributes:
         dynamic: The weight operand may change with the input, so nothing can be kept.
-        corrected_axis: Axis of the channels whose mean and spread are those of the latent weight
-            (`match_moments`); None without this correction.
+        corrected_axis: Where the output channels are whose mean and spread are those of the latent
+            weight (`match_moments`); None without this correction.
     """
 
-    def __init__(self, *, dynamic: bool, corrected_axis: int | None) -> None:
+    def __init__(self, *, dynamic: bool, corrected_axis: Axis | None) -> None:
         self.dynamic = dynamic
         self.corrected_axis = corrected_axis
         self._cache: dict[int, tuple[Stamp, Tensor]] = {}

@@ -16,7 +16,7 @@ from anyprec.bits import BitConfig
 from anyprec.calibration.norm_statistics import refresh_norms
 from anyprec.errors import TrainingError
 from anyprec.model.converted import BitsRequest, ConvertedModel
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.staleness import TrainedNetwork
 from anyprec.runtime.batches import Batch
 from anyprec.training.randomness import keeping_randomness
