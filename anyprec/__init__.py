@@ -29,6 +29,8 @@ from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted,
 from anyprec.model.costing import cost_model, cost_of
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.trust import trust_weights
+from anyprec.nn.channels import GroupedAxis
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -87,6 +89,7 @@ __all__ = [
     "Criterion",
     "EpochRecord",
     "FeaturePoint",
+    "GroupedAxis",
     "InputQuantizer",
     "Instability",
     "InstabilitySampler",
@@ -129,5 +132,6 @@ __all__ = [
     "param_groups",
     "save",
     "search",
+    "trust_weights",
     "update_norms",
 ]
