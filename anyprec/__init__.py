@@ -32,6 +32,8 @@ from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted,
 from anyprec.model.costing import cost_model, cost_of
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.trust import trust_weights
+from anyprec.nn.channels import GroupedAxis
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -91,6 +93,7 @@ __all__ = [
     "Criterion",
     "EpochRecord",
     "FeaturePoint",
+    "GroupedAxis",
     "InputQuantizer",
     "InputSizeWarning",
     "Instability",
@@ -135,5 +138,6 @@ __all__ = [
     "param_groups",
     "save",
     "search",
+    "trust_weights",
     "update_norms",
 ]

@@ -175,7 +175,9 @@ class _PerTensor(torch.autograd.Function):
         qmin, qmax, gradient_scale = ctx.constants
         dtype = values.dtype
         if dtype == torch.float16:
-            values, result, gradient = values.float(), result.float(), gradient.float()
+            # The result that was kept is rounded to float16: too coarse for the differences below.
+            values, gradient = values.float(), gradient.float()
+            result = _ratio(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
             # Reading the step size as a number costs nothing on a CPU and saves a pass over the
             # tensor.
@@ -189,13 +191,9 @@ class _PerTensor(torch.autograd.Function):
         # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax.
         # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
         # whole sum.
-        if dtype == torch.bfloat16:
-            # Their difference would be lost in the rounding of bfloat16: subtracted before.
-            passed = torch.ops.aten.hardtanh_backward(values, measured, low, high)
-            total = _dot(gradient, result - passed)
-        else:
-            total = _dot(gradient, result) - _dot(inside, values)
-        step_gradient = total / torch.copysign(scale, step.reshape(()))
+        step_gradient = (_dot(gradient, result) - _dot(inside, values)) / torch.copysign(
+            scale, step.reshape(())
+        )
         step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape)
         return inside.to(dtype), step_gradient, None, None, None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anyprec.nn.channels import Axis, rows_of_channels
+from anyprec.nn.channels import GroupedAxis, rows_of_channels
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
 from anyprec.nn.precision import FullPrecision
 from anyprec.nn.undecayed import Undecayed
@@ -93,7 +93,7 @@ class WeightQuantizer(_Switchable):
     """
 
     def __init__(
-        self, candidates: tuple[int, ...], *, channels: int | None, axis: Axis = 0
+        self, candidates: tuple[int, ...], *, channels: int | None, axis: int | GroupedAxis = 0
     ) -> None:
         super().__init__(candidates)
         self.axis = None if channels is None else axis
