@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.architecture import find_architecture
@@ -39,6 +40,7 @@ from anyprec.errors import BitsError
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.costing import cost_model
+from anyprec.model.intact import submodule_or_none
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED
@@ -236,13 +238,16 @@ def _searched(note: ConfigNote, result: SearchResult) -> ConfigNote:
 
 
 def _present_facts(model: ConvertedModel) -> NetworkFacts:
-    """The facts without layers that the network has lost since its conversion."""
+    """The facts without layers and norms that the network has lost since its conversion."""
     facts = model.anyprec_record.facts
     # `reset_classifier(0)` takes a layer out.
     present = {row.path for row in model.coverage if holds_layer(model, facts.layers[row.path])}
     # This raises if a layer was replaced: such a file could not be loaded.
     present |= model.quantized_layers.keys()
-    norms = {path: layer if layer in present else None for path, layer in facts.norms.items()}
+    norms: dict[str, str | None] = {}
+    for path, layer in facts.norms.items():
+        if isinstance(submodule_or_none(model, path), _BatchNorm):
+            norms[path] = layer if layer in present else None
     layers = {path: layer for path, layer in facts.layers.items() if path in present}
     return dataclasses.replace(facts, layers=layers, norms=norms)
 

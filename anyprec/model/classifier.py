@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.intact import submodule_or_none
+from anyprec.model.intact import parts_of, submodule_or_none
 from anyprec.model.record import Coverage
 from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer, quantize_layer
+from anyprec.nn.norms import SwitchableNorm, switch_norm
 from anyprec.nn.operators import LAYER_TYPES
 
 
@@ -31,15 +33,35 @@ class ConvertedClassifier(ConvertedModel):
         in floating point afterwards, and named configurations are dropped if the set of layers
         changed.
         """
-        before = self.quantized_layers
-        switch_to_float(self, before)
+        before = parts_of(self)
+        switch_to_float(self, before.layers)
         # The network's own class has it.
         result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        _adopt_replacements(self, before)
+        _adopt_norms(self, before.norms)
+        _adopt_layers(self, before.layers)
         return result
 
 
-def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -> None:
+def _adopt_norms(model: ConvertedModel, before: Mapping[str, SwitchableNorm]) -> None:
+    """Give copies to what took the place of the norms `before`, and the network a new record."""
+    record = model.anyprec_record
+    setters = dict(record.norms)
+    for path, old in {**record.removed_norms, **before}.items():
+        new = submodule_or_none(model, path)
+        if new is old:
+            continue
+        if isinstance(new, _BatchNorm):
+            _switch_like(new, old, shared_affine=record.settings.norm == "shared-affine")
+            feeding = record.facts.norms[path]
+            setters[path] = feeding if feeding in record.quantized else None
+            record.removed_norms.pop(path, None)
+        else:
+            setters.pop(path, None)
+            record.removed_norms[path] = old
+    model.anyprec_record = dataclasses.replace(record, norms=setters)
+
+
+def _adopt_layers(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -> None:
     """Quantize what took the place of the layers `before`, and give the network a new record."""
     record = model.anyprec_record
     coverage = {row.path: row for row in record.coverage}
@@ -68,6 +90,13 @@ def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLay
         coverage=tuple(coverage.values()),
         facts=dataclasses.replace(record.facts, layers=facts),
     )
+
+
+def _switch_like(new: _BatchNorm, old: SwitchableNorm, *, shared_affine: bool) -> None:
+    if old.bank is None:
+        switch_norm(new, 0)
+    else:
+        switch_norm(new, old.bank.rows, shared_affine=shared_affine, widths=old.bank.widths)
 
 
 def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:

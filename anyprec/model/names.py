@@ -15,6 +15,7 @@ from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedModule
+from anyprec.nn.norm_stand_ins import computes_values
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.operators import MATRICES
 from anyprec.nn.owners import FunctionalOwner
@@ -59,9 +60,15 @@ def require_free_names(
         norm = model.get_submodule(path)
         _require_free(norm, names_of(SwitchableNorm), f"norm {path!r}", "rename the attribute")
         _require_class_forward(norm, f"norm {path!r}", "or take a norm of torch or timm")
+        if computes_values(norm):
+            msg = f"norm {path!r} was pruned or is parametrized, which its copies could not "
+            msg += "follow: make that permanent (torch.nn.utils.prune.remove, "
+            msg += "torch.nn.utils.parametrize.remove_parametrizations) before anyprec.convert"
+            raise ConversionError(msg)
     for path, layers in owners.items():
         subject = f"module {path!r}" if path else "the network"
-        names = ", ".join(map(repr, layers))
+        prefix = f"{path}." if path else ""
+        names = ", ".join(repr(prefix + layer) for layer in layers)
         remedy = f"exclude the layers that it uses ({names}) or rename the attribute"
         owner = model.get_submodule(path)
         _require_free(owner, names_of(FunctionalOwner), subject, remedy)

@@ -7,12 +7,17 @@ The norm itself stays as it is, so that several threads may use it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from anyprec.errors import ConversionError, TrainingError
+from anyprec.nn.observers import Observers
 
 _Store = dict[str, Tensor | None]
 """Parameters or buffers of a module, by name."""
@@ -25,15 +30,43 @@ _PASSING_ON = {
 }
 """Module and name of the forward methods that pass their values to `F.batch_norm`, no more."""
 
+_COMPUTED_FROM = frozenset({"weight_orig", "bias_orig", "weight_g"})
+"""Parameters that torch's pruning and old weight_norm put in the place of weight and bias."""
 
-def passes_values_on(norm: nn.Module) -> bool:
-    """Whether the forward of a float norm passes its values to `F.batch_norm`, and no more.
+
+def passes_values_on(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class of norms passes its values to `F.batch_norm`, and no more.
 
     Then that call can be intercepted, which also compiles.
     """
-    forward: Any = type(norm).forward
+    forward: Any = kind.forward
     name = getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)
     return name in _PASSING_ON
+
+
+def computes_values(norm: nn.Module) -> bool:
+    """Whether a norm's scale or shift is computed: it was pruned or is parametrized."""
+    modules, parameters = norm._modules, norm._parameters  # noqa: SLF001 (no public name)
+    return "parametrizations" in modules or not _COMPUTED_FROM.isdisjoint(parameters)
+
+
+def require_values_of_copies(norm: Any) -> None:
+    """Refuse a norm that does with its values what its copies would not follow.
+
+    Raises:
+        ConversionError: It computes its scale or shift.
+        TrainingError: It is trained with cumulative averages.
+    """
+    if computes_values(norm):
+        msg = "a norm was pruned or parametrized after conversion, which its copies do not follow: "
+        msg += "undo that, or do it before anyprec.convert and make it permanent "
+        msg += "(torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)"
+        raise ConversionError(msg)
+    if norm.training and norm.momentum is None:
+        msg = "a norm with momentum=None averages over all its batches, whatever their precision, "
+        msg += "so its copies cannot be trained: give it a number as momentum, and estimate "
+        msg += "statistics by anyprec.update_norms(model, loader)"
+        raise TrainingError(msg)
 
 
 def is_synchronised(norm: nn.Module) -> bool:
@@ -100,3 +133,25 @@ def _take_over_tensors(store: _Store, before: _Store, after: _Store) -> None:
         # A copy's own: its values live in the bank.
         with torch.no_grad():
             value.copy_(tensor)
+
+
+class OutputWatch(TorchFunctionMode):
+    """Calls observers with every result of `F.batch_norm`, and changes nothing."""
+
+    def __init__(self, observers: Observers) -> None:
+        super().__init__()
+        self.observers = observers
+        self.has_notified = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.batch_norm:
+            self.observers.notify(result)
+            self.has_notified = True
+        return result

@@ -34,7 +34,13 @@ from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import TrainingError
 from anyprec.nn.norm_bank import AFFINE, STATISTICS, NormBank, Statistics
-from anyprec.nn.norm_stand_ins import is_synchronised, passes_values_on, standing_in
+from anyprec.nn.norm_stand_ins import (
+    OutputWatch,
+    is_synchronised,
+    passes_values_on,
+    require_values_of_copies,
+    standing_in,
+)
 from anyprec.nn.observers import Observers
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
@@ -44,14 +50,6 @@ NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 NormSharing = Literal["per-pair", "shared-affine", "shared"]
 """Copies of a norm: one per (weight, activation) pair of the layer before it, the same of the
 statistics only, or none."""
-
-_RESET = "resetting the statistics of norms, as torch.optim.swa_utils.update_bn does, would erase "
-_RESET += "those of the float network while a precision is set: use anyprec.update_norms(model, "
-_RESET += "loader), or call set_bits(None) first if the float network is meant"
-
-_CUMULATIVE = "a norm with momentum=None averages over all its batches, whatever their precision, "
-_CUMULATIVE += "so its copies cannot be trained: give it a number as momentum, and re-estimate "
-_CUMULATIVE += "statistics by anyprec.update_norms(model, loader)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +84,6 @@ class SwitchableNorm(Specialized):
         bank: The copies; None if the norm is shared by all precisions.
         selection: What is used of them.
         output_observers: Called with every normalised output, before any activation.
-        passes_values_on: Its forward passes its values to `F.batch_norm`, and does nothing else
-            with them.
     """
 
     class_prefix: ClassVar[str] = "Switchable"
@@ -96,17 +92,17 @@ class SwitchableNorm(Specialized):
         "bank",
         "selection",
         "output_observers",
-        "passes_values_on",
+        "_passes_values_on",
     )
     _anyprec_extended: ClassVar[tuple[str, ...]] = ("reset_running_stats",)
 
     bank: NormBank | None
     selection: NormSelection
     output_observers: Observers
-    # A class attribute besides, for norms pickled before there was one.
-    passes_values_on: bool = True
+    # Whether its forward passes its values to `F.batch_norm`, and does nothing else with them. A
+    # class attribute besides, for norms pickled before there was one.
+    _passes_values_on: bool = True
     eps: float
-    momentum: float | None
     running_mean: Tensor
     running_var: Tensor
 
@@ -157,7 +153,7 @@ class SwitchableNorm(Specialized):
         """The original forward, with what is selected in place of the float values.
 
         Raises:
-            TrainingError: A copy would take cumulative averages (`momentum=None`).
+            ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
         """
         # In training the copies move, and statistics beside them would stay behind. In compiled
         # training `OneShot` drops them.
@@ -168,9 +164,9 @@ class SwitchableNorm(Specialized):
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
-        if self.training and self.selection.has_row and self.momentum is None:
-            raise TrainingError(_CUMULATIVE)
-        if not self.passes_values_on or is_synchronised(self):
+        if self.selection.has_row:
+            require_values_of_copies(self)
+        if not self._passes_values_on or is_synchronised(self):
             return self._forward_of_stand_in(args, kwargs)
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
@@ -179,7 +175,7 @@ class SwitchableNorm(Specialized):
     def _forward_of_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The original forward of an object like this one whose values are those selected."""
         values = self._selected_values()
-        with standing_in(self, values) as stand_in, _OutputWatch(self.output_observers) as watch:
+        with standing_in(self, values) as stand_in, OutputWatch(self.output_observers) as watch:
             result = super(SwitchableNorm, stand_in).forward(*args, **kwargs)  # type: ignore[misc]
         if not watch.has_notified:
             self.output_observers.notify(result)
@@ -202,7 +198,10 @@ class SwitchableNorm(Specialized):
             TrainingError: A copy is active: it is not what would be reset.
         """
         if self.selection.has_row:
-            raise TrainingError(_RESET)
+            msg = "resetting statistics of norms, as torch.optim.swa_utils.update_bn does, would "
+            msg += "erase those of the float network while a precision is set: use "
+            msg += "anyprec.update_norms(model, loader), or call set_bits(None) first"
+            raise TrainingError(msg)
         super().reset_running_stats()  # type: ignore[misc]
 
     def _warn_if_stale(self, bank: NormBank) -> None:
@@ -283,28 +282,6 @@ class _NormInterceptor(TorchFunctionMode):
                 getattr(bank, name).index_copy_(0, bank.choice, arguments[name][None])
 
 
-class _OutputWatch(TorchFunctionMode):
-    """Calls observers with every result of `F.batch_norm`, and changes nothing."""
-
-    def __init__(self, observers: Observers) -> None:
-        super().__init__()
-        self.observers = observers
-        self.has_notified = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is F.batch_norm:
-            self.observers.notify(result)
-            self.has_notified = True
-        return result
-
-
 class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
     """In the block, every BatchNorm takes its batch's statistics and keeps its own unchanged."""
 
@@ -337,19 +314,20 @@ def switch_norm(
     if rows:
         bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths)
         bank.train(norm.training)
+    kind = type(norm)
     specialize(norm, SwitchableNorm)
     norm._modules["bank"] = bank  # noqa: SLF001 (None too, and past a `__getattr__` of its own)
     vars(norm).update(
         selection=NormSelection(),
         output_observers=Observers(),
-        passes_values_on=passes_values_on(norm),
+        _passes_values_on=passes_values_on(kind),
     )
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
     del norm.bank
-    for name in ("selection", "output_observers", "passes_values_on"):
+    for name in ("selection", "output_observers", "_passes_values_on"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

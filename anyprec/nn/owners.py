@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anyprec.errors import ConversionError
 from anyprec.nn.bodies import body_of
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.operators import operands, operator_of
@@ -41,6 +42,7 @@ class FunctionalOwner(Specialized):
         for path in self.functional_layers:
             layer = self.get_submodule(path)
             if isinstance(layer, QuantizedLayer) and layer.is_intercepted:
+                _require_weight_itself(layer, path)
                 intercepted[id(layer.weight)] = layer
         if not intercepted:
             return super().forward(*args, **kwargs)
@@ -104,6 +106,18 @@ class _OwnerInterceptor(TorchFunctionMode):
         if base is None:
             return None
         return self.layers.get(id(base))
+
+
+def _require_weight_itself(layer: QuantizedLayer, path: str) -> None:
+    """Refuse a weight that is computed at each access: its uses could not be told from others.
+
+    Raises:
+        ConversionError: The layer was parametrized after conversion.
+    """
+    if "parametrizations" in layer._modules:  # noqa: SLF001 (no public name)
+        msg = f"layer {path!r} was parametrized after conversion, but its weight is used without "
+        msg += "calling it: take that back by torch.nn.utils.parametrize.remove_parametrizations"
+        raise ConversionError(msg)
 
 
 def intercept_in_owner(owner: nn.Module, functional_layers: tuple[str, ...]) -> None:
