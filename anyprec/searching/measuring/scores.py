@@ -80,7 +80,7 @@ def number_of(score: Any) -> float:
     is_scalar_array = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     if is_one_element or is_scalar_array:
         value = value.item()
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if not isinstance(value, bool) and isinstance(value, numbers.Real):
         return float(value)
     returned = repr(score)[:80]
     if isinstance(score, Tensor):
