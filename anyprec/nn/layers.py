@@ -98,7 +98,8 @@ class QuantizedLayer(nn.Module):
         """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
         if self.operand_observers:
             self.operand_observers.notify(input_, _whole(weight, self.weight))
-        if not self._active:
+        # Quantizing would turn bytes into numbers where the float operator refuses them.
+        if not self._active or not input_.is_floating_point():
             return operator(*args, **kwargs)
         if torch.compiler.is_compiling():
             quantized_input = self.input_quantizer.forward_selected(input_)
