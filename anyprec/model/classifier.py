@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 
+from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.record import Coverage
 from anyprec.model.switching import submodule_or_none, switch_to_float
@@ -27,7 +29,16 @@ class ConvertedClassifier(ConvertedModel):
         Step sizes of its input are kept where the layer reads the same features; the network runs
         in floating point afterwards, and named configurations are dropped if the set of layers
         changed.
+
+        Raises:
+            ConversionError: Views of the network are alive (`model.view`).
         """
+        if self.anyprec_precision.family.has_views:
+            gc.collect()  # a view that nobody has any more may wait for it
+        if self.anyprec_precision.family.has_views:
+            msg = "reset_classifier exchanges a layer, which other views of the network would not "
+            msg += "notice: drop them before, and make new ones afterwards"
+            raise ConversionError(msg)
         before = self.quantized_layers
         switch_to_float(self, before)
         # The network's own class has it.
@@ -65,6 +76,7 @@ def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLay
         coverage=tuple(coverage.values()),
         facts=dataclasses.replace(record.facts, layers=facts),
     )
+    model.anyprec_precision.connect(model)
 
 
 def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:

@@ -20,6 +20,7 @@ from anyprec.model.classifier import ConvertedClassifier
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
@@ -138,7 +139,9 @@ def apply_settings(
     has_classifier = hasattr(model, "reset_classifier")
     specialize(model, ConvertedClassifier if has_classifier else ConvertedModel)
     vars(model)["anyprec_record"] = ConversionRecord(settings, facts, coverage, norms)
-    return model  # type: ignore[return-value]
+    converted: ConvertedModel = model  # type: ignore[assignment]
+    ActivePrecision({}).connect(converted)
+    return converted
 
 
 def revert(model: nn.Module) -> None:
@@ -148,6 +151,7 @@ def revert(model: nn.Module) -> None:
     """
     if isinstance(model, ConvertedModel):
         vars(model).pop("anyprec_record", None)
+        vars(model).pop("anyprec_precision", None)
         despecialize(model)
     for module in list(model.modules()):
         # A module may be an owner and a quantized layer; it was made an owner last.

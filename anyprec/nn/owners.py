@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anyprec.nn.backward import follow_precision
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.operators import OPERATORS, PRODUCTS, body_of, operands, product_operands
 from anyprec.nn.specialize import Specialized, despecialize, specialize
@@ -36,7 +37,10 @@ class FunctionalOwner(Specialized):
         intercepted: dict[int, QuantizedLayer] = {}
         for path in self.functional_layers:
             layer = self.get_submodule(path)
-            if isinstance(layer, QuantizedLayer) and layer.is_intercepted:
+            if not isinstance(layer, QuantizedLayer):
+                continue
+            follow_precision(layer)
+            if layer.is_intercepted:
                 intercepted[id(layer.weight)] = layer
         if not intercepted:
             return super().forward(*args, **kwargs)

@@ -65,12 +65,11 @@ class WeightSource(ABC):
 
     def _cached(self, index: int, stamp: Stamp | None) -> Tensor | None:
         """The weight kept for a candidate, if it was computed from tensors with this stamp."""
-        if stamp is None or index not in self._cache:
+        # Once, since a view of the network in another thread may drop it in between.
+        cached = self._cache.get(index)
+        if stamp is None or cached is None or cached[0] != stamp:
             return None
-        cached_stamp, quantized = self._cache[index]
-        if cached_stamp != stamp:
-            return None
-        return quantized
+        return cached[1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_cache": {}}
@@ -91,8 +90,10 @@ class LatentWeight(WeightSource):
         quantizer = layer.weight_quantizer
         if torch.compiler.is_compiling():
             # Neither the index nor a stamp may be read: each value would be a program of its own.
-            return self._corrected(quantizer.forward_selected(operand), operand)
-        index, step = quantizer.selected, quantizer.step
+            return self._corrected(
+                quantizer.forward_selected(operand, layer.chosen.weight), operand
+            )
+        index, step = layer.weight_index, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         if layer.training or learns or self.dynamic:
             return self.compute(quantizer, operand, index)
@@ -151,7 +152,7 @@ class PackedCodes(WeightSource):
             msg = f"a packed layer cannot run in training mode; {NO_LATENTS}"
             raise PackedError(msg)
         quantizer = layer.weight_quantizer
-        index, step = quantizer.selected, quantizer.step
+        index, step = layer.weight_index, quantizer.step
         stamp = _stamp((*self.operand.buffers(), step))
         quantized = self._cached(index, stamp)
         if quantized is None:
