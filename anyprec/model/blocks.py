@@ -84,9 +84,7 @@ class OpenBlocks:
                 nobody ends here.
         """
         with self._change:
-            while waiting and not self._is_own():
-                if self._top is not None and self._top.process != os.getpid():
-                    raise PrecisionError(_FORKED)
+            while waiting and self._must_wait(self._top):
                 self._change.wait()
             outer = self._own_block()
             block = Block(None, self._top, outer, threading.get_ident(), os.getpid())
@@ -94,23 +92,23 @@ class OpenBlocks:
         self._innermost.set(block)
         return block
 
-    def close(self, block: Block) -> bool:
-        """Close a block.
+    def is_innermost(self, block: Block) -> bool:
+        """Whether no other block was opened inside this one and is still open."""
+        return self._top is block
 
-        Returns:
-            Whether it was on top, so that the precision before it must be restored. Otherwise the
-            block above restores that precision later.
+    def close(self, block: Block) -> None:
+        """Close a block, after the precision before it was restored.
+
+        If it is not the innermost one, the block above restores that precision later.
         """
         self._innermost.set(block.outer)
         with self._change:
             block.is_open = False
-            is_top = block is self._top
-            if is_top:
+            if block is self._top:
                 self._top = block.below
             else:
                 self._take_out(block)
             self._change.notify_all()
-        return is_top
 
     def require_turn(self, purpose: str) -> None:
         """Refuse whoever would meet the precision of a block that is not its own.
@@ -118,10 +116,8 @@ class OpenBlocks:
         Raises:
             PrecisionError: A block of another thread, or of another task, is open.
         """
-        if self._top is None or self._is_own():
-            return
         top = self._top
-        if top is None:
+        if top is None or self._is_own(top):
             return
         if top.process != os.getpid():
             raise PrecisionError(_FORKED)
@@ -130,12 +126,20 @@ class OpenBlocks:
         msg += f"at the precision of that block. Use a block here, too. {VIEW_HINT}"
         raise PrecisionError(msg)
 
-    def _is_own(self) -> bool:
-        """Whether the block on top, if any, is that of this thread or task."""
-        top, innermost = self._top, self._own_block()
-        if top is None or innermost is not None:
-            return top is None or innermost is top
+    def _is_own(self, top: Block) -> bool:
+        """Whether the innermost block is that of this thread or task."""
+        innermost = self._own_block()
+        if innermost is not None:
+            return innermost is top
         return top.thread == threading.get_ident()
+
+    def _must_wait(self, top: Block | None) -> bool:
+        """Whether another thread has a block open; a task of this one cannot be waited for."""
+        if top is None or top.thread == threading.get_ident() or self._is_own(top):
+            return False
+        if top.process != os.getpid():
+            raise PrecisionError(_FORKED)
+        return True
 
     def _own_block(self) -> Block | None:
         """The innermost open block of this context."""

@@ -176,10 +176,14 @@ class ActivePrecision(BackwardGuard):
             Whether it was the innermost one. Otherwise the precision stays that of the innermost.
         """
         self._explicit -= block.in_backward
-        is_top = self.blocks.close(block)
-        if is_top:
-            switch(model, model.quantized_layers, block.before)
-        return is_top
+        is_innermost = self.blocks.is_innermost(block)
+        try:
+            if is_innermost:
+                switch(model, model.quantized_layers, block.before)
+        finally:
+            # Only now, since another thread may be waiting for its turn.
+            self.blocks.close(block)
+        return is_innermost
 
     def enter_thread(self) -> None:
         """See `BackwardGuard`."""

@@ -46,15 +46,15 @@ def follow_precision(module: nn.Module) -> None:
     if torch.compiler.is_compiling():
         return
     guard: BackwardGuard | None = module.backward_guard  # type: ignore[assignment]
-    if guard is None:
+    is_inside = in_backward()
+    if guard is None or not (is_inside or guard.thread != get_ident()):
         return
-    # The replicas of nn.DataParallel have a precision of their own, which nobody switches.
-    if in_backward():
-        if "_is_replica" not in vars(module):
-            guard.follow()
-    elif guard.thread != get_ident() and "_is_replica" not in vars(module):
-        if torch.is_grad_enabled() or module.training:
-            guard.enter_thread()
+    if "_is_replica" in vars(module):
+        return  # of nn.DataParallel: it has a precision of its own, which nobody switches
+    if is_inside:
+        guard.follow()
+    elif torch.is_grad_enabled() or module.training:
+        guard.enter_thread()
 
 
 def in_backward() -> bool:

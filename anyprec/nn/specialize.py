@@ -33,7 +33,7 @@ class Specialized(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class: the class itself cannot be imported."""
         # What __getstate__ leaves out is bound to this very object, such as its compiled form.
-        return _empty, (self._mixins, self.original_class), self.__getstate__()
+        return _empty, (self._mixins, self.original_class), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
