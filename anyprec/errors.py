@@ -7,6 +7,7 @@
     TrainingError (RuntimeError)      the training hooks used out of order |-- BudgetError
     (ValueError)          a budget that cannot be read, or that nothing fits |-- SearchError
     (ValueError)          a search that cannot be made, or a search file of another one |--
+    PrecisionError (RuntimeError)     the precision of somebody else's block or backward pass |--
     PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
     |-- BatchError (ValueError, TypeError)     images or labels that a network cannot take
@@ -50,6 +51,10 @@ class BudgetError(AnyprecError, ValueError):
 
 class SearchError(AnyprecError, ValueError):
     """An argument that no search can be made with, or a search file that is damaged or foreign."""
+
+
+class PrecisionError(AnyprecError, RuntimeError):
+    """A pass would run at a precision that another thread, task or backward pass has set."""
 
 
 class PackedError(AnyprecError, RuntimeError):
