@@ -12,12 +12,15 @@ from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
 from anyprec.errors import (
     AnyprecError,
+    BatchError,
     BitsError,
     BudgetError,
     CalibrationError,
     CheckpointError,
     ConversionError,
+    InputSizeWarning,
     NotCalibratedError,
+    NoValuesError,
     PackedError,
     SearchError,
     StaleNormsWarning,
@@ -29,6 +32,8 @@ from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted,
 from anyprec.model.costing import cost_model, cost_of
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.trust import trust_weights
+from anyprec.nn.channels import GroupedAxis
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -63,6 +68,7 @@ __all__ = [
     "AnyprecError",
     "Architecture",
     "Batch",
+    "BatchError",
     "BitConfig",
     "BitWidthScheduler",
     "Bits",
@@ -87,7 +93,9 @@ __all__ = [
     "Criterion",
     "EpochRecord",
     "FeaturePoint",
+    "GroupedAxis",
     "InputQuantizer",
+    "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
     "LayerCandidates",
@@ -95,6 +103,7 @@ __all__ = [
     "LossTerm",
     "MeasuredConfig",
     "Mixup",
+    "NoValuesError",
     "NormSharing",
     "NotCalibratedError",
     "Objective",
@@ -129,5 +138,6 @@ __all__ = [
     "param_groups",
     "save",
     "search",
+    "trust_weights",
     "update_norms",
 ]

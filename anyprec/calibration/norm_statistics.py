@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_widths
-from anyprec.calibration.passes import held_images, undo_on_error
+from anyprec.calibration.passes import (
+    held_images,
+    require_count,
+    run_on_images,
+    undo_on_error,
+)
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.intact import switchable_norms
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
-from anyprec.runtime.batches import Batch, device_of
+from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count, sum_over_processes
 
@@ -68,7 +73,10 @@ def update_norms(
         ConversionError: `model` is not converted.
         BitsError: `bits` does not fit the model, or is None.
         NotCalibratedError: Step sizes are missing.
-        CalibrationError: The loader is empty, or statistics come out not finite.
+        NoValuesError: It is on the meta device.
+        BatchError: The loader yields something else than batches of images that the network takes.
+        CalibrationError: The loader is empty, `batches` is not positive, or statistics come out not
+            finite.
         ValueError: Both `anchored` and `include_float` are asked for, or one of them for a
             configuration.
 
@@ -81,6 +89,8 @@ def update_norms(
         >>> anyprec.update_norms(model, [images], {"layer1.*": 4})
     """
     require_converted(model, purpose="update_norms")
+    if batches is not None:
+        require_count(batches, name="batches")
     if anchored and include_float:
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
         msg += "them: choose one"
@@ -97,7 +107,7 @@ def update_norms(
         msg = f'anchored=True and include_float=True need bits="all", got bits={bits!r}: leave '
         msg += "them out for a configuration"
         raise ValueError(msg)
-    images = held_images(loader, batches, device_of(model))
+    images = held_images(model, loader, batches, purpose="update_norms")
     _update_configuration(model, dict(switchable_norms(model)), images, config)
 
 
@@ -132,7 +142,7 @@ def refresh_norms(
     is_stale = _uses_stale_rows(model, norms, uniform)
     if not (is_stale or missing):
         return
-    images = held_images(loader, batches, device_of(model))
+    images = held_images(model, loader, batches, purpose="refreshing norm statistics")
     if is_stale:
         _update_copies(model, norms, images, uniform)
     for config in missing:
@@ -179,7 +189,7 @@ def _update_all_copies(
     requests: list[Bits | None] = [*_uniform_pairs(model)]
     if include_float:
         requests.append(None)
-    images = held_images(loader, limit, device_of(model))
+    images = held_images(model, loader, limit, purpose="update_norms")
     _update_copies(model, norms, images, requests, anchored=anchored)
 
 
@@ -370,7 +380,7 @@ def _of_all_processes(count: float, mean: Tensor, variance: Tensor) -> tuple[flo
 
 
 def _estimate(
-    model: nn.Module,
+    model: ConvertedModel,
     norms: dict[str, SwitchableNorm],
     batches: list[Tensor],
     reference: _Reference | None,
@@ -411,7 +421,7 @@ def _float_statistics(
 
 
 def _watch_norms(
-    model: nn.Module,
+    model: ConvertedModel,
     norms: dict[str, SwitchableNorm],
     batches: list[Tensor],
     before_norm: Callable[[str, _RunningStatistics], None],
@@ -428,7 +438,7 @@ def _watch_norms(
         hooks.append(norm.register_forward_pre_hook(partial(watch, path)))
     try:
         for images in batches:
-            model(images)
+            run_on_images(model, images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
-from anyprec.nn.operators import LAYER_TYPES, matrix_path
+from anyprec.nn.operators import LAYER_TYPES, matrix_path, transposed_groups
 
 
 def require_float_fit(
@@ -151,10 +151,15 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     except AttributeError:
         return False
     parameter = dict(module.named_parameters(recurse=False)).get(name)
-    axes = 0 if parameter is None else parameter.ndim
+    shape = () if parameter is None else tuple(parameter.shape)
+    axes = len(shape)
     if facts.parameter is not None:
         axis_fits = facts.axis is None or 0 <= facts.axis < axes
+        if facts.groups > 1:
+            axis_fits = facts.axis == 1 and axes > 1 and shape[0] % facts.groups == 0
         return axes > 1 and axis_fits and facts.path == matrix_path(facts.parameter)
+    if facts.groups not in (1, transposed_groups(module)):
+        return False
     # An empty path would be the network itself, whose weight cannot be replaced.
     can_quantize = isinstance(module, LAYER_TYPES) or (axes > 1 and facts.per_tensor)
     return bool(holder) and can_quantize

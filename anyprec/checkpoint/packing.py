@@ -19,6 +19,7 @@ from anyprec.checkpoint.packed_tensors import LayerCells
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
 from anyprec.network.facts import LayerFacts
+from anyprec.nn.channels import from_rows
 from anyprec.nn.layers import QuantizedLayer, pack_layer
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import PackedOperand
@@ -160,9 +161,7 @@ def _as_operand(rows: Tensor, shape: tuple[int, ...], quantizer: WeightQuantizer
     axis = quantizer.axis
     if axis is None:
         return rows.reshape(shape)
-    # `per_channel` moves the channel axis to the front and flattens the others.
-    channels_first = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-    return rows.reshape(channels_first).movedim(0, axis).contiguous()
+    return from_rows(rows, shape, axis)
 
 
 def _obstacle(

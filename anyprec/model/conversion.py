@@ -22,14 +22,17 @@ from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.intact import Structure
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.restoring import restored_on_error
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.bodies import FUSING_TYPES
+from anyprec.nn.channels import Axis, output_axis
 from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
-from anyprec.nn.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
+from anyprec.nn.operators import LAYER_TYPES, channel_axis
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
@@ -144,7 +147,9 @@ def apply_settings(
         record = ConversionRecord(settings, facts, coverage, norms)
         specialize(model, mixin)
         vars(model).update(anyprec_record=record, anyprec_structure=Structure())
-    return model  # type: ignore[return-value]
+        converted: ConvertedModel = model  # type: ignore[assignment]
+        ActivePrecision({}).connect(converted)
+    return converted
 
 
 def revert(model: nn.Module) -> None:
@@ -153,7 +158,7 @@ def revert(model: nn.Module) -> None:
     A float model is left as it is.
     """
     if isinstance(model, ConvertedModel):
-        for name in ("anyprec_record", "anyprec_structure"):
+        for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
             vars(model).pop(name, None)
         despecialize(model)
     for module in list(model.modules()):
@@ -173,14 +178,22 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
-        axis = facts.axis if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
     else:
         layer = model.get_submodule(facts.path)
-        axis = channel_axis(layer) if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
             layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
         )
+
+
+def _output_axis(model: nn.Module, facts: LayerFacts) -> Axis | None:
+    """Where a layer's weight has its output channels."""
+    axis = facts.axis
+    if facts.parameter is None:
+        axis = channel_axis(model.get_submodule(facts.path))
+    return None if axis is None else output_axis(axis, facts.groups)
 
 
 def _functional_uses(
@@ -271,7 +284,7 @@ def _correct_moments(
     for path in row_setters.values():
         layer = _quantized_layer(model, path)
         if path is not None and layer is not None and not facts.layers[path].dynamic:
-            layer.weight_source.corrected_axis = channel_axis(layer)
+            layer.weight_source.corrected_axis = _output_axis(model, facts.layers[path])
 
 
 def _quantized_layer(model: nn.Module, path: str | None) -> QuantizedLayer | None:

@@ -7,12 +7,14 @@ without a walk through the network.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.model.intact import switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.norm_bank import Statistics
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -41,11 +43,43 @@ def switch(
     else:
         for _, norm in switchable_norms(model):
             norm.switch(None, None)
+    model.anyprec_precision.changed(model, bits)
 
 
 def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer]) -> None:
     """Let the network run in floating point."""
     switch(model, layers, dict.fromkeys(layers))
+
+
+@dataclass(frozen=True, eq=False)
+class NormSources:
+    """What the statistics that norms use at a precision are chosen from.
+
+    Attributes:
+        statistics: Those of the configuration itself, if there are any.
+        has_uniform: Of each norm, whether those of uniform precisions are estimated.
+    """
+
+    statistics: Mapping[str, Statistics] | None
+    has_uniform: tuple[bool, ...]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether norms would choose the same, of the very same statistics."""
+        if not isinstance(other, NormSources):
+            return NotImplemented
+        return self.statistics is other.statistics and self.has_uniform == other.has_uniform
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def norm_sources(model: ConvertedModel, bits: Mapping[str, Bits | None]) -> NormSources:
+    """What norms choose their statistics from now, at this precision."""
+    record = model.anyprec_record
+    active = {path: chosen for path, chosen in bits.items() if chosen is not None}
+    statistics = record.statistics.get(BitConfig(active)) if record.statistics else None
+    banks = (norm.bank for _, norm in switchable_norms(model))
+    has_uniform = tuple(bank is not None and bank.has_uniform for bank in banks)
+    return NormSources(statistics, has_uniform)
 
 
 def forget_statistics(model: ConvertedModel) -> None:

@@ -1,28 +1,26 @@
 """How layers are connected: what reads the image, what makes the output, which layer feeds a norm.
 
-The torch.fx graph of the eval-mode network answers this by one walk in execution order. Where there
-is no graph, one observed forward pass shows a part of it; then signs stay unknown.
+All of it is read off the values of one observed forward pass (`values.py`), so that a network needs
+no graph for it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.weak import WeakIdKeyDictionary
 
-from anyprec.network.observation import Observation, named_layers
-from anyprec.network.signs import (
-    IDENTITY_MODULES,
-    SIGN_KEEPING_MODULES,
-    function_is_identity,
-    function_is_nonnegative,
-    function_keeps_signs,
-    is_activation,
-    module_is_nonnegative,
-)
+from anyprec.network.activations import is_activation
+from anyprec.network.calls import EXPOSING
+from anyprec.network.values import ValueTracker
 from anyprec.nn.norms import NORM_TYPES
-from anyprec.nn.operators import LAYER_TYPES, OPERATORS
+from anyprec.nn.operators import LAYER_TYPES
 
 
 @dataclass
@@ -34,7 +32,6 @@ class Flow:
         features: Layer to the other norm or the activation right behind it.
         first: Layers that read the network's input.
         last: Layers that make the network's output.
-        constant: Layers whose input does not depend on the network's input; None if unknown.
         nonnegative: Layers whose input cannot be negative.
     """
 
@@ -42,160 +39,132 @@ class Flow:
     features: dict[str, str] = field(default_factory=dict)
     first: set[str] = field(default_factory=set)
     last: set[str] = field(default_factory=set)
-    constant: set[str] | None = None
     nonnegative: set[str] = field(default_factory=set)
 
 
-def flow_from_observation(observation: Observation) -> Flow:
-    """Connections as far as one forward pass shows them: layers are taken in the order of calls."""
-    order = observation.order
-    return Flow(feeds=dict(observation.fed), first=set(order[:1]), last=set(order[-1:]))
+class FlowTracker:
+    """Watches how layers are connected during one forward pass.
 
-
-def flow_from_graph(model: nn.Module, graph: fx.Graph) -> Flow:
-    """Connections as the graph of `model` shows them."""
-    return _GraphWalk(model, graph).run()
-
-
-@dataclass(frozen=True)
-class _Value:
-    """What is known of the value of a graph node.
+    Args:
+        model: The network.
+        example_input: The very tensor that it will be run on.
 
     Attributes:
-        layers: The last layers on every way from the network's input to the value.
-        from_input: It is reached from the network's input with no layer in between.
-        varies: It depends on the network's input at all.
-        nonnegative: It cannot be negative.
-        direct: The layer whose output it is, unchanged.
+        values: What is known of every value; a mode that must be active during the pass.
     """
 
-    layers: frozenset[str] = frozenset()
-    from_input: bool = False
-    varies: bool = False
-    nonnegative: bool = False
-    direct: str | None = None
-
-
-class _GraphWalk:
-    """One walk through a graph, in execution order."""
-
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self._graph = graph
-        self._modules = dict(model.named_modules())
-        # A module that stands in several places has one path here, as everywhere else.
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._values: dict[fx.Node, _Value] = {}
-        self._weight_nodes: dict[fx.Node, str] = {}
-        self._visited: set[str] = set()
-        self._signed: set[str] = set()
-        self._varying: set[str] = set()
-        self._consumed: set[str] = set()
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        self.values = ValueTracker(model, example_input)
         self._flow = Flow()
+        # Path of the layer in each call, and the calls whose output another call has read.
+        self._calls: list[str] = []
+        self._read: set[int] = set()
+        self._signed: set[str] = set()
+        # What a layer put out, unchanged: its path, and how often the storage was written to then.
+        # Tensors are keys by identity, and are not kept alive.
+        self._outputs: Any = WeakIdKeyDictionary()
+        # Modules that take a layer's output, in order: path of the layer, path, module.
+        self._followers: list[tuple[str, str, nn.Module]] = []
 
-    def run(self) -> Flow:
-        for node in self._graph.nodes:
-            self._values[node] = self._visit(node)
-        self._flow.nonnegative = self._visited - self._signed
-        self._flow.constant = self._visited - self._varying
+    def layer_ran(self, path: str, input_: Tensor, weight: Tensor, result: object) -> None:
+        """Note a call of a layer, after it: what it multiplied, and what came out."""
+        if self.values.of(input_).from_input:
+            self._flow.first.add(path)
+        if not self.values.is_nonnegative(input_):
+            self._signed.add(path)
+        self._note_calls([path], [input_, weight], result)
+        self._note_output(path, result)
+
+    def layers_ran(self, paths: list[str], inputs: list[Tensor], result: object) -> None:
+        """Note a call of a function that uses the weights of layers in a way that is hidden."""
+        self._signed.update(paths)
+        if any(self.values.of(tensor).from_input for tensor in inputs):
+            self._flow.first.update(paths)
+        self._note_calls(paths, inputs, result)
+
+    def function_ran(self, func: Any, args: tuple[Any, ...], result: object) -> None:
+        """Note a call of any other function of torch."""
+        if func in EXPOSING:
+            self.values.expose(args[0], writable=EXPOSING[func])
+        if func in _COPYING and (path := self._layer_behind(args[0])) is not None:
+            self._note_output(path, result)
+
+    def module_starts(self, path: str, module: nn.Module, input_: object) -> None:
+        """Note that a module is called; `input_` is its first argument."""
+        layer = self._layer_behind(input_)
+        if isinstance(module, _BatchNorm):
+            # A norm that is called with the outputs of several layers belongs to none of them.
+            unambiguous = self._flow.feeds.get(path, layer) == layer
+            self._flow.feeds[path] = layer if unambiguous else None
+        elif layer is not None:
+            self._followers.append((layer, path, module))
+
+    def module_ends(self, path: str, module: nn.Module, output: object) -> None:
+        """Note what a module returned: a layer may have scaled what its operator put out."""
+        if isinstance(module, LAYER_TYPES) and path in self._calls[-1:]:
+            self._note_output(path, output)
+
+    def finish(self, output: object) -> Flow:
+        """The connections, once the network has returned `output` and is no longer watched."""
+        made: set[int] = set()
+        for tensor in _tensors_anywhere(output):
+            made |= self.values.of(tensor).layers
+        # On a residual stream every block's output reaches the end; the last one is read by no
+        # other layer.
+        self._flow.last = {self._calls[call] for call in made - self._read}
+        # An input or an output that was somewhere else than in torch on its way.
+        self._flow.first = self._flow.first or set(self._calls[:1])
+        self._flow.last = self._flow.last or set(self._calls[-1:])
+        self._flow.nonnegative = set(self._calls) - self._signed
+        for layer, path, module in self._followers:
+            if layer not in self._flow.features and _is_feature(module):
+                self._flow.features[layer] = path
         return self._flow
 
-    def _visit(self, node: fx.Node) -> _Value:
-        inputs = [self._values[source] for source in node.all_input_nodes]
-        if node.op == "placeholder":
-            is_input = not node.args  # an argument with a default is none
-            return _Value(from_input=is_input, varies=is_input)
-        if node.op == "get_attr":
-            return self._visit_attribute(node)
-        if node.op == "output":
-            # On a residual stream every block's output reaches the end; the last one is read by no
-            # other layer.
-            self._flow.last = set(_merge(inputs).layers) - self._consumed
-            return _Value()
-        if node.op == "call_module":
-            return self._visit_module(node, inputs)
-        return self._visit_function(node, inputs)
+    def _note_calls(self, paths: list[str], inputs: list[Tensor], result: object) -> None:
+        for tensor in inputs:
+            self._read |= self.values.of(tensor).layers
+        start = len(self._calls)
+        self._calls += paths
+        self.values.mark_output(result, frozenset(range(start, len(self._calls))))
 
-    def _visit_attribute(self, node: fx.Node) -> _Value:
-        owner, _, name = str(node.target).rpartition(".")
-        module = self._modules.get(owner)
-        if name == "weight" and isinstance(module, LAYER_TYPES):
-            self._weight_nodes[node] = self._paths[id(module)]
-        return _Value()
+    def _note_output(self, path: str, result: object) -> None:
+        if isinstance(result, Tensor):
+            self._outputs[result] = path, self.values.writes(result)
 
-    def _visit_module(self, node: fx.Node, inputs: list[_Value]) -> _Value:
-        module = self._modules[str(node.target)]
-        path = self._paths[id(module)]
-        if isinstance(module, LAYER_TYPES) and inputs:
-            return self._visit_layer(path, inputs[0])
-        if isinstance(module, NORM_TYPES):
-            return self._visit_norm(path, module, inputs)
-        layers_inside = frozenset(f"{path}.{name}" for name, _ in named_layers(module))
-        if layers_inside:
-            # A block that could not be traced: what happens in it is unknown.
-            merged = _merge(inputs)
-            self._consumed |= merged.layers
-            return _Value(layers=layers_inside, varies=merged.varies)
-        if isinstance(module, SIGN_KEEPING_MODULES):
-            nonnegative = _are_nonnegative(inputs)
-            return _merge(
-                inputs, nonnegative=nonnegative, direct=isinstance(module, IDENTITY_MODULES)
-            )
-        feeding = _single_direct(inputs)
-        if feeding is not None and is_activation(module):
-            self._flow.features.setdefault(feeding, path)
-        return _merge(inputs, nonnegative=module_is_nonnegative(module))
-
-    def _visit_norm(self, path: str, norm: nn.Module, inputs: list[_Value]) -> _Value:
-        feeding = _single_direct(inputs)
-        if isinstance(norm, _BatchNorm):
-            # A norm that is called with the outputs of several layers belongs to none of them.
-            unambiguous = self._flow.feeds.get(path, feeding) == feeding
-            self._flow.feeds[path] = feeding if unambiguous else None
-        elif feeding is not None:
-            self._flow.features.setdefault(feeding, path)
-        activation = getattr(norm, "act", None)  # of timm's BatchNormAct2d
-        nonnegative = activation is not None and module_is_nonnegative(activation)
-        return _merge(inputs, nonnegative=nonnegative)
-
-    def _visit_function(self, node: fx.Node, inputs: list[_Value]) -> _Value:
-        if node.target in OPERATORS:
-            for source in node.all_input_nodes:
-                if source in self._weight_nodes:
-                    return self._visit_layer(self._weight_nodes[source], inputs[0])
-        if function_is_nonnegative(node):
-            return _merge(inputs, nonnegative=True)
-        nonnegative = function_keeps_signs(node) and _are_nonnegative(inputs)
-        return _merge(inputs, nonnegative=nonnegative, direct=function_is_identity(node))
-
-    def _visit_layer(self, path: str, input_: _Value) -> _Value:
-        self._visited.add(path)
-        self._consumed |= input_.layers
-        if not input_.nonnegative:
-            self._signed.add(path)
-        if input_.varies:
-            self._varying.add(path)
-        if input_.from_input:
-            self._flow.first.add(path)
-        return _Value(layers=frozenset({path}), varies=input_.varies, direct=path)
+    def _layer_behind(self, value: object) -> str | None:
+        """The layer whose unchanged output a value is."""
+        if not isinstance(value, Tensor):
+            return None
+        path, writes = self._outputs.get(value, (None, 0))
+        return path if self.values.writes(value) == writes else None
 
 
-def _merge(inputs: list[_Value], *, nonnegative: bool = False, direct: bool = False) -> _Value:
-    """The value of an operation on `inputs`; if it is `direct`, a single input stays unchanged."""
-    layers: frozenset[str] = frozenset()
-    from_input = varies = False
-    for value in inputs:
-        layers |= value.layers
-        from_input |= value.from_input
-        varies |= value.varies
-    return _Value(
-        layers, from_input, varies, nonnegative, _single_direct(inputs) if direct else None
-    )
+_COPYING = {torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float}
+"""Functions whose result holds the numbers of their first argument."""
 
 
-def _are_nonnegative(inputs: list[_Value]) -> bool:
-    return bool(inputs) and all(value.nonnegative for value in inputs)
+def _is_feature(module: nn.Module) -> bool:
+    """Whether a module is a norm or an activation."""
+    if isinstance(module, NORM_TYPES):
+        return True
+    return not any(True for _ in module.children()) and is_activation(module)
 
 
-def _single_direct(inputs: list[_Value]) -> str | None:
-    """The layer whose output is the only input."""
-    return inputs[0].direct if len(inputs) == 1 else None
+def _tensors_anywhere(value: object, depth: int = 8) -> Iterator[Tensor]:
+    """The tensors in a network's output: in containers, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts: list[object] = []
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, (tuple, list, set)):
+        parts = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, part.name) for part in dataclasses.fields(value)]
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+        parts = list(vars(value).values())
+    if depth:
+        for part in parts:
+            yield from _tensors_anywhere(part, depth - 1)

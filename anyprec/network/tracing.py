@@ -6,14 +6,19 @@ graph says of a network is read in `flow.py`.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from anyprec.network.observation import named_layers
+from anyprec.errors import ConversionError
+from anyprec.network.preserving import left_as_it_was
+from anyprec.network.weights import named_layers
 from anyprec.nn.norms import NORM_TYPES
 from anyprec.nn.operators import LAYER_TYPES
 
@@ -26,31 +31,90 @@ def trace(model: nn.Module, *, opaque: tuple[type, ...] = ()) -> tuple[fx.Graph 
         opaque: Classes of modules that are not traced through, beside layers, norms and those that
             timm names.
 
+    Raises:
+        ConversionError: Its forward keeps what it computes where it cannot be removed again.
+
     In `node.meta`, `output_of` and `input_of` list the paths of modules, containers too, whose
     output or first argument a node's tensor is.
     """
+    proxies: list[weakref.ref[fx.Proxy]] = []
     reason = None
     for opening in (True, False):
-        tracer = _Tracer(opening=opening, opaque=opaque)
-        try:
-            return tracer.trace(model, concrete_args=_default_arguments(model)), None
-        # Tracing runs any code with proxies: every error means that there is no graph.
-        except Exception as error:  # noqa: BLE001
-            first_line = str(error).partition("\n")[0]
-            reason = f"{type(error).__name__}: {first_line}"
+        with left_as_it_was(model), torch.no_grad():
+            graph, reason = _try_to_trace(model, proxies, opening=opening, opaque=opaque)
+        _require_gone(model, proxies)
+        if graph is not None:
+            return graph, None
     return None, reason
+
+
+def graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module that runs a graph of `trace`, on the very modules and tensors of `model`."""
+    targets: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            targets[node.target] = node.meta[_VALUE]
+        elif node.op == "call_module":
+            targets[node.target] = model.get_submodule(node.target)
+    return fx.GraphModule(targets, graph, type(model).__name__)
+
+
+_VALUE = "value"
+"""Key of what a `get_attr` node gets: tracing stores constants in the network for its length."""
+
+
+def _try_to_trace(
+    model: nn.Module,
+    proxies: list[weakref.ref[fx.Proxy]],
+    *,
+    opening: bool,
+    opaque: tuple[type, ...],
+) -> tuple[fx.Graph | None, str | None]:
+    """One attempt; notes all proxies."""
+    tracer = _Tracer(proxies, opening=opening, opaque=opaque)
+    try:
+        graph = tracer.trace(model, concrete_args=_default_arguments(model))
+    # Tracing runs any code with proxies: every error means that there is no graph.
+    except Exception as error:  # noqa: BLE001
+        first_line = str(error).partition("\n")[0]
+        return None, f"{type(error).__name__}: {first_line}"
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            node.meta[_VALUE] = getattr(model.get_submodule(owner), name)
+    return graph, None
+
+
+def _require_gone(model: nn.Module, proxies: list[weakref.ref[fx.Proxy]]) -> None:
+    """Refuse a network that keeps proxies, which stand for tensors, where no walk reaches them."""
+    for collect in (False, True):
+        if collect:
+            gc.collect()  # proxies in cycles that nothing refers to
+        if not any(proxy() is not None for proxy in proxies):
+            return
+    msg = f"{type(model).__name__} keeps values of its forward pass where they cannot be removed "
+    msg += "again (not in the network, nor in a global variable of its own code): keep them in "
+    msg += "attributes of its modules, or not at all"
+    raise ConversionError(msg)
 
 
 class _Tracer(fx.Tracer):
     """Traces through everything but layers, norms and what timm says must not be traced.
 
     Args:
+        proxies: Where to note each proxy that is made.
         opening: Trace through timm's untraceable blocks after all if they hold layers, which they
             would hide.
         opaque: More classes of modules that are not traced through.
     """
 
-    def __init__(self, *, opening: bool, opaque: tuple[type, ...]) -> None:
+    def __init__(
+        self,
+        proxies: list[weakref.ref[fx.Proxy]],
+        *,
+        opening: bool,
+        opaque: tuple[type, ...],
+    ) -> None:
         # timm is slow to import.
         from timm.models import get_notrace_functions, get_notrace_modules  # noqa: PLC0415
 
@@ -59,9 +123,15 @@ class _Tracer(fx.Tracer):
             autowrap_functions=tuple(get_notrace_functions()),
             param_shapes_constant=True,
         )
+        self._proxies = proxies
         self._opening = opening
         self._leaf_types = (*LAYER_TYPES, *NORM_TYPES, *opaque)
         self._untraceable_types: tuple[type, ...] = tuple(get_notrace_modules())
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = super().proxy(node)
+        self._proxies.append(weakref.ref(proxy))
+        return proxy
 
     def call_module(
         self,

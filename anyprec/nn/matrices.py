@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from anyprec.bits import LayerCandidates
+from anyprec.nn.channels import Axis
 from anyprec.nn.layers import QuantizedLayer, add_precision
 from anyprec.nn.operators import MATRICES
 from anyprec.nn.weights import LatentWeight
@@ -68,7 +69,7 @@ class Matrices(nn.Module):
 
 
 def quantize_parameter(
-    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: int | None
+    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: Axis | None
 ) -> None:
     """Make a bare parameter of `holder` a quantized layer, in place.
 
@@ -79,7 +80,7 @@ def quantize_parameter(
         holder: The module that has the parameter.
         name: The parameter's name in it.
         candidates: The bit-widths that it may take.
-        axis: Axis of the parameter with a step size for each index; None for one step size.
+        axis: Output channels of the parameter, with a step size each; None for one step size.
     """
     layer = QuantizedParameter(holder, name)
     source = LatentWeight(dynamic=False)

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError
+from anyprec.nn.backward import follow_precision
+from anyprec.nn.bodies import body_of
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.operators import OPERATORS, PRODUCTS, body_of, operands, product_operands
+from anyprec.nn.operators import operands, operator_of
+from anyprec.nn.products import PRODUCTS, product_operands
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
 
@@ -39,7 +42,10 @@ class FunctionalOwner(Specialized):
         intercepted: dict[int, QuantizedLayer] = {}
         for path in self.functional_layers:
             layer = self.get_submodule(path)
-            if isinstance(layer, QuantizedLayer) and layer.is_intercepted:
+            if not isinstance(layer, QuantizedLayer):
+                continue
+            follow_precision(layer)
+            if layer.is_intercepted:
                 _require_weight_itself(layer, path)
                 intercepted[id(layer.weight)] = layer
         if not intercepted:
@@ -67,7 +73,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OPERATORS:
+        if operator_of(func) is not None:
             input_, weight = operands(args, kwargs)
             layer = self._layer_of(weight)
             if layer is not None:
@@ -75,7 +81,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         elif func in PRODUCTS:
             return self._run_product(func, args, kwargs)
         else:
-            body = body_of(func, args)
+            body = body_of(func, args, kwargs)
             if body is not None:
                 # torch switched this mode off for the call: on again, to see the operators inside.
                 with self:

@@ -148,6 +148,9 @@ def _from_document(document: _Document) -> dict[str, Any]:
     if chosen not in evaluated:
         msg = "the configuration that it found is not among those that were evaluated"
         raise SearchError(msg)
+    if math.isinf(evaluated[chosen]):
+        msg = "the configuration that it found has no finite score"
+        raise SearchError(msg)
     return {
         "config": chosen,
         "score": evaluated[chosen],

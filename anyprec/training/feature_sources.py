@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from anyprec.model.converted import ConvertedModel
-from anyprec.network.signs import function_is_identity, is_activation
+from anyprec.network.activations import function_is_identity, is_activation
 from anyprec.network.tracing import trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NORM_TYPES

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from anyprec.bits import BitConfig, highest_config, lowest_config
 from anyprec.model.converted import ConvertedModel
-from anyprec.network.tracing import trace
+from anyprec.network.tracing import graph_module, trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.owners import FunctionalOwner
@@ -48,7 +48,7 @@ class PartialExecution:
         self, model: ConvertedModel, graph: fx.Graph, *, batches: int, memory: int
     ) -> None:
         self._model = model
-        module = fx.GraphModule(model, graph)
+        module = graph_module(model, graph)
         self._interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self._nodes: list[fx.Node] = list(module.graph.nodes)
         self._switching: dict[fx.Node, list[_Switching]] = {}
