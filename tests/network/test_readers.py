@@ -11,7 +11,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils import parametrizations, parametrize
 
 import anyprec
@@ -235,13 +234,6 @@ READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
             (1, TOKENS, WIDTH),
         ),
         "scaled_dot_product_attention",
-    ),
-    "attention of higher order": (
-        lambda: Using(
-            lambda x, w: flex_attention(x[:, None], w.expand(len(x), 1, -1, -1), x[:, None])[:, 0],
-            (1, TOKENS, WIDTH),
-        ),
-        "flex_attention",
     ),
     "own function": (lambda: Using(Own.apply, (TOKENS, WIDTH)), "exp"),
     "outside torch": (
