@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._ops import OpOverload
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -61,6 +62,9 @@ class Readers(TorchDispatchMode):
         uncounted: Products with no parameter in them that are recorded nowhere else: name to calls
             and MACs of the whole batch.
     """
+
+    # Operations of higher order (flex attention) would otherwise refuse to run under a mode.
+    supports_higher_order_operators = True
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -109,15 +113,21 @@ class Readers(TorchDispatchMode):
         paths = self._paths_in(arguments)
         # This call is no function that the network's own code calls.
         with torch._C.DisableTorchFunction():  # noqa: SLF001 (as torch's documentation has it)
+            if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):
+                # Only there do operations arrive that consist of others.
+                with self:
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
             result = func(*args, **kwargs)
-        results = list(tensors_in((result,)))
         name = function_name(func)
-        if paths and name not in _BLIND:
-            is_view = not func._schema.is_mutable and _share_storage(arguments, results)  # noqa: SLF001
+        if name not in _BLIND:
+            is_view = bool(paths) and _makes_view(func, arguments, result)
             for path in paths:
                 self._note(path, self._function or name, is_view=is_view)
-        if not self._is_counted and func.overloadpacket in flop_registry:
-            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None and not self._is_counted:
+            flops = count(*args, **kwargs, out_val=result)
             self._count(paths, self._function or name, flops // 2)
         return result
 
@@ -196,12 +206,15 @@ def _location(tensor: Tensor) -> tuple[int, range] | None:
     return storage, range(start * size, (start + reach) * size)
 
 
-def _share_storage(arguments: Iterable[Any], results: list[Tensor]) -> bool:
-    """Whether results are views of arguments."""
+def _makes_view(func: Any, arguments: Iterable[Any], result: object) -> bool:
+    """Whether an operation has only made a view of an argument."""
+    # Operations of higher order have no schema.
+    if not isinstance(func, OpOverload) or func._schema.is_mutable:  # noqa: SLF001 (no public name)
+        return False
     storages = set()
     for tensor in tensors_in(arguments):
         location = _location(tensor)
         if location is not None:
             storages.add(location[0])
-    locations = [_location(tensor) for tensor in results]
+    locations = [_location(tensor) for tensor in tensors_in([result])]
     return any(location is not None and location[0] in storages for location in locations)

@@ -299,7 +299,8 @@ def test_what_is_read_otherwise_is_skipped_with_the_function_that_reads_it(name:
     assert row.path in str(model.summary())
     uncounted = {entry.name: entry for entry in cost_model(model).uncounted}
     assert uncounted[row.path].calls > 0
-    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
 
 
 class Mapped(nn.Module):
@@ -337,6 +338,18 @@ def test_weights_inside_a_scripted_module_are_seen() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")  # torch says that it will be slower
+def test_a_hidden_weight_has_its_macs_also_in_inference_mode() -> None:
+    class Inferring(nn.LSTM):
+        @torch.inference_mode()
+        def forward(self, x: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+            return super().forward(x)
+
+    model, _, _ = _convert(Inferring(WIDTH, 12, batch_first=True, proj_size=WIDTH))
+    facts = model.anyprec_record.facts.layers["middle.matrices.weight_hr_l0"]
+    assert facts.macs == TOKENS * 12 * WIDTH
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 def test_a_hidden_weight_has_its_macs() -> None:
     model, _, _ = _convert(nn.LSTM(WIDTH, 12, batch_first=True, proj_size=WIDTH))
     macs = {path: facts.macs for path, facts in model.anyprec_record.facts.layers.items()}
