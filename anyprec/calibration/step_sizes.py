@@ -122,7 +122,8 @@ class _Sampler:
             # The range is exact, whatever was drawn.
             extremes = torch.stack((flat.amin(), flat.amax()))
             flat = torch.cat((flat[index.to(flat.device)], extremes))
-        self._samples.append(flat.float())
+        if flat.numel():  # a batch may have no rows for this layer
+            self._samples.append(flat.float())
 
     def sample(self, path: str) -> Tensor:
         """The values of all batches and processes, flat; `path` names the layer in errors."""
