@@ -69,6 +69,8 @@ def make_view(model: ConvertedModel) -> ConvertedModel:
     family.add(model, view)
     view.anyprec_precision.family = family
     view.anyprec_precision.connect(view)
+    for member in (model, view):
+        member.anyprec_precision.note_norms(member)
     return view
 
 
