@@ -72,10 +72,6 @@ class PrecisionHistory:
         """Note that a backward pass has ended: what runs forward next is of another step."""
         self._is_settled = True
 
-    def knows_this_thread(self) -> bool:
-        """Whether nodes that this thread made can be looked up."""
-        return threading.get_ident() in self._candidates()
-
     def may_have_run(self, thread: int) -> bool:
         """Whether this thread may have made the graph of a backward pass."""
         return thread in self._candidates()

@@ -94,6 +94,7 @@ class ActivePrecision(BackwardGuard):
         self._history = PrecisionHistory()
         self._model: weakref.ref[ConvertedModel] | None = None
         self._backward: _Backward | None = None
+        self._is_following = False  # the switch that happens is a backward pass's
         self._explicit = 0  # open blocks that were opened inside a backward pass
         self._lock = threading.RLock()
 
@@ -114,12 +115,13 @@ class ActivePrecision(BackwardGuard):
     def changed(self, model: ConvertedModel, active: Precision) -> None:
         """Note that `model`, whose precision this is, has been switched."""
         self._model = weakref.ref(model)
-        if not (backward.in_backward() and self.thread != threading.get_ident()):
-            # The thread of a backward pass makes no node that a later one could run again.
+        if not self._is_following:
+            # Nodes that are made in a backward pass are used up in it.
             self._history.note(active, before=self.active)
             self.thread = threading.get_ident()
         self.active = active
-        self._norms_used = None
+        if self.family.has_views:
+            self.note_norms(model)
 
     def before_forward(self, model: ConvertedModel) -> None:
         """Check and note a forward pass of the whole network, which is about to start.
@@ -164,8 +166,9 @@ class ActivePrecision(BackwardGuard):
         """
         # The thread of a backward pass may be one that the opener of the block below waits for.
         is_inside = backward.in_backward()
+        layers = model.quantized_layers
         block = self.blocks.open(waiting=not is_inside)
-        block.before = {path: layer.bits for path, layer in model.quantized_layers.items()}
+        block.before = {path: layer.bits for path, layer in layers.items()}
         block.in_backward = is_inside
         self._explicit += is_inside
         return block
@@ -199,9 +202,9 @@ class ActivePrecision(BackwardGuard):
             thread = threading.get_ident()
             running = self._running_backward(thread)
             running.threads.add(thread)
-            is_nested = backward.backward_number() != running.number
-            if is_nested and not self._history.knows_this_thread():
-                # Its graph was made just now, while the outer one ran layers again.
+            if backward.backward_number() != running.number:
+                # Started inside the outer one, on a graph that was made just now at the active
+                # precision, by layers that ran again.
                 return
             wanted = self._history.at(backward.running_node_number())
             if wanted is None or is_same(wanted, self.active):
@@ -243,7 +246,11 @@ class ActivePrecision(BackwardGuard):
             msg = "a backward pass runs layers again (gradient checkpointing) of a network whose "
             msg += "layers have changed since its forward pass: call backward before that"
             raise PrecisionError(msg)
-        switch(model, layers, precision)
+        self._is_following = True
+        try:
+            switch(model, layers, precision)
+        finally:
+            self._is_following = False
 
     def end_backward(self, ended: object) -> None:
         """Restore the precision from before a backward pass, once."""
@@ -263,12 +270,16 @@ class ActivePrecision(BackwardGuard):
             msg += f"(gradient checkpointing). {VIEW_HINT}"
             raise PrecisionError(msg)
 
+    def note_norms(self, model: ConvertedModel) -> None:
+        """Note what the norms of `model` use, and what that was chosen from."""
+        self._norms_used = norm_sources(model, self.active)
+
     def _follow_norms(self, model: ConvertedModel) -> None:
         """Let norms use statistics that were estimated, or dropped, through another view."""
-        sources = norm_sources(model, self.active)
-        if sources != self._norms_used:
-            switch(model, model.quantized_layers, self.active)
-            self._norms_used = sources
+        sources, used = norm_sources(model, self.active), self._norms_used
+        if used is None or not sources.are_newer_than(used):
+            return
+        switch(model, model.quantized_layers, self.active)
 
 
 class _AtEnd:

@@ -15,6 +15,7 @@ from anyprec.model.intact import switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import NormSelection
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -53,33 +54,41 @@ def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer])
 
 @dataclass(frozen=True, eq=False)
 class NormSources:
-    """What the statistics that norms use at a precision are chosen from.
+    """What the norms of a network use at a precision, and what that was chosen from.
 
     Attributes:
+        selections: What each norm uses.
         statistics: Those of the configuration itself, if there are any.
         has_uniform: Of each norm, whether those of uniform precisions are estimated.
     """
 
+    selections: tuple[NormSelection, ...]
     statistics: Mapping[str, Statistics] | None
     has_uniform: tuple[bool, ...]
 
-    def __eq__(self, other: object) -> bool:
-        """Whether norms would choose the same, of the very same statistics."""
-        if not isinstance(other, NormSources):
-            return NotImplemented
-        return self.statistics is other.statistics and self.has_uniform == other.has_uniform
+    def are_newer_than(self, earlier: NormSources) -> bool:
+        """Whether norms would use something else now than they chose `earlier`.
 
-    __hash__ = None  # type: ignore[assignment]
+        Not if they have been given something else since: calibration does that.
+        """
+        if self.selections != earlier.selections:
+            return False
+        if self.has_uniform != earlier.has_uniform:
+            return True
+        return self.statistics is not earlier.statistics
 
 
 def norm_sources(model: ConvertedModel, bits: Mapping[str, Bits | None]) -> NormSources:
-    """What norms choose their statistics from now, at this precision."""
+    """What norms use, and what they would choose from now, at this precision."""
     record = model.anyprec_record
     active = {path: chosen for path, chosen in bits.items() if chosen is not None}
     statistics = record.statistics.get(BitConfig(active)) if record.statistics else None
-    banks = (norm.bank for _, norm in switchable_norms(model))
-    has_uniform = tuple(bank is not None and bank.has_uniform for bank in banks)
-    return NormSources(statistics, has_uniform)
+    norms = [norm for _, norm in switchable_norms(model)]
+    return NormSources(
+        tuple(norm.selection for norm in norms),
+        statistics,
+        tuple(norm.bank is not None and norm.bank.has_uniform for norm in norms),
+    )
 
 
 def forget_statistics(model: ConvertedModel) -> None:

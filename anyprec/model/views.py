@@ -69,6 +69,8 @@ def make_view(model: ConvertedModel) -> ConvertedModel:
     family.add(model, view)
     view.anyprec_precision.family = family
     view.anyprec_precision.connect(view)
+    for member in (model, view):
+        member.anyprec_precision.note_norms(member)
     return view
 
 
@@ -120,7 +122,8 @@ def _refuse_functions_with_layers(model: ConvertedModel) -> None:
                 continue
             for function in _functions_in(value):
                 if _holds_layer(function, set()):
-                    msg = f"{name!r} of {path or 'the network'!r} has the function "
+                    place = repr(path) if path else "the network"
+                    msg = f"{name!r} of {place} has the function "
                     msg += f"{function.__qualname__}, which holds on to a layer: in a view it "
                     msg += "would run that layer at the precision of this model. Make it a method, "
                     msg += "or make the view before it is set"

@@ -91,8 +91,8 @@ class LatentWeight(WeightSource):
         quantizer = layer.weight_quantizer
         if torch.compiler.is_compiling():
             # Neither the index nor a stamp may be read: each value would be a program of its own.
-            quantized = quantizer.forward_selected(operand, layer.chosen.weight)
-            return self._corrected(quantized, operand)
+            chosen = layer.chosen.weight
+            return self._corrected(quantizer.forward_selected(operand, chosen), operand)
         index, step = layer.weight_index, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         if layer.training or learns or self.dynamic:
