@@ -11,6 +11,7 @@
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
+    NegativeInputWarning (UserWarning)    an input that was never to be negative, and is
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
 Messages name the value that was found, what is allowed, and the remedy.
@@ -62,3 +63,7 @@ class CheckpointError(AnyprecError, ValueError):
 
 class StaleNormsWarning(UserWarning):
     """A network is evaluated on norm statistics that training has left behind."""
+
+
+class NegativeInputWarning(UserWarning):
+    """Calibration met a negative input of a layer that conversion had taken for never negative."""

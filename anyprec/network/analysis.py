@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from anyprec.errors import ConversionError
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.network.observation import Observation, WeightUse, observe
 from anyprec.network.tracing import trace
@@ -31,8 +33,10 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
             network's device.
 
     Raises:
-        ConversionError: The network does not run on `example_input`.
+        ConversionError: The network does not run on `example_input`, has parameters without a shape
+            yet, or keeps what it computes where nothing can remove it.
     """
+    _require_shapes(model)
     with evaluating(model):
         observation = observe(model, example_input)
         _, untraceable = trace(model)
@@ -50,6 +54,15 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
         example_shape=tuple(example_input.shape),
         untraceable=untraceable,
     )
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Refuse lazy modules: their first input would determine them, and here it is an example."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            msg = f"{name!r} has no shape yet: run the network once on an input of the right shape "
+            msg += "before converting it"
+            raise ConversionError(msg)
 
 
 def _all_layer_facts(model: nn.Module, observation: Observation) -> Iterator[LayerFacts]:
@@ -87,7 +100,7 @@ def _layer_facts(path: str, layer: nn.Module, observation: Observation) -> Layer
         first=path in flow.first,
         last=path in flow.last,
         constant=_is_constant(use),
-        problem=_problem(path, weight, observation),
+        problem=_problem(path, observation),
     )
 
 
@@ -111,7 +124,7 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
         first=path in observation.flow.first,
         last=path in observation.flow.last,
         constant=_is_constant(use),
-        problem=_problem(path, parameter, observation),
+        problem=_problem(path, observation),
     )
 
 
@@ -131,10 +144,8 @@ def _owner(path: str, modules: list[str]) -> str | None:
     return ".".join(around)
 
 
-def _problem(path: str, weight: Tensor, observation: Observation) -> str | None:
+def _problem(path: str, observation: Observation) -> str | None:
     """Why a layer cannot be quantized."""
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet: run the network once before converting"
     if path in observation.hidden:
         return f"its weight is used inside {observation.hidden[path]}, which hides the operator"
     if path not in observation.uses:
