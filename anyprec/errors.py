@@ -15,6 +15,7 @@
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
     InputSizeWarning (UserWarning)        costs counted at another input size than that in use
+    NegativeInputWarning (UserWarning)    an input that was never to be negative, and is
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
 Messages name the value that was found, what is allowed, and the remedy.
@@ -82,3 +83,7 @@ class NoValuesError(AnyprecError, RuntimeError):
 
 class InputSizeWarning(UserWarning):
     """Costs are counted at another input size than that of the images in use."""
+
+
+class NegativeInputWarning(UserWarning):
+    """Calibration met a negative input of a layer that conversion had taken for never negative."""
