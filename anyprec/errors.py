@@ -7,6 +7,7 @@
     TrainingError (RuntimeError)      the training hooks used out of order |-- BudgetError
     (ValueError)          a budget that cannot be read, or that nothing fits |-- SearchError
     (ValueError)          a search that cannot be made, or a search file of another one |--
+    PrecisionError (RuntimeError)     the precision of somebody else's block or backward pass |--
     PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
     |-- BatchError (ValueError, TypeError)     images or labels that a network cannot take
@@ -14,6 +15,7 @@
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
     InputSizeWarning (UserWarning)        costs counted at another input size than that in use
+    NegativeInputWarning (UserWarning)    an input that was never to be negative, and is
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
 Messages name the value that was found, what is allowed, and the remedy.
@@ -52,6 +54,10 @@ class SearchError(AnyprecError, ValueError):
     """An argument that no search can be made with, or a search file that is damaged or foreign."""
 
 
+class PrecisionError(AnyprecError, RuntimeError):
+    """A pass would run at a precision that another thread, task or backward pass has set."""
+
+
 class PackedError(AnyprecError, RuntimeError):
     """Latent weights were asked of a network that holds integer codes only.
 
@@ -77,3 +83,7 @@ class NoValuesError(AnyprecError, RuntimeError):
 
 class InputSizeWarning(UserWarning):
     """Costs are counted at another input size than that of the images in use."""
+
+
+class NegativeInputWarning(UserWarning):
+    """Calibration met a negative input of a layer that conversion had taken for never negative."""

@@ -37,7 +37,9 @@ class Function(nn.Module):
 class Weighted(nn.Module):
     """A function of the feature map and of a bare parameter."""
 
-    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
         self.function = function
@@ -126,7 +128,7 @@ def _negate_through_view(features: Tensor) -> Tensor:
 FUNCTIONS: dict[str, Step] = {
     "relu": F.relu,
     "silu": F.silu,
-    "relu6": lambda features: F.relu6(features),
+    "relu6": F.relu6,
     "sigmoid gate": lambda features: features * torch.sigmoid(features.mean((2, 3), keepdim=True)),
     "clamp": lambda features: features.clamp(min=-0.5),
     "negative padding": lambda features: F.pad(features, (1, 1, 1, 1), value=-1.0)[..., 1:-1, 1:-1],
@@ -195,11 +197,11 @@ class Network(nn.Module):
 def networks(draw: st.DrawFn) -> Network:
     kinds = st.sampled_from([*FUNCTIONS, *BRANCHES])
     steps = st.tuples(kinds, st.sampled_from([None, 1.0, -1.0]))
-    return Network(draw(st.lists(steps, min_size=1, max_size=5)), draw(st.integers(0, 2**16)))
+    return Network(draw(st.lists(steps, min_size=1, max_size=3)), draw(st.integers(0, 2**16)))
 
 
 @pytest.mark.filterwarnings("error")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(network=networks())
 def test_random_networks_keep_every_promise(network: Network) -> None:
     network.eval()

@@ -352,6 +352,11 @@ class _RunningStatistics:
         """Unbiased, as BatchNorm keeps it."""
         return self._squares / max(1, self._count - 1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch had a sample so far."""
+        return not self._count
+
     def add(self, values: Tensor) -> None:
         """Take in a batch, channels on axis 1, with those of all processes of a distributed run."""
         count: float = values.numel() // values.shape[1]
@@ -359,24 +364,30 @@ class _RunningStatistics:
         values = values.float()
         # In two passes: torch.var_mean is as exact and 5 to 15 times slower on a CPU.
         average = values.mean(dim=dims, keepdim=True)
-        mean = average.flatten().double()
         variance = (values - average).square_().mean(dim=dims).double()
+        mean = average.flatten().double()
+        if not count:  # then the means are NaN
+            mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
         if process_count() > 1:
             count, mean, variance = _of_all_processes(count, mean, variance)
+        self.calls += 1
         total = self._count + count
+        if not total:
+            return
         shift = mean - self.mean
         self._squares = self._squares + variance * count + shift**2 * (self._count * count / total)
         self.mean = self.mean + shift * (count / total)
         self._count = total
-        self.calls += 1
 
 
 def _of_all_processes(count: float, mean: Tensor, variance: Tensor) -> tuple[float, Tensor, Tensor]:
     """Count, mean and biased variance of the batches of all processes together."""
     sums = torch.cat((mean.new_tensor([count]), count * mean, count * (variance + mean**2)))
     total, first, second = sum_over_processes(sums).split([1, len(mean), len(mean)])
-    mean = first / total
-    return float(total), mean, (second / total - mean**2).clamp_min_(0)
+    # Without a sample in any process all sums are zero.
+    count = float(total)
+    mean = first / max(1.0, count)
+    return count, mean, (second / max(1.0, count) - mean**2).clamp_min_(0)
 
 
 def _estimate(
@@ -393,6 +404,8 @@ def _estimate(
 
     def take_over(path: str, so_far: _RunningStatistics) -> None:
         norm, mean, variance = norms[path], so_far.mean, so_far.variance
+        if reference is not None and (path, so_far.calls) not in reference:
+            return  # the float network had no sample there so far
         if reference is not None:
             # Of the same images, or the difference would hold the noise between images too.
             float_mean, float_variance = reference[path, so_far.calls]
@@ -431,7 +444,8 @@ def _watch_norms(
 
     def watch(path: str, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistics[path].add(args[0])
-        before_norm(path, statistics[path])
+        if not statistics[path].is_empty:
+            before_norm(path, statistics[path])
 
     hooks = []
     for path, norm in norms.items():

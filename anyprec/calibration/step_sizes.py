@@ -6,8 +6,10 @@ The search itself is in `least_squares`; copies of norms are the matter of `norm
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+import dataclasses
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from anyprec.calibration.passes import (
     run_on_images,
     undo_on_error,
 )
-from anyprec.errors import CalibrationError
+from anyprec.errors import CalibrationError, NegativeInputWarning
 from anyprec.model.checks import require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.input_size import facts_at_size_of, take_over_facts
@@ -69,6 +71,10 @@ def calibrate(
         CalibrationError: The loader is empty, a number of batches is not positive, or a layer's
             input or weight is not finite.
 
+    Warns:
+        NegativeInputWarning: The input of a layer is negative somewhere, though `convert` took it
+            for one that never is. It is calibrated as one that may be.
+
     Example:
         >>> import timm, torch, anyprec
         >>> model = anyprec.convert(timm.create_model("test_vit"))
@@ -83,12 +89,14 @@ def calibrate(
     grids, steps = {}, {}
     with evaluating(model), model.using_bits(None):
         samplers = _sample_layers(model, images[:batches], seed)
+        samples = {path: sampler.sample(path) for path, sampler in samplers.items()}
+    with _refuted_signs_dropped(model, samples), undo_on_error(model):
+        with evaluating(model), model.using_bits(None):
+            facts = facts_at_size_of(model, images[0])
         for path, layer in layers.items():
-            grids[path] = input_grid(samplers[path].sample(path), layer.input_quantizer)
+            grids[path] = input_grid(samples[path], layer.input_quantizer)
         for path, layer in layers.items():
             steps[path] = weight_steps(samplers[path].weight, layer.weight_quantizer)
-        facts = facts_at_size_of(model, images[0])
-    with undo_on_error(model):
         for path, layer in layers.items():
             layer.input_quantizer.set_grid(*grids[path])
             with torch.no_grad():
@@ -99,6 +107,44 @@ def calibrate(
         update_norms(model, images[:norm_batches], anchored=True)
     take_over_facts(model, facts)
     model.anyprec_record.statistics.clear()
+
+
+@contextmanager
+def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) -> Iterator[None]:
+    """Treat inputs that are negative somewhere as such from now on, and warn of it.
+
+    If the block fails, or the warning is made an error, the model takes them for never negative
+    again.
+
+    Args:
+        model: The model.
+        samples: Values of each layer's input by path, the lowest among them.
+    """
+    record, layers = model.anyprec_record, model.quantized_layers
+    facts = dict(record.facts.layers)
+    refuted = {}
+    for path, sample in samples.items():
+        if layers[path].input_quantizer.nonnegative and sample.min() < 0:
+            refuted[path] = float(sample.min())
+            facts[path] = dataclasses.replace(facts[path], nonnegative=False)
+    if not refuted:
+        yield
+        return
+    try:
+        for path, lowest in refuted.items():
+            layers[path].input_quantizer.nonnegative = False
+            msg = f"the input of layer {path!r} is as low as {lowest:.4g}, though what the network "
+            msg += "does before it seemed to exclude negative numbers: it is calibrated as signed. "
+            msg += "Check that the network computes the same in every eval-mode forward pass"
+            warnings.warn(msg, NegativeInputWarning, stacklevel=4)
+        known = dataclasses.replace(record.facts, layers=facts)
+        vars(model)["anyprec_record"] = dataclasses.replace(record, facts=known)
+        yield
+    except BaseException:
+        for path in refuted:
+            layers[path].input_quantizer.nonnegative = True
+        vars(model)["anyprec_record"] = record
+        raise
 
 
 class _Sampler:
@@ -122,7 +168,8 @@ class _Sampler:
             # The range is exact, whatever was drawn.
             extremes = torch.stack((flat.amin(), flat.amax()))
             flat = torch.cat((flat[index.to(flat.device)], extremes))
-        self._samples.append(flat.float())
+        if flat.numel():  # a batch may have no rows for this layer
+            self._samples.append(flat.float())
 
     def sample(self, path: str) -> Tensor:
         """The values of all batches and processes, flat; `path` names the layer in errors."""

@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig, shorten
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.packing import weight_name
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.costing import weight_name
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.operators import LAYER_TYPES, matrix_path, transposed_groups

@@ -64,6 +64,7 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     layer.weight_quantizer = new_weight.train(layer.training)
     layer.input_quantizer = new_input.train(layer.training)
     layer.weight_source.forget()
+    layer.switch(bits)
 
 
 def _narrowed_operand(packed: PackedOperand, codes: Tensor) -> PackedOperand:

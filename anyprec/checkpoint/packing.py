@@ -18,6 +18,7 @@ from anyprec.checkpoint.document import TensorRecord
 from anyprec.checkpoint.packed_tensors import LayerCells
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.costing import weight_name
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.channels import from_rows
 from anyprec.nn.layers import QuantizedLayer, pack_layer
@@ -26,11 +27,6 @@ from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import WeightQuantizer
 from anyprec.nn.weights import PackedCodes
 from anyprec.runtime.modes import evaluating
-
-
-def weight_name(facts: LayerFacts) -> str:
-    """Name of the parameter that is the layer's latent weight."""
-    return facts.parameter or f"{facts.path}.weight"
 
 
 def names_of_weights(

@@ -34,12 +34,12 @@ from anyprec.checkpoint.document import (
 )
 from anyprec.checkpoint.matching import holds_layer
 from anyprec.checkpoint.packed_tensors import PREFIX, to_tensors
-from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers, weight_name
+from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers
 from anyprec.checkpoint.statistics import statistics_tensors
 from anyprec.errors import BitsError
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.costing import cost_model
+from anyprec.model.costing import cost_model, tied_codes, weight_name
 from anyprec.model.intact import submodule_or_none
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
@@ -187,9 +187,18 @@ def _packed_form(
     }
     tensors, aliases = stored_once({**state, **statistics_tensors(model)})
     compressed = _compress(tensors) if coding == "zstd" else {}
+    tied = tied_codes(model)
+    parts_of: dict[str, list[str]] = {}
     for path in paths:
+        earlier = tied.get(path)
+        if earlier is not None and earlier in records:
+            for part in parts_of[earlier]:
+                aliases[f"{PREFIX}{path}.{part}"] = f"{PREFIX}{earlier}.{part}"
+            continue
         cells = cells_of_layer(layers[path], facts[path])
-        for part, tensor in to_tensors(cells, layers[path].candidates.weight, coding).items():
+        parts = to_tensors(cells, layers[path].candidates.weight, coding)
+        parts_of[path] = list(parts)
+        for part, tensor in parts.items():
             tensors[f"{PREFIX}{path}.{part}"] = tensor
     packing = Packing(coding, records, latent, compressed)
     return tensors, replace(document, aliases=aliases, packing=packing)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.intact import parts_of, submodule_or_none
+from anyprec.model.intact import Parts, parts_of, submodule_or_none
 from anyprec.model.record import Coverage
 from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
@@ -32,14 +34,28 @@ class ConvertedClassifier(ConvertedModel):
         Step sizes of its input are kept where the layer reads the same features; the network runs
         in floating point afterwards, and named configurations are dropped if the set of layers
         changed.
+
+        Raises:
+            ConversionError: Views of the network are alive (`model.view`).
         """
+        if self.anyprec_precision.family.has_views:
+            gc.collect()  # a view that nobody has any more may wait for it
+        if self.anyprec_precision.family.has_views:
+            msg = "reset_classifier exchanges a layer, which other views of the network would not "
+            msg += "notice: drop them before, and make new ones afterwards"
+            raise ConversionError(msg)
         before = parts_of(self)
         switch_to_float(self, before.layers)
         # The network's own class has it.
         result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        _adopt_norms(self, before.norms)
-        _adopt_layers(self, before.layers)
+        _adopt_replacements(self, before)
         return result
+
+
+def _adopt_replacements(model: ConvertedModel, before: Parts) -> None:
+    """Quantize and switch what took the place of layers and norms that were there before."""
+    _adopt_norms(model, before.norms)
+    _adopt_layers(model, before.layers)
 
 
 def _adopt_norms(model: ConvertedModel, before: Mapping[str, SwitchableNorm]) -> None:
@@ -90,6 +106,7 @@ def _adopt_layers(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -
         coverage=tuple(coverage.values()),
         facts=dataclasses.replace(record.facts, layers=facts),
     )
+    model.anyprec_precision.connect(model)
 
 
 def _switch_like(new: _BatchNorm, old: SwitchableNorm, *, shared_affine: bool) -> None:

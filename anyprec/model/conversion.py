@@ -22,6 +22,7 @@ from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.intact import Structure
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.restoring import restored_on_error
 from anyprec.model.selection import layer_candidates, select_layers
@@ -146,7 +147,9 @@ def apply_settings(
         record = ConversionRecord(settings, facts, coverage, norms)
         specialize(model, mixin)
         vars(model).update(anyprec_record=record, anyprec_structure=Structure())
-    return model  # type: ignore[return-value]
+        converted: ConvertedModel = model  # type: ignore[assignment]
+        ActivePrecision({}).connect(converted)
+    return converted
 
 
 def revert(model: nn.Module) -> None:
@@ -155,7 +158,7 @@ def revert(model: nn.Module) -> None:
     A float model is left as it is.
     """
     if isinstance(model, ConvertedModel):
-        for name in ("anyprec_record", "anyprec_structure"):
+        for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
             vars(model).pop(name, None)
         despecialize(model)
     for module in list(model.modules()):

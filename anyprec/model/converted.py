@@ -13,14 +13,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
-from anyprec.errors import BitsError, ConversionError
+from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten
+from anyprec.errors import BitsError, ConversionError, PrecisionError
+from anyprec.model.blocks import INTERLEAVED
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.intact import Structure, parts_of, require_intact
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, Coverage
+from anyprec.model.requests import resolve_request
 from anyprec.model.state_dicts import added_keys, restart_from_float
-from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.summary import Summary, summary_row
 from anyprec.model.switching import switch, switch_to_float
+from anyprec.model.views import PRESENT, Present, make_view
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
 from anyprec.nn.undecayed import undecayed_parameters
@@ -38,21 +42,28 @@ class ConvertedModel(Specialized):
 
     class_prefix: ClassVar[str] = "AnyPrecision"
 
-    _anyprec_added: ClassVar[tuple[str, ...]] = ("anyprec_record", "anyprec_structure")
+    _anyprec_added: ClassVar[tuple[str, ...]] = (
+        "anyprec_record",
+        "anyprec_structure",
+        "anyprec_precision",
+    )
     _anyprec_extended: ClassVar[tuple[str, ...]] = ("no_weight_decay",)
 
     anyprec_record: ConversionRecord
     anyprec_structure: Structure
+    anyprec_precision: ActivePrecision
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the network.
 
         Raises:
             ConversionError: A precision is set, but a layer or norm was replaced or removed.
+            PrecisionError: Another thread or task has set a precision for the length of a block.
         """
         # Not by `forward`, whose signature tracers and trainers read.
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and "_is_replica" not in vars(self):
             require_intact(self)
+            self.anyprec_precision.before_forward(self)
         return super().__call__(*args, **kwargs)
 
     @property
@@ -143,10 +154,14 @@ class ConvertedModel(Specialized):
         Raises:
             BitsError: as `set_bits`.
         """
-        return None if request is None else _resolve(request, self.candidates, self.configs)
+        return None if request is None else resolve_request(request, self.candidates, self.configs)
 
     def set_bits(self, request: BitsRequest) -> None:
         """Switch the precision of the network, at once and without touching a weight.
+
+        The precision belongs to the model and not to a thread: threads use `using_bits`, or each
+        its own `view`. A backward pass that runs layers again (gradient checkpointing) runs them at
+        the precision of their forward pass, whatever was set since.
 
         Args:
             request: `4` (every layer W4A4), `(4, 8)` or `"W4A8"` (weight and activation bits), a
@@ -159,6 +174,8 @@ class ConvertedModel(Specialized):
             BitsError: A bit-width, path or pattern does not fit; the precision stays as it was.
             NotCalibratedError: Activation step sizes have not been calibrated.
             PackedError: None was asked of a packed network, which has no float weights.
+            PrecisionError: Another thread or task is inside a `using_bits` block, or a backward
+                pass is running.
 
         Example:
             >>> import timm, torch, anyprec
@@ -167,6 +184,7 @@ class ConvertedModel(Specialized):
             >>> model.set_bits({"layer1.*": (6, 8), "fc": 8})
             >>> model.set_bits(None)
         """
+        self.anyprec_precision.require_switchable()
         layers = self.quantized_layers
         if request is None:
             require_latents(self, purpose="set_bits(None)")
@@ -174,7 +192,7 @@ class ConvertedModel(Specialized):
             return
         # Everything that can fail comes before the switch.
         candidates = {path: layer.candidates for path, layer in layers.items()}
-        config = _resolve(request, candidates, self.configs)
+        config = resolve_request(request, candidates, self.configs)
         require_calibrated(layers)
         switch(self, layers, config)
 
@@ -182,15 +200,61 @@ class ConvertedModel(Specialized):
     def using_bits(self, request: BitsRequest) -> Iterator[None]:
         """Switch for a `with` block; the precision before is restored, also after an exception.
 
+        Blocks of several threads take turns: each waits until no other thread has one open. To run
+        several precisions at a time, give each thread its own `view`.
+
         Raises:
-            BitsError, NotCalibratedError: as `set_bits`.
+            BitsError, NotCalibratedError, PackedError: as `set_bits`.
+            PrecisionError: Another task of this thread opened a block inside this one, and it is
+                still open: some of what ran here may have run at its precision.
         """
-        before = {path: layer.bits for path, layer in self.quantized_layers.items()}
-        self.set_bits(request)
+        precision = self.anyprec_precision
+        block = precision.open_block(self)
+        in_order = True
         try:
+            self.set_bits(request)
             yield
         finally:
-            switch(self, self.quantized_layers, before)
+            in_order = precision.close_block(self, block)
+        if not in_order:
+            raise PrecisionError(INTERLEAVED)
+
+    def view(self, bits: BitsRequest | Present = PRESENT) -> ConvertedModel:
+        """A second model object with the same weights, and a precision of its own.
+
+        Every parameter and buffer is that of this network, and so is what belongs to them: step
+        sizes, norm statistics, named configurations, quantized weights that are kept. Training,
+        calibrating or loading one of them changes all. Precision, training mode, hooks and plain
+        attributes are each view's own, as they were in this network when it was made. So views can
+        run in several threads at a time; all else that changes the network cannot.
+
+        Replacing a module of one of them is not seen by the others. `copy.deepcopy`, pickling and
+        `save` treat a view as a network of its own. What was compiled with `model.compile()` is not
+        compiled in a view; `torch.compile(view)` is a program of its own. On a GPU, run each view
+        once before threads use it in CUDA streams of their own.
+
+        Args:
+            bits: As for `set_bits`; by default the present precision.
+
+        Raises:
+            BitsError, NotCalibratedError, PackedError: as `set_bits`.
+            ConversionError: An attribute cannot be copied, or is a function that holds on to a
+                layer, so that it would run that layer at the precision of this model.
+
+        Example:
+            >>> import timm, torch, anyprec
+            >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(2, 4, 8))
+            >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+            >>> views = {bits: model.view(bits) for bits in (2, 4, 8)}
+            >>> low = views[2](torch.randn(1, 3, 160, 160))  # each in a thread of its own, say
+        """
+        if isinstance(bits, Present):
+            self.anyprec_precision.blocks.require_turn("view()")
+            return make_view(self)
+        request = self.resolve_bits(bits)
+        made = make_view(self)
+        made.set_bits(request)
+        return made
 
     def summary(self) -> Summary:
         """A table of every Conv and Linear layer.
@@ -198,7 +262,7 @@ class ConvertedModel(Specialized):
         It shows candidates, active precision and MACs, and why a layer is not quantized.
         """
         record, layers = self.anyprec_record, self.quantized_layers
-        rows = [_summary_row(row, record, layers.get(row.path)) for row in record.coverage]
+        rows = [summary_row(row, record, layers.get(row.path)) for row in record.coverage]
         return Summary(type(self).original_class.__name__, tuple(rows))
 
     def load_state_dict(
@@ -299,45 +363,3 @@ def _converted_inside(model: object) -> str | None:
         return None
     paths = (path for path, module in model.named_modules() if isinstance(module, ConvertedModel))
     return next(paths, None)
-
-
-def _resolve(
-    request: BitsLike | Mapping[str, BitsLike],
-    candidates: Mapping[str, LayerCandidates],
-    configs: Mapping[str, BitConfig],
-) -> BitConfig:
-    """The configuration that a request stands for, which may be the name of one of `configs`."""
-    if isinstance(request, Mapping):
-        return resolve(request, candidates, partial=not isinstance(request, BitConfig))
-    if not isinstance(request, str):
-        return uniform(request, candidates)
-    if request in configs:
-        return resolve(configs[request], candidates, partial=False)
-    try:
-        return uniform(request, candidates)
-    except BitsError as error:
-        if not configs:
-            raise
-        msg = f"{error}; or name one of the stored configurations: {shorten(configs)}"
-        raise BitsError(msg) from error
-
-
-def _summary_row(
-    coverage: Coverage, record: ConversionRecord, layer: QuantizedLayer | None
-) -> SummaryRow:
-    facts = record.facts.layers[coverage.path]
-    candidates, bits, input_kind = None, None, ""
-    if layer is not None:
-        candidates, bits = layer.candidates, layer.bits
-        input_kind = layer.input_quantizer.kind
-    return SummaryRow(
-        path=coverage.path,
-        kind=coverage.kind,
-        macs=facts.macs,
-        weights=facts.weights,
-        candidates=candidates,
-        input_kind=input_kind,
-        bits=bits,
-        lowest=record.frozen.get(coverage.path),
-        reason=coverage.reason,
-    )

@@ -31,10 +31,8 @@ def analyze_on_example(model: nn.Module, example_input: Any) -> NetworkFacts:
         return _analyze_on_guess(model, device)
     if not isinstance(example_input, Tensor):
         msg = f"example_input is a {type(example_input).__name__}: pass one tensor, a batch of "
-        msg += (
-            "images as the network takes it, e.g. torch.zeros(1, 3, 224, 224); of a numpy array, "
-        )
-        msg += "torch.from_numpy(array) makes one; of a list or mapping, pass the tensor in it"
+        msg += "images as the network takes it, e.g. torch.zeros(1, 3, 224, 224); of an array, "
+        msg += "torch.from_numpy makes one; of a list or mapping, pass the tensor in it"
         raise ConversionError(msg)
     if example_input.ndim == 0 or example_input.shape[0] == 0:
         msg = f"example_input has shape {tuple(example_input.shape)}: pass a batch of at least one "

@@ -41,3 +41,4 @@ def restart_from_float(model: ConvertedModel) -> None:
         if norm.bank is not None:
             norm.bank.copy_from(norm)
     model.anyprec_record.statistics.clear()
+    model.anyprec_precision.family.needs_check = True  # views keep their precision

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
+from anyprec.errors import ConversionError
 from anyprec.network.facts import HIDDEN, READ_BY, LayerFacts, NetworkFacts
 from anyprec.network.observation import Observation, WeightUse, observe
 from anyprec.network.tracing import trace
@@ -33,8 +35,10 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
             network's device.
 
     Raises:
-        ConversionError: The network does not run on `example_input`.
+        ConversionError: The network does not run on `example_input`, has parameters without a shape
+            yet, or keeps what it computes where nothing can remove it.
     """
+    _require_shapes(model)
     with evaluating(model):
         observation = observe(model, example_input)
         _, untraceable = trace(model)
@@ -86,6 +90,15 @@ def _uncounted(observation: Observation) -> dict[str, tuple[int, int]]:
     for name, (calls, macs) in sorted(observation.uncounted.items()):
         uncounted[name] = calls, macs // observation.samples
     return uncounted
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Refuse lazy modules: their first input would determine them, and here it is an example."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            msg = f"{name!r} has no shape yet: run the network once on an input of the right shape "
+            msg += "before converting it"
+            raise ConversionError(msg)
 
 
 def _all_layer_facts(model: nn.Module, observation: Observation) -> Iterator[LayerFacts]:
@@ -192,8 +205,6 @@ def _owner(path: str, modules: list[str]) -> str | None:
 
 def _problem(path: str, weight: Tensor, observation: Observation) -> str | None:
     """Why a layer cannot be quantized."""
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight is not initialised yet: run the network once before converting"
     if path in observation.hidden:
         return f"{READ_BY}{observation.hidden[path]}, {HIDDEN}"
     if path in observation.uses:

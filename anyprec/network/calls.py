@@ -127,3 +127,14 @@ EXPOSING: dict[Any, bool] = {
     Tensor.tolist: False,
 }
 """Functions that give the numbers of a tensor to code outside of torch; whether to write, too."""
+
+
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The storage of `tensor`; None if it has none of its own (a sparse or batched tensor)."""
+    # Past torch functions: the question must not look like the network's own, and a parameter
+    # without a shape yet would refuse it.
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 (torch has no public name for it)
+        try:
+            return tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return None

@@ -145,10 +145,10 @@ _COPYING = {torch.clone, Tensor.clone, Tensor.contiguous, Tensor.float}
 
 
 def _is_feature(module: nn.Module) -> bool:
-    """Whether a module is a norm or an activation."""
+    """Whether a module is a norm or one of torch's activations."""
     if isinstance(module, NORM_TYPES):
         return True
-    return not any(True for _ in module.children()) and is_activation(module)
+    return type(module).__module__.startswith("torch.nn.") and is_activation(module)
 
 
 def _tensors_anywhere(value: object, depth: int = 8) -> Iterator[Tensor]:

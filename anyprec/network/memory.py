@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Restore = Callable[[], None]
 
@@ -31,7 +32,10 @@ _ATOMS = (
 )  # fmt: skip
 """Types of objects that never change."""
 
-_OPAQUE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names} - {"types", "argparse"}
+_HOLDERS = {"argparse", "collections", "types", "weakref", "_weakrefset"}
+"""Modules of the standard library whose objects hold what they are given."""
+
+_OPAQUE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names} - _HOLDERS
 """Packages whose objects keep nothing of a network's, beside modules, tensors and containers."""
 
 _INSTALLED = tuple(
@@ -385,10 +389,11 @@ def _same_pairs(before: list[tuple[Any, Any]], after: Iterable[tuple[Any, Any]])
 
 def _same_layout(tensor: Tensor, layout: Tensor) -> bool:
     """Whether two tensors are the same part of the same storage."""
-    if tensor.shape != layout.shape or tensor.dtype != layout.dtype:
-        return False
-    if tensor.layout != torch.strided:
-        return tensor is layout
-    same_storage = tensor.untyped_storage()._cdata == layout.untyped_storage()._cdata  # noqa: SLF001
-    same_place = tensor.storage_offset() == layout.storage_offset()
-    return same_storage and same_place and tensor.stride() == layout.stride()
+    # By the methods of plain tensors: a parameter without a shape yet refuses the question.
+    with torch._C.DisableTorchFunction():  # noqa: SLF001 (torch has no public name for it)
+        if tensor.layout != torch.strided or tensor.dtype != layout.dtype:
+            return False
+        for question in (Tensor.size, Tensor.stride, Tensor.storage_offset):
+            if question(tensor) != question(layout):
+                return False
+        return StorageWeakRef(tensor.untyped_storage()) == StorageWeakRef(layout.untyped_storage())

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyprec.network.calls import EXPOSING, Call
+from anyprec.network.calls import EXPOSING, Call, storage_of
 from anyprec.network.memory import Memory
 
 
@@ -53,13 +53,13 @@ class _Values:
         self._storages: dict[StorageWeakRef, torch.UntypedStorage] = {}
         self._copies: dict[StorageWeakRef, torch.UntypedStorage] = {}
         for tensor in tensors:
-            storage = _storage_of(tensor)
+            storage = _memory_of(tensor)
             if storage is not None:
                 self._storages[StorageWeakRef(storage)] = storage
 
     def save(self, tensor: Tensor) -> None:
         """Copy the storage of `tensor`, if it is one of these and has not been copied yet."""
-        storage = _storage_of(tensor)
+        storage = _memory_of(tensor)
         if storage is None:
             return
         reference = StorageWeakRef(storage)
@@ -130,10 +130,7 @@ def _unchanged_random_states(tensors: list[Tensor]) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """Its storage; None if it has none that holds values (on the meta device, a sparse tensor)."""
-    try:
-        storage = tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
-    return None if storage.device.type == "meta" else storage
+def _memory_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """Its storage; None if that holds no values (on the meta device), or there is none."""
+    storage = storage_of(tensor)
+    return None if storage is None or storage.device.type == "meta" else storage

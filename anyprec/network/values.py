@@ -22,7 +22,7 @@ from torch._ops import OpOverload  # torch has no public name for it
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyprec.network.calls import Call
+from anyprec.network.calls import Call, storage_of
 from anyprec.network.signs import is_known_number, returns_no_negative
 from anyprec.nn.operators import tensors_in
 
@@ -211,12 +211,8 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 def _reference(tensor: Tensor) -> StorageWeakRef | None:
     """The storage of `tensor`; None if it has none of its own (a sparse or batched tensor)."""
-    # Asking for it must not look like the network's doing.
-    with torch._C.DisableTorchFunction():  # noqa: SLF001 (torch has no public name for it)
-        try:
-            return StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):
-            return None
+    storage = storage_of(tensor)
+    return None if storage is None else StorageWeakRef(storage)
 
 
 def _merged(all_facts: Iterable[ValueFacts]) -> ValueFacts:
@@ -251,9 +247,8 @@ def _literal(tensor: Tensor) -> ValueFacts:
 
 def _fills_its_storage(tensor: Tensor) -> bool:
     """Whether every byte of the storage belongs to exactly one number of `tensor`."""
-    try:
-        size = tensor.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):
+    storage = storage_of(tensor)
+    if storage is None:
         return False
     axes = sorted(zip(tensor.stride(), tensor.shape, strict=True))
     expected = 1
@@ -262,4 +257,4 @@ def _fills_its_storage(tensor: Tensor) -> bool:
             if stride != expected:
                 return False
             expected *= length
-    return expected * tensor.element_size() == size
+    return expected * tensor.element_size() == storage.nbytes()

@@ -38,9 +38,6 @@ class NormBank(Undecayed):
         uniform_mean, uniform_var: Statistics of uniform precisions, of shape
             `(len(widths), channels)`, NaN until they are estimated; absent if there are none.
         has_uniform: Whether they are estimated.
-        choice: For compiled networks, the active row as data, shape `(1,)`.
-        statistics_choice: The same for statistics in eval mode, where those of uniform precisions
-            are counted behind the rows.
         stale: The rows whose statistics training has left behind; None before training.
     """
 
@@ -50,8 +47,6 @@ class NormBank(Undecayed):
     running_var: Tensor
     uniform_mean: Tensor
     uniform_var: Tensor
-    choice: Tensor
-    statistics_choice: Tensor
 
     def __init__(
         self,
@@ -79,9 +74,6 @@ class NormBank(Undecayed):
             missing = torch.full_like(self.running_mean[:1], math.nan)
             for name in ("uniform_mean", "uniform_var"):
                 self.register_buffer(name, missing.repeat(len(widths), 1))
-        for name in ("choice", "statistics_choice"):
-            chosen = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
-            self.register_buffer(name, chosen, persistent=False)
 
     @property
     def rows(self) -> int:
@@ -96,11 +88,6 @@ class NormBank(Undecayed):
         if uniform is None:
             return self.running_mean[row], self.running_var[row]
         return self.uniform_mean[uniform], self.uniform_var[uniform]
-
-    def select(self, row: int, uniform: int | None) -> None:
-        """Make these the ones that compiled networks take."""
-        self.choice.fill_(row)
-        self.statistics_choice.fill_(row if uniform is None else self.rows + uniform)
 
     def values(self, names: list[str], row: int, uniform: int | None) -> dict[str, Tensor]:
         """Parameters and statistics of a copy, by name, for one call in eager mode.
@@ -123,12 +110,16 @@ class NormBank(Undecayed):
                 values[name] = _finite_or(estimated, values[name])
         return values
 
-    def selected_values(self, names: list[str], *, evaluating: bool) -> dict[str, Tensor]:
-        """`values` of what `select` chose, where another choice is other data and the same program.
+    def chosen_values(
+        self, names: list[str], row: Tensor, *, statistics: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`values` by indices that are data, so that others are the same program.
 
         Args:
             names: What is wanted.
-            evaluating: In eval mode, where statistics of uniform precisions are used.
+            row: Index of the copy, shape `(1,)`.
+            statistics: In eval mode the same for statistics, where those of uniform precisions are
+                counted behind the rows.
         """
         values: dict[str, Tensor] = {}
         for name in names:
@@ -136,12 +127,12 @@ class NormBank(Undecayed):
             if self._is_shared(copies):
                 values[name] = copies.squeeze(0)
                 continue
-            values[name] = copies.index_select(0, self.choice)[0]
-            if evaluating and self.widths and name in STATISTICS:
+            values[name] = copies.index_select(0, row)[0]
+            if statistics is not None and self.widths and name in STATISTICS:
                 # Behind the copies, so that one index chooses among both.
                 uniform = getattr(self, name.replace("running", "uniform"))
                 candidates = torch.cat((copies, uniform))
-                estimated = candidates.index_select(0, self.statistics_choice)[0]
+                estimated = candidates.index_select(0, statistics)[0]
                 values[name] = _finite_or(estimated, values[name])
         return values
 
@@ -183,7 +174,6 @@ class NormBank(Undecayed):
         if self.widths:
             del self.uniform_mean, self.uniform_var
             self.widths, self.has_uniform = (), False
-        self.select(0, None)
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:

@@ -33,6 +33,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import TrainingError
+from anyprec.nn.backward import BackwardGuard, follow_precision
+from anyprec.nn.chosen import Chosen
 from anyprec.nn.norm_bank import AFFINE, STATISTICS, NormBank, Statistics
 from anyprec.nn.norm_stand_ins import (
     OutputWatch,
@@ -83,6 +85,9 @@ class SwitchableNorm(Specialized):
     Attributes:
         bank: The copies; None if the norm is shared by all precisions.
         selection: What is used of them.
+        chosen: For compiled networks, index of the active copy (`row`) and of the statistics in
+            eval mode (`statistics`, where those of uniform precisions follow the copies); None
+            without copies.
         output_observers: Called with every normalised output, before any activation.
     """
 
@@ -90,6 +95,8 @@ class SwitchableNorm(Specialized):
 
     _anyprec_added: ClassVar[tuple[str, ...]] = (
         "bank",
+        "chosen",
+        "backward_guard",
         "selection",
         "output_observers",
         "_passes_values_on",
@@ -98,6 +105,8 @@ class SwitchableNorm(Specialized):
 
     bank: NormBank | None
     selection: NormSelection
+    chosen: Chosen | None
+    backward_guard: BackwardGuard | None = None
     output_observers: Observers
     # Whether its forward passes its values to `F.batch_norm`, and does nothing else with them. A
     # class attribute besides, for norms pickled before there was one.
@@ -136,8 +145,9 @@ class SwitchableNorm(Specialized):
         if bank is not None and width in bank.widths:
             uniform = bank.widths.index(width)
         self._select(NormSelection(row, uniform, override))
-        if row is not None and bank is not None:
-            bank.select(row, uniform)
+        if row is not None and bank is not None and self.chosen is not None:
+            statistics = row if uniform is None else bank.rows + uniform
+            self.chosen.choose(row=row, statistics=statistics)
         if bank is not None and bank.stale is not None and bank.stale.network.compiled:
             self._warn_if_stale(bank)
 
@@ -155,6 +165,7 @@ class SwitchableNorm(Specialized):
         Raises:
             ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
         """
+        follow_precision(self)
         # In training the copies move, and statistics beside them would stay behind. In compiled
         # training `OneShot` drops them.
         if self.training and self.bank is not None and not torch.compiler.is_compiling():
@@ -264,8 +275,10 @@ class _NormInterceptor(TorchFunctionMode):
         bank, selection = self.norm.bank, self.norm.selection
         if bank is None:
             return {}
-        if torch.compiler.is_compiling():
-            return bank.selected_values(names, evaluating=not training)
+        chosen = self.norm.chosen
+        if torch.compiler.is_compiling() and chosen is not None:
+            statistics = None if training else chosen.statistics
+            return bank.chosen_values(names, chosen.row, statistics=statistics)
         if selection.row is None:
             return {}
         # The batch's own statistics are used in training, and update those of the copy.
@@ -274,12 +287,12 @@ class _NormInterceptor(TorchFunctionMode):
 
     def _write_back(self, arguments: dict[str, Any]) -> None:
         """Store the statistics that batch_norm has updated: a row selected by data is no view."""
-        bank = self.norm.bank
-        if bank is None:
+        bank, chosen = self.norm.bank, self.norm.chosen
+        if bank is None or chosen is None:
             return
         for name in STATISTICS:
             if arguments.get(name) is not None:
-                getattr(bank, name).index_copy_(0, bank.choice, arguments[name][None])
+                getattr(bank, name).index_copy_(0, chosen.row, arguments[name][None])
 
 
 class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
@@ -310,13 +323,16 @@ def switch_norm(
         shared_affine: As for `NormBank`.
         widths: As for `NormBank`.
     """
-    bank = None
+    bank, chosen = None, None
     if rows:
         bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths)
         bank.train(norm.training)
+        chosen = Chosen("row", "statistics", device=bank.running_mean.device)
+        chosen.train(norm.training)
     kind = type(norm)
     specialize(norm, SwitchableNorm)
-    norm._modules["bank"] = bank  # noqa: SLF001 (None too, and past a `__getattr__` of its own)
+    # None too, and past a `__getattr__` of its own.
+    norm._modules.update(bank=bank, chosen=chosen)  # noqa: SLF001
     vars(norm).update(
         selection=NormSelection(),
         output_observers=Observers(),
@@ -326,8 +342,8 @@ def switch_norm(
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
-    del norm.bank
-    for name in ("selection", "output_observers", "_passes_values_on"):
+    del norm.bank, norm.chosen
+    for name in ("selection", "output_observers", "backward_guard", "_passes_values_on"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

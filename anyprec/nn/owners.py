@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError
+from anyprec.nn.backward import follow_precision
 from anyprec.nn.bodies import body_of
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.operators import operands, operator_of
@@ -41,7 +42,10 @@ class FunctionalOwner(Specialized):
         intercepted: dict[int, QuantizedLayer] = {}
         for path in self.functional_layers:
             layer = self.get_submodule(path)
-            if isinstance(layer, QuantizedLayer) and layer.is_intercepted:
+            if not isinstance(layer, QuantizedLayer):
+                continue
+            follow_precision(layer)
+            if layer.is_intercepted:
                 _require_weight_itself(layer, path)
                 intercepted[id(layer.weight)] = layer
         if not intercepted:

@@ -44,38 +44,29 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
 
 
 class _Switchable(FullPrecision, Undecayed):
-    """A quantizer with an active candidate: a number in eager mode, data in compiled networks.
+    """A quantizer of several candidates. Its layer knows the active one.
+
+    That is so because the views of a network share its quantizers, whatever precision each has.
 
     Attributes:
         candidates: Bit-widths, ascending.
-        selected: Index of the active one. Compiled networks never read it, since each value would
-            be a program of its own.
-        choice: The same as a tensor, shape `(1,)`.
         widths: The candidates as a tensor.
     """
 
-    choice: Tensor
     widths: Tensor
 
     def __init__(self, candidates: tuple[int, ...]) -> None:
         super().__init__()
         self.candidates = candidates
-        self.selected = 0
-        self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
     def restore_constants(self) -> None:
         """Write the candidates again, after the quantizer got memory of its own."""
         self.widths.copy_(torch.tensor(self.candidates))
 
-    def select(self, index: int) -> None:
-        """Make the candidate at `index` the active one."""
-        vars(self)["selected"] = index  # past nn.Module.__setattr__, which takes ten times as long
-        self.choice.fill_(index)
-
-    def _selected_top(self) -> Tensor:
-        """`2^b` of the active candidate, shape `(1,)`."""
-        return torch.exp2(self.widths.index_select(0, self.choice).float())
+    def _top(self, choice: Tensor) -> Tensor:
+        """`2^b` of a candidate, shape `(1,)`."""
+        return torch.exp2(self.widths.index_select(0, choice).float())
 
 
 class WeightQuantizer(_Switchable):
@@ -116,12 +107,12 @@ class WeightQuantizer(_Switchable):
             gradient_scale=gradient_scale(self._sharing(weight), qmax, qmax - qmin),
         )
 
-    def forward_selected(self, weight: Tensor) -> Tensor:
-        """`forward` with the selected candidate, where a change of bit-width changes no program."""
-        half = self._selected_top() / 2
+    def forward_selected(self, weight: Tensor, choice: Tensor) -> Tensor:
+        """`forward` at the candidate of the index `choice`, which is data and not program."""
+        half = self._top(choice) / 2
         return fake_quantize_with(
             weight,
-            self.step.index_select(0, self.choice).squeeze(0),
+            self.step.index_select(0, choice).squeeze(0),
             qmin=-half,
             qmax=half - 1,
             axis=self.axis,
@@ -209,18 +200,19 @@ class InputQuantizer(_Switchable):
         scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
         return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
 
-    def forward_selected(self, values: Tensor) -> Tensor:
-        """`forward` with the selected candidate, where a change of bit-width changes no program."""
-        zero = self.zero_point.index_select(0, self.choice).float()
-        qmax = self._selected_top() - 1 - zero
+    def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
+        """`forward` at the candidate of the index `choice`, which is data and not program."""
+        top = self._top(choice)
+        zero = self.zero_point.index_select(0, choice).float()
+        qmax = top - 1 - zero
         largest = torch.maximum(qmax, zero).clamp_min(1)
         return fake_quantize_with(
             values,
-            self.step.index_select(0, self.choice),
+            self.step.index_select(0, choice),
             qmin=-zero,
             qmax=qmax,
             axis=None,
-            gradient_scale=gradient_scale(_features(values), largest, self._selected_top() - 1),
+            gradient_scale=gradient_scale(_features(values), largest, top - 1),
         )
 
     @torch.no_grad()

@@ -42,7 +42,9 @@ class Specialized(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class: the class itself cannot be imported."""
-        return _empty, (self._anyprec_mixins, self.original_class), vars(self)
+        # What __getstate__ leaves out is bound to this very object, such as its compiled form.
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _empty, (self._anyprec_mixins, self.original_class), state
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:

@@ -91,8 +91,9 @@ class LatentWeight(WeightSource):
         quantizer = layer.weight_quantizer
         if torch.compiler.is_compiling():
             # Neither the index nor a stamp may be read: each value would be a program of its own.
-            return self._corrected(quantizer.forward_selected(operand), operand)
-        index, step = quantizer.selected, quantizer.step
+            chosen = layer.chosen.weight
+            return self._corrected(quantizer.forward_selected(operand, chosen), operand)
+        index, step = layer.weight_index, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         if layer.training or learns or self.dynamic:
             return self.compute(quantizer, operand, index)
@@ -161,7 +162,7 @@ class PackedCodes(WeightSource):
             msg = f"a packed layer cannot run in training mode; {NO_LATENTS}"
             raise PackedError(msg)
         quantizer = layer.weight_quantizer
-        index, step = quantizer.selected, quantizer.step
+        index, step = layer.weight_index, quantizer.step
         # Nothing trains codes, so torch's record is trusted.
         record = record_of((*self.operand.buffers(), step))
         kept = self._recorded(index, record)
