@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import anyprec
 from anyprec.model.costing import cost_model
-from anyprec.network.readers import function_name
+from anyprec.network.readers import Readers, function_name
 
 TOKENS, WIDTH = 6, 8
 
@@ -237,8 +237,8 @@ READ: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "own function": (lambda: Using(Own.apply, (TOKENS, WIDTH)), "exp"),
     "outside torch": (
-        lambda: Using(lambda x, w: x + float(w.detach().numpy().sum()), SQUARE),
-        "numpy",
+        lambda: Using(lambda x, w: x + sum(w.tolist()[0]), SQUARE),
+        "tolist",
     ),
     "layer borrowed": (
         lambda: Borrowing(parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))),
@@ -457,6 +457,14 @@ def test_skipped_parameters_survive_a_file(tmp_path: Path) -> None:
     assert loaded.coverage == model.coverage
     assert loaded.anyprec_record.facts == model.anyprec_record.facts
     assert torch.equal(loaded(x), expected)
+
+
+def test_what_hands_values_to_other_code_reads_them_without_an_operation() -> None:
+    weight = torch.randn(SQUARE)
+    readers = Readers([("row", weight)])
+    with readers, readers.within(Tensor.tolist, (weight[0],), counted=False):
+        weight[0].tolist()
+    assert list(readers.readings["row"].functions) == ["tolist"]
 
 
 @pytest.mark.parametrize(
