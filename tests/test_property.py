@@ -37,7 +37,9 @@ class Function(nn.Module):
 class Weighted(nn.Module):
     """A function of the feature map and of a bare parameter."""
 
-    def __init__(self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], function: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(shape) / shape[-1] ** 0.5)
         self.function = function
