@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import timm
 import torch
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.utils.model import freeze_batch_norm_2d, reparameterize_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -137,11 +137,12 @@ def test_in_floating_point_a_changed_network_runs_as_its_float_network(
     torch.testing.assert_close(net(images), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+@pytest.mark.parametrize("block", ["rep", "one"])  # RepVGG's and MobileOne's
 @pytest.mark.parametrize("inplace", [False, True])
-def test_branches_merged_after_conversion_are_an_error_at_once(name: str, inplace: bool) -> None:
-    x = torch.randn(2, 3, 32, 32)
-    network = timm.create_model(name, num_classes=5).eval()
+def test_branches_merged_after_conversion_are_an_error_at_once(block: str, inplace: bool) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    blocks = 2 * (ByoBlockCfg(block, d=1, c=8, s=2),)
+    network = ByobNet(ByoModelCfg(blocks, stem_type=block, stem_chs=8), num_classes=5).eval()
     model = anyprec.convert(network, bits=(2, 8), example_input=x)
     anyprec.calibrate(model, [x])
     model.set_bits(2)
