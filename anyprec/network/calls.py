@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# torch has no public names for these.
-from torch._ops import OpOverload
+from torch._ops import OpOverload  # torch has no public name for it
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from anyprec.nn.operators import tensors_in
 
@@ -138,3 +137,16 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
             return tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
             return None
+
+
+def reference_to(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """A key for a storage, whose address no other one gets as long as the key lives."""
+    return StorageWeakRef(storage)
+
+
+def same_storage(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors share a storage."""
+    left_storage, right_storage = storage_of(left), storage_of(right)
+    if left_storage is None or right_storage is None:
+        return False
+    return bool(reference_to(left_storage) == reference_to(right_storage))

@@ -3,7 +3,7 @@
 A forward pass may remember anything: the last feature map, a grid for the last size, a counter, in
 attributes, buffers, lists, caches and global variables. After the block all of this is what it was
 before. What is reached from the network, and how each kind of object is restored, is in
-`memory.py`; here are the values of tensors and the states of random generators.
+`memory.py` and `notes.py`; here are the values of tensors and the states of random generators.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyprec.network.calls import EXPOSING, Call, storage_of
+from anyprec.network.calls import EXPOSING, Call, reference_to, storage_of
 from anyprec.network.memory import Memory
 
 
@@ -55,14 +55,14 @@ class _Values:
         for tensor in tensors:
             storage = _memory_of(tensor)
             if storage is not None:
-                self._storages[StorageWeakRef(storage)] = storage
+                self._storages[reference_to(storage)] = storage
 
     def save(self, tensor: Tensor) -> None:
         """Copy the storage of `tensor`, if it is one of these and has not been copied yet."""
         storage = _memory_of(tensor)
         if storage is None:
             return
-        reference = StorageWeakRef(storage)
+        reference = reference_to(storage)
         if reference in self._storages and reference not in self._copies:
             self._copies[reference] = storage.clone()
 
@@ -81,7 +81,7 @@ class _WriteGuard(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, values: _Values) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._values = values
 
     def __torch_dispatch__(

@@ -47,6 +47,8 @@ _NONNEGATIVE = {
     "square", "exp", "exp2", "cosh", "erfc", "sqrt", "rsqrt", "hypot", "linalg_vector_norm", "norm",
     "var", "std", "zeros", "zeros_like", "new_zeros", "zero", "ones", "ones_like", "new_ones",
     "eye", "rand", "rand_like", "bernoulli",
+    # Memory that holds nothing yet: what is written to it decides.
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
 }  # fmt: skip
 """Operations that never return a negative number."""
 

@@ -22,7 +22,7 @@ from torch._ops import OpOverload  # torch has no public name for it
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anyprec.network.calls import Call, storage_of
+from anyprec.network.calls import Call, reference_to, storage_of
 from anyprec.network.signs import is_known_number, returns_no_negative
 from anyprec.nn.operators import tensors_in
 
@@ -77,7 +77,7 @@ class ValueTracker(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         # A weak reference as key keeps a storage's address from being used again.
         self._storages: dict[StorageWeakRef | None, _Storage] = {}
         self.numbers_left = False
@@ -212,7 +212,7 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
 def _reference(tensor: Tensor) -> StorageWeakRef | None:
     """The storage of `tensor`; None if it has none of its own (a sparse or batched tensor)."""
     storage = storage_of(tensor)
-    return None if storage is None else StorageWeakRef(storage)
+    return None if storage is None else reference_to(storage)
 
 
 def _merged(all_facts: Iterable[ValueFacts]) -> ValueFacts:
@@ -234,7 +234,9 @@ def _typed(facts: ValueFacts, dtype: torch.dtype, *, nonnegative: bool) -> Value
         nonnegative = True
     elif not dtype.is_floating_point:
         nonnegative = False  # integers run over, and complex numbers have no sign
-    return dataclasses.replace(facts, nonnegative=nonnegative, dtype=dtype)
+    # A mask is no image: layers that one is for would all count as the first.
+    from_input = facts.from_input and dtype != torch.bool
+    return dataclasses.replace(facts, nonnegative=nonnegative, dtype=dtype, from_input=from_input)
 
 
 def _literal(tensor: Tensor) -> ValueFacts:

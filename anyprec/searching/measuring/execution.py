@@ -129,6 +129,8 @@ class PartialExecution:
                     del environment[source]
 
     def _run_node(self, node: fx.Node, images: Tensor) -> Any:
+        if node is self._nodes[0]:
+            return images  # the first argument, even if it has a default
         if node.op == "placeholder":
             return node.args[0] if node.args else images
         return self._interpreter.run_node(node)
