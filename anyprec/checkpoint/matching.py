@@ -154,15 +154,20 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     shape = () if parameter is None else tuple(parameter.shape)
     axes = len(shape)
     if facts.parameter is not None:
-        axis_fits = facts.axis is None or 0 <= facts.axis < axes
-        if facts.groups > 1:
-            axis_fits = facts.axis == 1 and axes > 1 and shape[0] % facts.groups == 0
-        return axes > 1 and axis_fits and facts.path == matrix_path(facts.parameter)
+        fits = axes > 1 and _axis_fits(facts, shape)
+        return fits and facts.path == matrix_path(facts.parameter)
     if facts.groups not in (1, transposed_groups(module)):
         return False
     # An empty path would be the network itself, whose weight cannot be replaced.
     can_quantize = isinstance(module, LAYER_TYPES) or (axes > 1 and facts.per_tensor)
     return bool(holder) and can_quantize
+
+
+def _axis_fits(facts: LayerFacts, shape: tuple[int, ...]) -> bool:
+    """Whether a bare parameter of this shape can have output channels where `facts` say."""
+    if facts.groups > 1:
+        return facts.axis == 1 and shape[0] % facts.groups == 0
+    return facts.axis is None or 0 <= facts.axis < len(shape)
 
 
 def _matrices(facts: NetworkFacts) -> dict[str, list[str]]:

@@ -166,11 +166,11 @@ class SwitchableNorm(Specialized):
             ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
         """
         follow_precision(self)
-        # In training the copies move, and statistics beside them would stay behind. In compiled
-        # training `OneShot` drops them.
-        if self.training and self.bank is not None and not torch.compiler.is_compiling():
-            self.bank.forget_uniform()
         if self.bank is not None and not torch.compiler.is_compiling():
+            # In training the copies move, and statistics beside them would stay behind. In compiled
+            # training `OneShot` drops them.
+            if self.training:
+                self.bank.forget_uniform()
             self._warn_if_stale(self.bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):

@@ -95,12 +95,10 @@ class LatentWeight(WeightSource):
             return self._corrected(quantizer.forward_selected(operand, chosen), operand)
         index, step = layer.weight_index, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
-        if layer.training or learns or self.dynamic:
-            return self.compute(quantizer, operand, index)
-        if not (self.trusted or is_comparable(operand)):
-            return self.compute(quantizer, operand, index)
-        # Weights change in place, without notice.
-        record = record_of((*layer.weight_tensors(), step))
+        record = None
+        if not (layer.training or learns or self.dynamic) and self._can_keep(operand):
+            # Weights change in place, without notice.
+            record = record_of((*layer.weight_tensors(), step))
         if record is None:
             return self.compute(quantizer, operand, index)
         kept = self._recorded(index, record)
@@ -114,6 +112,10 @@ class LatentWeight(WeightSource):
             quantized = self.compute(quantizer, operand, index)
         self._cache[index] = Kept(quantized, record, values)
         return quantized
+
+    def _can_keep(self, operand: Tensor) -> bool:
+        """Whether a later change of the operand would be seen, or is none to be expected."""
+        return self.trusted or is_comparable(operand)
 
     def _is_current(self, kept: Kept, operand: Tensor, step: Tensor) -> bool:
         """Whether the operand and the step sizes have the values that they had."""
