@@ -18,6 +18,8 @@ from threading import get_ident
 import torch
 from torch import nn
 
+_backward_number: Callable[[], int] = torch._C._current_graph_task_id  # noqa: SLF001 (see above)
+
 
 class BackwardGuard(ABC):
     """Makes the right precision active while the network runs again in a backward pass.
@@ -46,7 +48,8 @@ def follow_precision(module: nn.Module) -> None:
     if torch.compiler.is_compiling():
         return
     guard: BackwardGuard | None = module.backward_guard  # type: ignore[assignment]
-    is_inside = in_backward()
+    # Without another call, since every layer and norm asks in every forward pass.
+    is_inside = _backward_number() != -1
     if guard is None or not (is_inside or guard.thread != get_ident()):
         return
     if "_is_replica" in vars(module):
@@ -59,7 +62,7 @@ def follow_precision(module: nn.Module) -> None:
 
 def in_backward() -> bool:
     """Whether this thread is running a backward pass."""
-    return backward_number() != -1
+    return _backward_number() != -1
 
 
 def backward_number() -> int:
@@ -67,8 +70,7 @@ def backward_number() -> int:
 
     A backward pass that is started inside another one has a number of its own.
     """
-    number: int = torch._C._current_graph_task_id()  # noqa: SLF001 (see above)
-    return number
+    return _backward_number()
 
 
 def next_node_number() -> int:
