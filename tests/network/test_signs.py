@@ -88,10 +88,13 @@ TURNING_NEGATIVE: dict[str, Operation] = {
     "bits read as another dtype": lambda _m, y, z: (
         (y + 1).view(torch.int32).bitwise_not().view(torch.float32)
     ),
+    "bytes read as another dtype": lambda _m, y, z: _as_half(y + 1),
+    "a constant that others change": lambda _m, y, z: y * _changed_outside(torch.ones(1)),
     # in place
     "sub_": lambda _m, y, z: y.sub_(1),
     "operator": lambda _m, y, z: y.__isub__(z + 1),
     "part": lambda _m, y, z: _in_place(y.narrow(1, 1, 2).neg_()),
+    "rectified in part": lambda _m, y, z: _rectified_in_part(y - 1),
     "split": lambda _m, y, z: _in_place([part.sub_(1) for part in y.split(1, dim=1)]),
     "permuted": lambda _m, y, z: _in_place(y.permute(1, 0, 3, 2).sub_(1)),
     "strided": lambda _m, y, z: _in_place(y.as_strided((4,), (3,)).fill_(-7)),
@@ -114,6 +117,20 @@ TURNING_NEGATIVE: dict[str, Operation] = {
     # what depends on the data
     "a number that decides": lambda _m, y, z: y - 1 if y.sum() > 0 else y,
 }
+
+
+def _as_half(y: Tensor) -> Tensor:
+    return y.view(torch.float16)[..., :6].nan_to_num(0, 0).float()
+
+
+def _changed_outside(constant: Tensor) -> Tensor:
+    constant.numpy()[0] = -1
+    return constant
+
+
+def _rectified_in_part(y: Tensor) -> Tensor:
+    y[:, :2].relu_()
+    return y
 
 
 @pytest.mark.parametrize("name", TURNING_NEGATIVE)
