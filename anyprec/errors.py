@@ -43,7 +43,10 @@ class NotCalibratedError(AnyprecError, RuntimeError):
 
 
 class TrainingError(AnyprecError, RuntimeError):
-    """The training hooks were used out of order, or training left the finite numbers."""
+    """The training hooks were used out of order, or training left the finite numbers.
+
+    Or the statistics of norms were to be reset or averaged in a way that copies cannot follow.
+    """
 
 
 class BudgetError(AnyprecError, ValueError):

@@ -86,7 +86,8 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
 
     Raises:
         ConversionError: The model is converted already, has no layer to quantize, does not run on
-            the example input, or a pattern matches nothing. The model is left as it was.
+            the example input, a pattern matches nothing, or a module has something of its own
+            under a name that conversion needs. The model is left as it was.
         BitsError: A bit-width is not supported.
         ValueError: `norm` is none of these.
 
