@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from anyprec.nn.norm_bank import AFFINE, STATISTICS, NormBank, Statistics
 from anyprec.nn.observers import Observers
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import TrainedNetwork
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
@@ -239,7 +240,12 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 
 
 def switch_norm(
-    norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()
+    norm: _BatchNorm,
+    rows: int,
+    *,
+    shared_affine: bool = False,
+    widths: tuple[int, ...] = (),
+    network: TrainedNetwork | None = None,
 ) -> None:
     """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched.
 
@@ -248,10 +254,11 @@ def switch_norm(
         rows: Number of copies; none if all precisions share it.
         shared_affine: As for `NormBank`.
         widths: As for `NormBank`.
+        network: As for `NormBank`.
     """
     bank = None
     if rows:
-        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths)
+        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths, network=network)
         bank.train(norm.training)
     specialize(norm, SwitchableNorm)
     norm.register_module("bank", bank)
