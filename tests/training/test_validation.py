@@ -303,9 +303,9 @@ def test_an_average_of_weights_is_left_behind_with_them_and_can_be_brought_up_to
     loop = make_loop()
     loop.model.train()
     teacher = copy.deepcopy(loop.model).eval()
+    loop.oneshot.remember(images)
     if begins == "while":
         loop.run(1)
-        loop.oneshot.remember(images)
         loop.oneshot.refresh_norms()
     average, update = make(loop.model)
     for _ in range(3):
@@ -315,7 +315,6 @@ def test_an_average_of_weights_is_left_behind_with_them_and_can_be_brought_up_to
         outputs(average.eval(), images)
     assert len(caught) == 1
     outputs(teacher, images)  # its weights stayed, so its statistics are right
-    loop.oneshot.remember(images)
     loop.oneshot.refresh_norms(average)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
