@@ -40,10 +40,11 @@ from anyprec.errors import BitsError
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.costing import cost_model, tied_codes, weight_name
-from anyprec.model.intact import submodule_or_none
+from anyprec.model.intact import submodule_or_none, switchable_norms
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED
+from anyprec.nn.staleness import warn_before_saving
 from anyprec.runtime.storage import stored_once, write_file
 from anyprec.searching.result import SearchResult
 
@@ -90,6 +91,10 @@ def save(
         rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False
             writes a file that `load` takes only together with a network.
 
+    Warns:
+        StaleNormsWarning: Training left all norm statistics behind. Save inside
+            `oneshot.evaluating(...)`, or after `update_norms`.
+
     Raises:
         ConversionError: `model` is not converted, or a layer was replaced since.
         BitsError: A named configuration does not fit the model.
@@ -107,6 +112,7 @@ def save(
         ...     again = anyprec.load(f"{folder}/net.safetensors")
     """
     require_converted(model, purpose="save")
+    warn_before_saving(norm.bank for _, norm in switchable_norms(model) if norm.bank is not None)
     _check_arguments(model, packed=packed, coding=coding, latents=latents)
     named = _checked_configs(model, {**model.configs, **(configs or {})})
     notes = _notes(model, named, configs or {})

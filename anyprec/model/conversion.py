@@ -35,6 +35,7 @@ from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_n
 from anyprec.nn.operators import LAYER_TYPES, channel_axis
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import TrainedNetwork
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -264,6 +265,7 @@ def _make_norms_switchable(
         candidates = (layer_candidates(facts.layers[path], settings) for path in paths)
         network_widths = uniform_widths(candidates)
     row_setters: dict[str, str | None] = {}
+    network = TrainedNetwork()
     for path in norms:
         feeding = facts.norms[path]
         norm: Any = model.get_submodule(path)
@@ -273,7 +275,8 @@ def _make_norms_switchable(
         if feeding is not None and facts.layers[feeding].first:
             widths = ()  # what the first layer puts out depends on no other layer's precision
         rows = norm_rows(layer, settings.norm)
-        switch_norm(norm, rows, shared_affine=settings.norm == "shared-affine", widths=widths)
+        is_shared = settings.norm == "shared-affine"
+        switch_norm(norm, rows, shared_affine=is_shared, widths=widths, network=network)
         row_setters[path] = row_setter
     return row_setters
 

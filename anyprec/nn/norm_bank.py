@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anyprec.nn.staleness import StaleRows, TrainedNetwork
+from anyprec.nn.staleness import STALE, Relatives, StaleRows, TrainedNetwork
 from anyprec.nn.undecayed import Undecayed
 
 Statistics = tuple[Tensor, Tensor]
@@ -30,6 +30,7 @@ class NormBank(Undecayed):
         rows: Number of copies.
         shared_affine: All copies have the same affine parameters.
         widths: Uniform bit-widths with statistics beside the copies.
+        network: What the norms of one network share. A copy of the network has one of its own.
 
     Attributes:
         weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared,
@@ -55,6 +56,7 @@ class NormBank(Undecayed):
         *,
         shared_affine: bool = False,
         widths: tuple[int, ...] = (),
+        network: TrainedNetwork | None = None,
     ) -> None:
         super().__init__()
         self.widths = widths
@@ -74,6 +76,13 @@ class NormBank(Undecayed):
             missing = torch.full_like(self.running_mean[:1], math.nan)
             for name in ("uniform_mean", "uniform_var"):
                 self.register_buffer(name, missing.repeat(len(widths), 1))
+        self.network = network or TrainedNetwork()
+        self._relatives = Relatives()
+        self._relatives.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._relatives.add(self)
 
     @property
     def rows(self) -> int:
@@ -145,7 +154,12 @@ class NormBank(Undecayed):
             self.has_uniform = False
 
     def mark_stale(self, network: TrainedNetwork) -> None:
-        """Note that the weights of the network have moved, and all statistics stayed behind."""
+        """Note that the weights of the network have moved, and all statistics stayed behind.
+
+        So have those of a copy whose weights were written since the last time, by an average.
+        """
+        for copy in self._relatives.moved(self):
+            copy.mark_stale(copy.network)
         if self.stale is None or self.stale.network is not network:
             self.stale = StaleRows(network)
         self.stale.rows.update((None, *range(self.rows)))
@@ -183,15 +197,38 @@ class NormBank(Undecayed):
             if copies is not None:
                 copies.copy_(getattr(norm, name).expand_as(copies))
         self.forget_uniform()
+        self._relatives.add(self)  # a new beginning, and no following of weights in training
 
     def _is_shared(self, copies: Tensor) -> bool:
         """Whether all copies have these values in common."""
         return len(copies) < self.rows
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,  # noqa: FBT001 (torch's)
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stale is not None and self.stale.rows:
+            # Beside the tensors, where nobody who compares or averages them sees it.
+            metadata: dict[str, Any] = getattr(destination, "_metadata", {})
+            metadata.setdefault(prefix.removesuffix("."), {})[STALE] = list(self.stale.rows)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self.refresh()
-        self.stale = None  # they came with the weights
+        # They came with the weights, and are as stale as they were there.
+        rows = local_metadata.get(STALE)
+        self.stale = StaleRows(self.network, set(rows)) if rows else None
+        self._relatives.add(self)
 
     def extra_repr(self) -> str:
         """Number of copies, for `print(model)`."""

@@ -45,6 +45,7 @@ from anyprec.nn.norm_stand_ins import (
 )
 from anyprec.nn.observers import Observers
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import TrainedNetwork
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
@@ -313,7 +314,12 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 
 
 def switch_norm(
-    norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()
+    norm: _BatchNorm,
+    rows: int,
+    *,
+    shared_affine: bool = False,
+    widths: tuple[int, ...] = (),
+    network: TrainedNetwork | None = None,
 ) -> None:
     """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched.
 
@@ -322,10 +328,11 @@ def switch_norm(
         rows: Number of copies; none if all precisions share it.
         shared_affine: As for `NormBank`.
         widths: As for `NormBank`.
+        network: As for `NormBank`.
     """
     bank, chosen = None, None
     if rows:
-        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths)
+        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths, network=network)
         bank.train(norm.training)
         chosen = Chosen("row", "statistics", device=bank.running_mean.device)
         chosen.train(norm.training)
