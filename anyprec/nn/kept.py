@@ -88,9 +88,7 @@ def _rows(operand: Tensor) -> Tensor:
         strides = rows.stride()
         rows = rows.permute(sorted(range(rows.ndim), key=strides.__getitem__, reverse=True))
     rows = rows.flatten(1) if rows.ndim > 1 else rows[None]
-    # With `out`, since autocast would compute it in bfloat16.
-    result = torch.empty(rows.shape[0], dtype=rows.dtype)
-    return torch.mv(rows, _direction(rows.shape[1], rows.dtype), out=result)
+    return torch.mv(rows, _direction(rows.shape[1], rows.dtype))
 
 
 @functools.cache

@@ -115,8 +115,8 @@ UPSAMPLINGS = [
 ]
 
 
-def make_net(upsampling: Any, *, norm: str = "shared-affine") -> tuple[nn.Module, Tensor, Tensor]:
-    """A network with uneven output channels; the weight as the layer has it."""
+def make_net(upsampling: Any, *, norm: str = "shared-affine") -> tuple[nn.Module, Tensor, int]:
+    """A network with uneven output channels; the weight as its layer has it, and the groups."""
     up = upsampling()
     weight = up.kernel if isinstance(up, FunctionalUpsampling) else up.weight
     groups = 4 if isinstance(up, FunctionalUpsampling) else up.groups
@@ -131,15 +131,14 @@ def make_net(upsampling: Any, *, norm: str = "shared-affine") -> tuple[nn.Module
     images = torch.randn(4, 3, 8, 8)
     model = anyprec.convert(net, bits=(2, 4, 8), norm=norm, example_input=images[:1])
     anyprec.calibrate(model, [images])
-    return model, weight, images
+    return model, weight, groups
 
 
 @pytest.mark.parametrize("upsampling", UPSAMPLINGS)
 def test_every_output_channel_has_a_small_error_however_uneven_they_are(upsampling: Any) -> None:
-    model, weight, _ = make_net(upsampling)
+    model, weight, groups = make_net(upsampling)
     path = next(path for path in model.quantized_layers if path.startswith("2"))
     quantizer = model.quantized_layers[path].weight_quantizer
-    groups = model.anyprec_record.facts.layers[path].groups
     rows = rows_by_hand(weight.detach(), groups)
     assert quantizer.step.shape[1] == len(rows)
     quantized = rows_by_hand(quantizer(weight, quantizer.candidates.index(4)).detach(), groups)
@@ -149,10 +148,10 @@ def test_every_output_channel_has_a_small_error_however_uneven_they_are(upsampli
 
 @pytest.mark.parametrize("upsampling", UPSAMPLINGS[:4])
 def test_a_shared_norm_gets_the_latent_moments_of_every_output_channel(upsampling: Any) -> None:
-    model, weight, _ = make_net(upsampling, norm="shared")
+    model, weight, groups = make_net(upsampling, norm="shared")
     layer = model.quantized_layers["2"]
     model.set_bits(4)
-    quantized = rows_by_hand(layer.quantized_weight(weight).detach(), layer.groups)
-    rows = rows_by_hand(weight.detach(), layer.groups)
+    quantized = rows_by_hand(layer.quantized_weight(weight).detach(), groups)
+    rows = rows_by_hand(weight.detach(), groups)
     torch.testing.assert_close(quantized.mean(dim=1), rows.mean(dim=1))
     torch.testing.assert_close(quantized.std(dim=1), rows.std(dim=1))

@@ -225,10 +225,12 @@ def test_trust_takes_a_converted_network() -> None:
         anyprec.trust_weights(nn.Linear(2, 2))
 
 
-def test_two_threads_that_share_what_is_kept_get_their_own_candidates() -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+def test_threads_that_share_what_is_kept_get_their_own_candidates(trusted: bool) -> None:
     layer = make_model().quantized_layers["6"]
     source, quantizer, weight = layer.weight_source, layer.weight_quantizer, layer.weight.detach()
     expected = [source.compute(quantizer, weight, index).detach() for index in range(3)]
+    source.trusted = trusted
     wrong: list[int] = []
 
     class View:
@@ -246,12 +248,14 @@ def test_two_threads_that_share_what_is_kept_get_their_own_candidates() -> None:
     def serve(index: int) -> None:
         view: Any = View(index)
         with torch.no_grad():
-            for turn in range(200):
-                if turn % 20 == 0:
+            for turn in range(60):
+                together.wait(timeout=60)
+                if turn % 20 == index:
                     source.forget()
                 if not torch.equal(source.quantized(view, weight), expected[index]):
                     wrong.append(index)
 
+    together = threading.Barrier(3)
     threads = [threading.Thread(target=serve, args=(index,)) for index in range(3)]
     for thread in threads:
         thread.start()

@@ -13,6 +13,7 @@ import anyprec
 from anyprec.calibration.least_squares import input_grid, weight_steps
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
 from anyprec.nn.moments import match_moments, moments, power_of_two
+from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -230,6 +231,9 @@ def test_a_network_in_half_precision_says_what_it_says_in_float32(
         anyprec.save(model, tmp_path / "net", packed=True)
         half = anyprec.load(tmp_path / "net", net)
     half.to(dtype)
+    for module in half.modules():
+        if isinstance(module, PackedOperand) and norm == "shared" and module.mean is not None:
+            assert module.mean.dtype == module.spread.dtype == torch.float32
     for bits in (8, 4, (8, 4)):
         model.set_bits(bits)
         half.set_bits(bits)
