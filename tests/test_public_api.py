@@ -70,6 +70,7 @@ INSIDE = {
     "ConversionRecord",
     "Observers",
     "Present",
+    "Structure",
     "WeightSource",
 }
 """Types of attributes of networks and layers that are how they work, not for users."""

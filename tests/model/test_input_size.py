@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.errors import BatchError, CalibrationError, InputSizeWarning
 from anyprec.model.costing import cost_model
+from anyprec.network.facts import NetworkFacts
 
 
 class Recurrent(nn.Module):
@@ -76,6 +78,13 @@ CASES = {
 }
 
 
+def counts(model: anyprec.ConvertedModel) -> NetworkFacts:
+    """The facts, without what reads a weight: positions are resized at some sizes, else added."""
+    facts = model.anyprec_record.facts
+    layers = {path: dataclasses.replace(row, problem=None) for path, row in facts.layers.items()}
+    return dataclasses.replace(facts, layers=layers)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_after_calibration_the_facts_are_those_of_an_example_of_that_size(name: str) -> None:
     make, before, after = CASES[name]
@@ -85,7 +94,7 @@ def test_after_calibration_the_facts_are_those_of_an_example_of_that_size(name: 
     model = anyprec.convert(network, example_input=torch.randn(1, *before))
     assert cost_model(model).cost(None).bitops != cost_model(reference).cost(None).bitops
     anyprec.calibrate(model, [images])
-    assert model.anyprec_record.facts == reference.anyprec_record.facts
+    assert counts(model) == counts(reference)
     assert cost_model(model).input_shape == after
     assert cost_model(model).cost(None).bitops == cost_model(reference).cost(None).bitops
 

@@ -111,8 +111,8 @@ def test_a_view_shares_every_tensor_and_has_nothing_else_of_its_size(converted: 
     model.set_bits(2)
     outputs(model, torch.randn(1, 3, 64, 64))
     for layer in model.quantized_layers.values():
-        for _, quantized in layer.weight_source._cache.values():
-            known.add(quantized.untyped_storage().data_ptr())
+        for kept in layer.weight_source._cache.values():
+            known.add(kept.quantized.untyped_storage().data_ptr())
     gc.collect()
     own = 0
     for module in view.modules():

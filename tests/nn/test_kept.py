@@ -238,9 +238,8 @@ def test_threads_that_share_what_is_kept_get_their_own_candidates(trusted: bool)
 
         def __init__(self, index: int) -> None:
             self.training = False
-            self.weight_quantizer = copy.copy(quantizer)
-            self.weight_quantizer.select = None
-            vars(self.weight_quantizer)["selected"] = index
+            self.weight_quantizer = quantizer
+            self.weight_index = index
 
         def weight_tensors(self) -> list[Tensor]:
             return [weight]
