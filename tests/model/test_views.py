@@ -118,7 +118,7 @@ def test_a_view_shares_every_tensor_and_has_nothing_else_of_its_size(converted: 
     for module in view.modules():
         held = [*module.buffers(recurse=False), *module.parameters(recurse=False)]
         if isinstance(module, QuantizedLayer):
-            held += [quantized for _, quantized in module.weight_source._cache.values()]
+            held += [kept.quantized for kept in module.weight_source._cache.values()]
         for tensor in held:
             if tensor.untyped_storage().data_ptr() not in known:
                 own += tensor.numel()
