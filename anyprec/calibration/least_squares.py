@@ -57,7 +57,7 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
 
     Args:
         sample: Values of the input, flat.
-        quantizer: Knows the candidates and whether the graph proves the input non-negative.
+        quantizer: Knows the candidates and whether the input is known to be never negative.
 
     Shape:
         Each result is `(len(candidates),)`.

@@ -37,7 +37,7 @@ class LayerFacts:
             standardisation).
         feature: Path of the norm (other than a BatchNorm) or activation right behind it, or None.
         depthwise: A grouped convolution with one input channel per group.
-        nonnegative: The graph proves that the input cannot be negative.
+        nonnegative: What the network does before it proves that the input cannot be negative.
         first: It reads the network's input, with no other layer in between.
         last: Its output reaches the network's output, and no other layer.
         constant: Its input does not depend on the network's input.

@@ -43,8 +43,8 @@ def is_known_number(value: object) -> bool:
 
 
 _NONNEGATIVE = {
-    "relu", "relu6", "sigmoid", "hardsigmoid", "_softmax", "_safe_softmax", "softmax", "abs",
-    "square", "exp", "exp2", "cosh", "erfc", "sqrt", "rsqrt", "hypot", "linalg_vector_norm", "norm",
+    "relu", "sigmoid", "hardsigmoid", "_softmax", "_safe_softmax", "abs",
+    "exp", "exp2", "cosh", "erfc", "sqrt", "rsqrt", "hypot", "linalg_vector_norm", "norm",
     "var", "std", "zeros", "zeros_like", "new_zeros", "zero", "ones", "ones_like", "new_ones",
     "eye", "rand", "rand_like", "bernoulli",
     # Memory that holds nothing yet: what is written to it decides.

@@ -159,7 +159,7 @@ class InputQuantizer(_Switchable):
 
     Args:
         candidates: Bit-widths, ascending.
-        nonnegative: The graph proves that the input is never negative, so the zero point is 0.
+        nonnegative: The input is known to be never negative, so the zero point is 0.
 
     Attributes:
         step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated.
