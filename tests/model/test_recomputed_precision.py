@@ -261,6 +261,31 @@ def test_norm_statistics_go_into_the_copy_of_the_forward_pass(
     assert moved.tolist() == [row]
 
 
+def test_norms_alone_in_a_checkpoint(images: Tensor) -> None:
+    class NormAgain(nn.Module):
+        again = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            x = checkpoint(self.norm, x, use_reentrant=True) if self.again else self.norm(x)
+            return self.fc(x.relu().mean((2, 3)))
+
+    def run(*, again: bool) -> Gradients:
+        torch.manual_seed(0)
+        model = anyprec.convert(
+            NormAgain(), bits=(2, 8), first_last_bits=None, norm="per-pair", example_input=images
+        )
+        anyprec.calibrate(model, [images])
+        model.train().again = again
+        return together(model, images, (2, 8))
+
+    assert_same(run(again=True), run(again=False))
+
+
 def test_after_an_error_in_the_backward_pass_the_precision_is_back(
     make: Callable[..., Any], images: Tensor
 ) -> None:
@@ -308,11 +333,13 @@ def test_set_bits_inside_a_backward_pass_is_refused_but_a_block_is_not(
         with torch.no_grad(), model.using_bits(8):
             outputs.append(model(images))
 
-    x = images.clone().requires_grad_()
+    # A node of this precision, which a layer would follow without the block.
+    x = images.clone().requires_grad_() * 1
     x.register_hook(in_a_block)
     model.eval()(x).sum().backward()
     model.set_bits(8)
     assert torch.equal(outputs[0], model(images))
+    x = images.clone().requires_grad_() * 1
     x.register_hook(lambda _gradient: model.set_bits(4))
     with pytest.raises(PrecisionError, match=r"set_bits inside a backward pass.*using_bits"):
         model(x).sum().backward()
