@@ -3,9 +3,10 @@
 torch counts what changes a tensor in place, but not all of it: what is written through `.data`, a
 NumPy array, DLPack or from another process leaves no trace. So the values are compared, too, where
 this is cheap. On a CPU each row of a weight has one number that depends on all its values, a
-product with a fixed vector; it costs a pass over the weight, a tenth of what quantizing does.
-Elsewhere the comparison would stall the device, and nothing is kept. Whoever knows that weights are
-not written in such a way can have torch's record trusted (`anyprec.model.trust`).
+product with a fixed vector: one pass over the weight, which takes about five times as long to
+quantize. Elsewhere the comparison would stall the device, and nothing is kept.
+Whoever knows that weights are not written in such a way can have torch's record trusted
+(`anyprec.model.trust`).
 
 What quantizes a weight is in `weights.py`.
 """
