@@ -198,6 +198,7 @@ class NormBank(Undecayed):
             del self.uniform_mean, self.uniform_var
             self.widths, self.has_uniform = (), False
         self.select(0, None)
+        self._relatives.add(self)
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:
