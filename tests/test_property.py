@@ -201,7 +201,7 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 @pytest.mark.filterwarnings("error")
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(network=networks())
 def test_random_networks_keep_every_promise(network: Network) -> None:
     network.eval()

@@ -78,7 +78,8 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it
-            is made from the network's own configuration. MACs are counted at its size.
+            is made from the network's own configuration. MACs are counted at its size,
+            until `calibrate` or `search` sees images of another one.
         inplace: Change `model` itself and return it; False converts a deep copy.
 
     Returns:

@@ -188,6 +188,7 @@ class NormBank(Undecayed):
         if self.widths:
             del self.uniform_mean, self.uniform_var
             self.widths, self.has_uniform = (), False
+        self._relatives.add(self)
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:
