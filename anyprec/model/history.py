@@ -98,7 +98,7 @@ class PrecisionHistory:
     def _candidates(self) -> set[int]:
         """The threads that may have made the graph of a backward pass."""
         if self._forward_threads:
-            return self._forward_threads
+            return set(self._forward_threads)  # another thread may start one meanwhile
         # Forward passes of parts of the network are not noted.
         thread = threading.get_ident()
         return {thread} if thread in self._eras else set(self._eras)
