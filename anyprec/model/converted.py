@@ -246,7 +246,8 @@ class ConvertedModel(Specialized):
             >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(2, 4, 8))
             >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
             >>> views = {bits: model.view(bits) for bits in (2, 4, 8)}
-            >>> low = views[2](torch.randn(1, 3, 160, 160))  # each in a thread of its own, say
+            >>> low = views[2]  # each in a thread of its own, say
+            >>> output = low(torch.randn(1, 3, 160, 160))
         """
         if isinstance(bits, Present):
             self.anyprec_precision.blocks.require_turn("view()")
