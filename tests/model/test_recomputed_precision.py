@@ -261,24 +261,37 @@ def test_norm_statistics_go_into_the_copy_of_the_forward_pass(
     assert moved.tolist() == [row]
 
 
-def test_norms_alone_in_a_checkpoint(images: Tensor) -> None:
-    class NormAgain(nn.Module):
-        again = False
+class Part(nn.Module):
+    """A network with one part that alone is a checkpoint, if wanted."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+    again = False
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            x = checkpoint(self.norm, x, use_reentrant=True) if self.again else self.norm(x)
-            return self.fc(x.relu().mean((2, 3)))
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.part = part
 
+    def attend(self, x: Tensor) -> Tensor:
+        x = x.flatten(2)
+        return self.attention(x.mT, x.mT, x.mT, need_weights=False)[0].mT
+
+    def run(self, part: str, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.again and part == self.part:
+            return checkpoint(function, x, use_reentrant=True)
+        return function(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.run("norm", self.norm, self.conv(x)).relu()
+        return self.fc(self.run("owner", self.attend, x).mean(2))
+
+
+@pytest.mark.parametrize("part", ["norm", "owner"])
+def test_a_norm_or_an_owner_alone_in_a_checkpoint(part: str, images: Tensor) -> None:
     def run(*, again: bool) -> Gradients:
         torch.manual_seed(0)
-        model = anyprec.convert(
-            NormAgain(), bits=(2, 8), first_last_bits=None, norm="per-pair", example_input=images
-        )
+        settings: dict[str, Any] = {"first_last_bits": None, "norm": "per-pair"}
+        model = anyprec.convert(Part(part), bits=(2, 8), example_input=images, **settings)
         anyprec.calibrate(model, [images])
         model.train().again = again
         return together(model, images, (2, 8))
