@@ -12,14 +12,18 @@ from anyprec.checkpoint.loading import load
 from anyprec.checkpoint.saving import save
 from anyprec.errors import (
     AnyprecError,
+    BatchError,
     BitsError,
     BudgetError,
     CalibrationError,
     CheckpointError,
     ConversionError,
+    InputSizeWarning,
     NegativeInputWarning,
     NotCalibratedError,
+    NoValuesError,
     PackedError,
+    PrecisionError,
     SearchError,
     StaleNormsWarning,
     TrainingError,
@@ -30,6 +34,8 @@ from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted,
 from anyprec.model.costing import cost_model, cost_of
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.trust import trust_weights
+from anyprec.nn.channels import GroupedAxis
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -64,6 +70,7 @@ __all__ = [
     "AnyprecError",
     "Architecture",
     "Batch",
+    "BatchError",
     "BitConfig",
     "BitWidthScheduler",
     "Bits",
@@ -88,7 +95,9 @@ __all__ = [
     "Criterion",
     "EpochRecord",
     "FeaturePoint",
+    "GroupedAxis",
     "InputQuantizer",
+    "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
     "LayerCandidates",
@@ -97,12 +106,14 @@ __all__ = [
     "MeasuredConfig",
     "Mixup",
     "NegativeInputWarning",
+    "NoValuesError",
     "NormSharing",
     "NotCalibratedError",
     "Objective",
     "OneShot",
     "PackedCoding",
     "PackedError",
+    "PrecisionError",
     "QuantizedLayer",
     "Recipe",
     "SamplerLike",
@@ -131,5 +142,6 @@ __all__ = [
     "param_groups",
     "save",
     "search",
+    "trust_weights",
     "update_norms",
 ]

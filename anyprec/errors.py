@@ -7,10 +7,14 @@
     TrainingError (RuntimeError)      the training hooks used out of order |-- BudgetError
     (ValueError)          a budget that cannot be read, or that nothing fits |-- SearchError
     (ValueError)          a search that cannot be made, or a search file of another one |--
+    PrecisionError (RuntimeError)     the precision of somebody else's block or backward pass |--
     PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
     only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
+    |-- BatchError (ValueError, TypeError)     images or labels that a network cannot take
+    |-- NoValuesError (RuntimeError)           values asked of a network on the meta device
 
     StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
+    InputSizeWarning (UserWarning)        costs counted at another input size than that in use
     NegativeInputWarning (UserWarning)    an input that was never to be negative, and is
 
 Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
@@ -39,7 +43,10 @@ class NotCalibratedError(AnyprecError, RuntimeError):
 
 
 class TrainingError(AnyprecError, RuntimeError):
-    """The training hooks were used out of order, or training left the finite numbers."""
+    """The training hooks were used out of order, or training left the finite numbers.
+
+    Or the statistics of norms were to be reset or averaged in a way that copies cannot follow.
+    """
 
 
 class BudgetError(AnyprecError, ValueError):
@@ -48,6 +55,10 @@ class BudgetError(AnyprecError, ValueError):
 
 class SearchError(AnyprecError, ValueError):
     """An argument that no search can be made with, or a search file that is damaged or foreign."""
+
+
+class PrecisionError(AnyprecError, RuntimeError):
+    """A pass would run at a precision that another thread, task or backward pass has set."""
 
 
 class PackedError(AnyprecError, RuntimeError):
@@ -63,6 +74,18 @@ class CheckpointError(AnyprecError, ValueError):
 
 class StaleNormsWarning(UserWarning):
     """A network is evaluated on norm statistics that training has left behind."""
+
+
+class BatchError(AnyprecError, ValueError, TypeError):
+    """A loader yields images or labels that cannot be used, or is no loader at all."""
+
+
+class NoValuesError(AnyprecError, RuntimeError):
+    """Values were asked of a network on the meta device, whose tensors have none."""
+
+
+class InputSizeWarning(UserWarning):
+    """Costs are counted at another input size than that of the images in use."""
 
 
 class NegativeInputWarning(UserWarning):

@@ -63,7 +63,16 @@ def test_importing_does_not_import_what_only_some_need() -> None:
     assert run.stdout.strip() == "[]"
 
 
-INSIDE = {"ConversionRecord", "Observers", "WeightSource"}
+INSIDE = {
+    "ActivePrecision",
+    "BackwardGuard",
+    "Chosen",
+    "ConversionRecord",
+    "Observers",
+    "Present",
+    "Structure",
+    "WeightSource",
+}
 """Types of attributes of networks and layers that are how they work, not for users."""
 
 

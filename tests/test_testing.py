@@ -44,6 +44,42 @@ def make_images() -> Tensor:
     return torch.randn(4, 3, 16, 16)
 
 
+class Multiplying(nn.Linear):
+    """Multiplies by its weight in a way that is not quantized in a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + self.bias
+
+
+class Positioned(Classifier):
+    """With a parameter that is added to the image, and one in a product that hides its operator."""
+
+    def __init__(self, *, hides: bool) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.randn(1, 3, 16, 16))
+        self.mixing = nn.Parameter(torch.randn(3, 3) * 0.3)
+        self.hides = hides
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.hides:
+            x = torch.vmap(lambda sample: torch.tensordot(self.mixing, sample, dims=1))(x)
+        return super().forward(x + self.positions)
+
+
+def test_a_parameter_that_is_only_added_is_no_skipped_layer() -> None:
+    report = testing.check_structure(Positioned(hides=False), make_images())
+    assert report.broken == {}
+    assert report.coverage == {"quantized": 3, "only read": 1}
+    report = testing.check_structure(Positioned(hides=True), make_images())
+    assert report.coverage == {"quantized": 3, "only read": 1, "skipped": 1}
+    assert "matrices.mixing: read by" in report.broken["nothing is skipped"]
+    network = Positioned(hides=False)
+    network.fc = Multiplying(8, 5)
+    report = testing.check_structure(network, make_images())
+    assert report.coverage == {"quantized": 2, "only read": 1, "skipped": 1}
+    assert report.broken["nothing is skipped"] == "skipped: fc: read by matmul"
+
+
 def change_a_weight_while_converting(monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(*args: Any, **kwargs: Any) -> anyprec.ConvertedModel:
         model = anyprec.convert(*args, **kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from anyprec.errors import CalibrationError
 from anyprec.nn.functional import STEP_FLOOR
+from anyprec.nn.moments import power_of_two
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer, usable_steps
 
 _GRID = (0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.55, 0.67, 0.8, 1.0)
@@ -62,6 +63,9 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
         Each result is `(len(candidates),)`.
     """
     row = sample.float().reshape(1, -1)
+    # As in `_least_squares`: the errors of grids are compared, too.
+    scale = power_of_two(row.abs().amax())
+    row = row / scale
     steps, zeros = [], []
     for bits in quantizer.candidates:
         choices = [0] if quantizer.nonnegative else _zero_points(row, bits)
@@ -69,7 +73,7 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
         best = min(grids, key=lambda grid: grid.squared_error)
         # An input that is always zero has no best step size: take a range of 1.
         usable = best.step > STEP_FLOOR
-        steps.append(best.step if usable else best.step.new_tensor(1.0 / (2**bits - 1)))
+        steps.append(best.step * scale if usable else best.step.new_tensor(1.0 / (2**bits - 1)))
         zeros.append(best.zero)
     return torch.stack(steps), torch.tensor(zeros, dtype=torch.int32)
 
@@ -102,6 +106,14 @@ def _zero_points(row: Tensor, bits: int) -> list[int]:
 
 def _least_squares(rows: Tensor, qmin: int, qmax: int) -> Tensor:
     """For each row, the step size with the least squared error that the search finds."""
+    # Squares of small numbers are zero, and of large ones infinite: rows are brought to about 1
+    # first, and their step sizes back.
+    scale = power_of_two(rows.abs().amax(dim=1))
+    return _search(rows / scale[:, None], qmin, qmax) * scale
+
+
+def _search(rows: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`_least_squares` of rows whose largest magnitude is about 1, or zero."""
     # The step size with which the largest magnitude is just not clipped.
     unclipped = torch.maximum(rows.amax(dim=1) / max(qmax, 1), -rows.amin(dim=1) / max(-qmin, 1))
     best = unclipped.clamp_min(STEP_FLOOR)

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten, uniform_widths
-from anyprec.calibration.passes import held_images, undo_on_error
+from anyprec.calibration.passes import (
+    held_images,
+    require_count,
+    run_on_images,
+    undo_on_error,
+)
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
-from anyprec.runtime.batches import Batch, device_of
+from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count, sum_over_processes
 
@@ -68,7 +73,10 @@ def update_norms(
         ConversionError: `model` is not converted.
         BitsError: `bits` does not fit the model, or is None.
         NotCalibratedError: Step sizes are missing.
-        CalibrationError: The loader is empty, or statistics come out not finite.
+        NoValuesError: It is on the meta device.
+        BatchError: The loader yields something else than batches of images that the network takes.
+        CalibrationError: The loader is empty, `batches` is not positive, or statistics come out not
+            finite.
         ValueError: Both `anchored` and `include_float` are asked for, or one of them for a
             configuration.
 
@@ -81,6 +89,8 @@ def update_norms(
         >>> anyprec.update_norms(model, [images], {"layer1.*": 4})
     """
     require_converted(model, purpose="update_norms")
+    if batches is not None:
+        require_count(batches, name="batches")
     if anchored and include_float:
         msg = "anchored=True takes the float statistics as given, include_float=True re-estimates "
         msg += "them: choose one"
@@ -97,7 +107,7 @@ def update_norms(
         msg = f'anchored=True and include_float=True need bits="all", got bits={bits!r}: leave '
         msg += "them out for a configuration"
         raise ValueError(msg)
-    images = held_images(loader, batches, device_of(model))
+    images = held_images(model, loader, batches, purpose="update_norms")
     _update_configuration(model, dict(switchable_norms(model)), images, config)
 
 
@@ -132,7 +142,7 @@ def refresh_norms(
     is_stale = _uses_stale_rows(model, norms, uniform)
     if not (is_stale or missing):
         return
-    images = held_images(loader, batches, device_of(model))
+    images = held_images(model, loader, batches, purpose="refreshing norm statistics")
     if is_stale:
         _update_copies(model, norms, images, uniform)
     for config in missing:
@@ -179,7 +189,7 @@ def _update_all_copies(
     requests: list[Bits | None] = [*_uniform_pairs(model)]
     if include_float:
         requests.append(None)
-    images = held_images(loader, limit, device_of(model))
+    images = held_images(model, loader, limit, purpose="update_norms")
     _update_copies(model, norms, images, requests, anchored=anchored)
 
 
@@ -342,6 +352,11 @@ class _RunningStatistics:
         """Unbiased, as BatchNorm keeps it."""
         return self._squares / max(1, self._count - 1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no batch had a sample so far."""
+        return not self._count
+
     def add(self, values: Tensor) -> None:
         """Take in a batch, channels on axis 1, with those of all processes of a distributed run."""
         count: float = values.numel() // values.shape[1]
@@ -349,28 +364,34 @@ class _RunningStatistics:
         values = values.float()
         # In two passes: torch.var_mean is as exact and 5 to 15 times slower on a CPU.
         average = values.mean(dim=dims, keepdim=True)
-        mean = average.flatten().double()
         variance = (values - average).square_().mean(dim=dims).double()
+        mean = average.flatten().double()
+        if not count:  # then the means are NaN
+            mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
         if process_count() > 1:
             count, mean, variance = _of_all_processes(count, mean, variance)
+        self.calls += 1
         total = self._count + count
+        if not total:
+            return
         shift = mean - self.mean
         self._squares = self._squares + variance * count + shift**2 * (self._count * count / total)
         self.mean = self.mean + shift * (count / total)
         self._count = total
-        self.calls += 1
 
 
 def _of_all_processes(count: float, mean: Tensor, variance: Tensor) -> tuple[float, Tensor, Tensor]:
     """Count, mean and biased variance of the batches of all processes together."""
     sums = torch.cat((mean.new_tensor([count]), count * mean, count * (variance + mean**2)))
     total, first, second = sum_over_processes(sums).split([1, len(mean), len(mean)])
-    mean = first / total
-    return float(total), mean, (second / total - mean**2).clamp_min_(0)
+    # Without a sample in any process all sums are zero.
+    count = float(total)
+    mean = first / max(1.0, count)
+    return count, mean, (second / max(1.0, count) - mean**2).clamp_min_(0)
 
 
 def _estimate(
-    model: nn.Module,
+    model: ConvertedModel,
     norms: dict[str, SwitchableNorm],
     batches: list[Tensor],
     reference: _Reference | None,
@@ -383,6 +404,8 @@ def _estimate(
 
     def take_over(path: str, so_far: _RunningStatistics) -> None:
         norm, mean, variance = norms[path], so_far.mean, so_far.variance
+        if reference is not None and (path, so_far.calls) not in reference:
+            return  # the float network had no sample there so far
         if reference is not None:
             # Of the same images, or the difference would hold the noise between images too.
             float_mean, float_variance = reference[path, so_far.calls]
@@ -411,7 +434,7 @@ def _float_statistics(
 
 
 def _watch_norms(
-    model: nn.Module,
+    model: ConvertedModel,
     norms: dict[str, SwitchableNorm],
     batches: list[Tensor],
     before_norm: Callable[[str, _RunningStatistics], None],
@@ -421,14 +444,15 @@ def _watch_norms(
 
     def watch(path: str, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         statistics[path].add(args[0])
-        before_norm(path, statistics[path])
+        if not statistics[path].is_empty:
+            before_norm(path, statistics[path])
 
     hooks = []
     for path, norm in norms.items():
         hooks.append(norm.register_forward_pre_hook(partial(watch, path)))
     try:
         for images in batches:
-            model(images)
+            run_on_images(model, images)
     finally:
         for hook in hooks:
             hook.remove()

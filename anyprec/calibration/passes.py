@@ -6,26 +6,61 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from anyprec.errors import CalibrationError
+from anyprec.model.accepted_images import explaining_images, require_batch_axis
+from anyprec.model.checks import require_values
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.switching import switchable_norms
-from anyprec.runtime.batches import Batch, images_of, take
+from anyprec.model.intact import switchable_norms
+from anyprec.runtime.batches import Batch, device_of, images_of, take
 
 
-def held_images(loader: Iterable[Batch], limit: int | None, device: torch.device) -> list[Tensor]:
-    """The images of the first `limit` batches, or of all of them, on `device`.
+def held_images(
+    model: ConvertedModel, loader: Iterable[Batch], limit: int | None, *, purpose: str
+) -> list[Tensor]:
+    """The images of the first `limit` batches, or of all of them, on the device of `model`.
 
     Raises:
+        NoValuesError: `model` is on the meta device.
+        BatchError: A batch has no images, or they have no batch axis.
         CalibrationError: The loader is empty.
     """
-    images = [images_of(batch).to(device) for batch in take(loader, limit)]
-    if not images:
+    require_values(model, purpose=purpose)
+    device = device_of(model)
+    held = []
+    for batch in take(loader, limit):
+        images = images_of(batch).to(device)
+        require_batch_axis(model, images)
+        held.append(images)
+    if not held:
         msg = "the loader yields no batch: calibration needs at least one"
+        if isinstance(loader, Iterator):
+            msg += ", and an iterator that was used before has none left"
         raise CalibrationError(msg)
-    return images
+    return held
+
+
+def run_on_images(model: ConvertedModel, images: Tensor) -> None:
+    """Run `model` on a batch, and say why if it does not run.
+
+    Raises:
+        BatchError: It does not.
+    """
+    with explaining_images(model, images):
+        model(images)
+
+
+def require_count(count: int | None, *, name: str) -> None:
+    """Refuse a number of batches that leaves none.
+
+    Raises:
+        CalibrationError: It is no positive integer.
+    """
+    if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+        return
+    msg = f"{name}={count!r} leaves no batch: use a positive integer"
+    raise CalibrationError(msg)
 
 
 @contextmanager

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from anyprec.calibration.least_squares import input_grid, weight_steps
 from anyprec.calibration.norm_statistics import update_norms
-from anyprec.calibration.passes import held_images, undo_on_error
+from anyprec.calibration.passes import (
+    held_images,
+    require_count,
+    run_on_images,
+    undo_on_error,
+)
 from anyprec.errors import CalibrationError, NegativeInputWarning
 from anyprec.model.checks import require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.switching import switchable_norms
-from anyprec.runtime.batches import Batch, device_of
+from anyprec.model.input_size import facts_at_size_of, take_over_facts
+from anyprec.model.intact import switchable_norms
+from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count
 
@@ -44,6 +50,8 @@ def calibrate(
     of every BatchNorm gets the float network's scale and shift, and the statistics of its own
     precision. `update_norms` does only the last, and may follow training.
 
+    Costs are counted at the size of the first batch from now on.
+
     The model's precision, mode and float parameters are left as they were. If anything fails, its
     step sizes and norm copies are too.
 
@@ -58,7 +66,10 @@ def calibrate(
     Raises:
         ConversionError: `model` is not converted.
         PackedError: It is packed.
-        CalibrationError: The loader is empty, or a layer's input or weight is not finite.
+        NoValuesError: It is on the meta device.
+        BatchError: The loader yields something else than batches of images that the network takes.
+        CalibrationError: The loader is empty, a number of batches is not positive, or a layer's
+            input or weight is not finite.
 
     Warns:
         NegativeInputWarning: The input of a layer is negative somewhere, though `convert` took it
@@ -71,13 +82,17 @@ def calibrate(
         >>> model.set_bits(4)
     """
     require_latents(require_converted(model, purpose="calibrate"), purpose="calibrate")
-    images = held_images(loader, max(batches, norm_batches), device_of(model))
+    require_count(batches, name="batches")
+    require_count(norm_batches, name="norm_batches")
+    images = held_images(model, loader, max(batches, norm_batches), purpose="calibrate")
     layers = model.quantized_layers
     grids, steps = {}, {}
     with evaluating(model), model.using_bits(None):
         samplers = _sample_layers(model, images[:batches], seed)
         samples = {path: sampler.sample(path) for path, sampler in samplers.items()}
     with _refuted_signs_dropped(model, samples), undo_on_error(model):
+        with evaluating(model), model.using_bits(None):
+            facts = facts_at_size_of(model, images[0])
         for path, layer in layers.items():
             grids[path] = input_grid(samples[path], layer.input_quantizer)
         for path, layer in layers.items():
@@ -90,6 +105,7 @@ def calibrate(
             if norm.bank is not None:
                 norm.bank.copy_from(norm)
         update_norms(model, images[:norm_batches], anchored=True)
+    take_over_facts(model, facts)
     model.anyprec_record.statistics.clear()
 
 
@@ -152,7 +168,8 @@ class _Sampler:
             # The range is exact, whatever was drawn.
             extremes = torch.stack((flat.amin(), flat.amax()))
             flat = torch.cat((flat[index.to(flat.device)], extremes))
-        self._samples.append(flat.float())
+        if flat.numel():  # a batch may have no rows for this layer
+            self._samples.append(flat.float())
 
     def sample(self, path: str) -> Tensor:
         """The values of all batches and processes, flat; `path` names the layer in errors."""
@@ -181,5 +198,5 @@ def _sample_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> d
             if not torch.isfinite(images).all():
                 msg = "the calibration images hold NaN or infinite values"
                 raise CalibrationError(msg)
-            model(images)
+            run_on_images(model, images)
     return samplers

@@ -15,6 +15,7 @@ from anyprec.checkpoint.document import Architecture
 from anyprec.checkpoint.rebuilding import call_of, create_skeleton
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.nn.chosen import Chosen
 from anyprec.nn.matrices import Matrices, QuantizedParameter
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.packed import PackedOperand
@@ -22,6 +23,7 @@ from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.specialize import Specialized
 
 _ADDED_MODULES = (
+    Chosen,
     InputQuantizer,
     Matrices,
     NormBank,

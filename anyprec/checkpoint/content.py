@@ -13,9 +13,10 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.coding import decompress, from_planes
 from anyprec.checkpoint.document import Document, Packing, TensorRecord
 from anyprec.checkpoint.packed_tensors import PREFIX, LayerCells, from_tensors
-from anyprec.checkpoint.packing import names_of_weights, weight_name
+from anyprec.checkpoint.packing import names_of_weights
 from anyprec.checkpoint.statistics import STATISTICS_PREFIX, statistics_prefixes
 from anyprec.errors import CheckpointError
+from anyprec.model.costing import weight_name
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.storage import StoredFile, with_aliases
 
@@ -46,13 +47,12 @@ class Content:
             raise CheckpointError(msg)
         # For each packed layer: which tensor is which part.
         self._parts: dict[str, dict[str, str]] = {path: {} for path in self._packing.layers}
-        for name in file.shapes:
-            if name.startswith(PREFIX):
-                path, _, part = name.removeprefix(PREFIX).rpartition(".")
-                if path not in self._parts:
-                    msg = f"the checkpoint has a tensor {name!r:.80} of no packed layer"
-                    raise CheckpointError(msg)
-                self._parts[path][part] = name
+        for name, target in _stored_names(file, document, within=PREFIX).items():
+            path, _, part = name.removeprefix(PREFIX).rpartition(".")
+            if path not in self._parts:
+                msg = f"the checkpoint has a tensor {name!r:.80} of no packed layer"
+                raise CheckpointError(msg)
+            self._parts[path][part] = target
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
@@ -69,7 +69,10 @@ class Content:
             for name in weights & tensors.keys():
                 if tensors[name].dtype == self.document.latents:
                     tensors[name] = tensors[name].float()
-        return with_aliases(tensors, self.document.aliases)
+        aliases = self.document.aliases.items()
+        return with_aliases(
+            tensors, {name: target for name, target in aliases if not name.startswith(PREFIX)}
+        )
 
     def statistics(self, only: BitConfig | None) -> dict[str, Tensor]:
         """The norm statistics of all configurations, or of one."""
@@ -130,6 +133,26 @@ class Content:
         for name in tensors.keys() & self._packing.compressed.keys():
             tensors[name] = _decompressed(name, tensors[name], self._packing.compressed[name])
         return tensors
+
+
+def _stored_names(file: StoredFile, document: Document, *, within: str) -> dict[str, str]:
+    """Names that begin with `within`, to the names under which the tensors are stored.
+
+    Raises:
+        CheckpointError: An alias points to no tensor with such a name, or hides one.
+    """
+    names = {name: name for name in file.shapes if name.startswith(within)}
+    aliases = {}
+    for name, target in document.aliases.items():
+        if name.startswith(within):
+            if target not in names or name in names:
+                msg = (
+                    f"the checkpoint says that {name!r:.80} is stored as {target!r:.80}, which is "
+                )
+                msg += "not so"
+                raise CheckpointError(msg)
+            aliases[name] = target
+    return {**names, **aliases}
 
 
 def _decompressed(name: str, stored: Tensor, record: TensorRecord) -> Tensor:

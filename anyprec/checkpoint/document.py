@@ -120,6 +120,7 @@ class LayerEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
     owner: str | None
     parameter: str | None = None
     axis: int | None = None
+    groups: _Length = 1
     per_tensor: bool = False
     dynamic: bool = False
     derived: bool = False

@@ -14,9 +14,9 @@ from anyprec.bits import BitConfig, LayerCandidates
 from anyprec.checkpoint.content import Content
 from anyprec.checkpoint.document import Architecture, Document
 from anyprec.checkpoint.packed_tensors import PREFIX
-from anyprec.checkpoint.packing import weight_name
 from anyprec.checkpoint.rebuilding import call_of
 from anyprec.errors import BitsError, CheckpointError
+from anyprec.model.costing import weight_name
 from anyprec.model.record import ConfigNote, ConvertSettings
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts
@@ -99,7 +99,8 @@ class CheckpointInfo:
         candidates = f"candidates {self.settings.bits}"
         if self.settings.only:
             candidates = "one precision for each layer"
-        weights = sum(layer.weights for layer in self.layers.values())
+        untied = [layer for layer in self.layers.values() if layer.storage != "tied"]
+        weights = sum(layer.weights for layer in untied)
         stored = _mebibytes(sum(layer.bytes for layer in self.layers.values()))
         shape = " x ".join(map(str, self.input_shape[1:]))
         mean, std = self.pretrained_cfg.get("mean", "?"), self.pretrained_cfg.get("std", "?")
@@ -185,7 +186,8 @@ def _stored_layer(file: StoredFile, document: Document, facts: LayerFacts) -> St
     name, packing = weight_name(facts), document.packing
     storage, size, reason = "tied", 0, ""
     if packing is not None and facts.path in packing.layers:
-        storage, size = "cells", _size_of_parts(file, f"{PREFIX}{facts.path}.")
+        size = _size_of_parts(file, f"{PREFIX}{facts.path}.")
+        storage = "cells" if size else "tied"
     elif name in file.shapes:
         storage, size = "latent", _size(file, name)
     if packing is not None:

@@ -10,12 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig, shorten
 from anyprec.checkpoint.document import Document
-from anyprec.checkpoint.packing import weight_name
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.costing import weight_name
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
-from anyprec.nn.operators import LAYER_TYPES, matrix_path
+from anyprec.nn.operators import LAYER_TYPES, matrix_path, transposed_groups
 
 
 def require_float_fit(
@@ -151,13 +151,23 @@ def holds_layer(network: nn.Module, facts: LayerFacts) -> bool:
     except AttributeError:
         return False
     parameter = dict(module.named_parameters(recurse=False)).get(name)
-    axes = 0 if parameter is None else parameter.ndim
+    shape = () if parameter is None else tuple(parameter.shape)
+    axes = len(shape)
     if facts.parameter is not None:
-        axis_fits = facts.axis is None or 0 <= facts.axis < axes
-        return axes > 1 and axis_fits and facts.path == matrix_path(facts.parameter)
+        fits = axes > 1 and _axis_fits(facts, shape)
+        return fits and facts.path == matrix_path(facts.parameter)
+    if facts.groups not in (1, transposed_groups(module)):
+        return False
     # An empty path would be the network itself, whose weight cannot be replaced.
     can_quantize = isinstance(module, LAYER_TYPES) or (axes > 1 and facts.per_tensor)
     return bool(holder) and can_quantize
+
+
+def _axis_fits(facts: LayerFacts, shape: tuple[int, ...]) -> bool:
+    """Whether a bare parameter of this shape can have output channels where `facts` say."""
+    if facts.groups > 1:
+        return facts.axis == 1 and shape[0] % facts.groups == 0
+    return facts.axis is None or 0 <= facts.axis < len(shape)
 
 
 def _matrices(facts: NetworkFacts) -> dict[str, list[str]]:

@@ -50,8 +50,11 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     source = layer.weight_source
     if isinstance(source, PackedCodes):
         hold_codes(layer, _narrowed_operand(source.operand, layer.weight_codes(index)))
-    channels = None if weight.axis is None else weight.step.shape[1]
-    new_weight = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis or 0)
+    if weight.axis is None:
+        new_weight = WeightQuantizer((bits.weight,), channels=None)
+    else:
+        channels = weight.step.shape[1]
+        new_weight = WeightQuantizer((bits.weight,), channels=channels, axis=weight.axis)
     new_weight = new_weight.to(weight.step)
     new_weight.step.copy_(weight.step[index : index + 1])
     new_weight.step.requires_grad_(weight.step.requires_grad)
@@ -61,6 +64,7 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     layer.weight_quantizer = new_weight.train(layer.training)
     layer.input_quantizer = new_input.train(layer.training)
     layer.weight_source.forget()
+    layer.switch(bits)
 
 
 def _narrowed_operand(packed: PackedOperand, codes: Tensor) -> PackedOperand:

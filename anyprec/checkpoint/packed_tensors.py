@@ -26,6 +26,7 @@ from anyprec.checkpoint.coding import (
 )
 from anyprec.checkpoint.document import PackedCoding, TensorRecord
 from anyprec.errors import CheckpointError
+from anyprec.nn.channels import channel_count
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.quantizers import WeightQuantizer
 
@@ -101,7 +102,7 @@ def from_tensors(
     cells = _read_cells(tensors, quantizer.candidates, count, coding, path)
     moments = None
     if axis is not None:
-        _require_moments(tensors, record.shape[axis], path)
+        _require_moments(tensors, channel_count(record.shape, axis), path)
         moments = tensors["mean"], tensors["spread"]
     exceptions = _read_exceptions(tensors, quantizer, count, path)
     return LayerCells(cells.reshape(steps.shape[1], -1), exceptions, moments)

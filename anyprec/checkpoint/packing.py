@@ -18,18 +18,15 @@ from anyprec.checkpoint.document import TensorRecord
 from anyprec.checkpoint.packed_tensors import LayerCells
 from anyprec.errors import CheckpointError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.costing import weight_name
 from anyprec.network.facts import LayerFacts
+from anyprec.nn.channels import from_rows
 from anyprec.nn.layers import QuantizedLayer, pack_layer
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import WeightQuantizer
 from anyprec.nn.weights import PackedCodes
 from anyprec.runtime.modes import evaluating
-
-
-def weight_name(facts: LayerFacts) -> str:
-    """Name of the parameter that is the layer's latent weight."""
-    return facts.parameter or f"{facts.path}.weight"
 
 
 def names_of_weights(
@@ -160,9 +157,7 @@ def _as_operand(rows: Tensor, shape: tuple[int, ...], quantizer: WeightQuantizer
     axis = quantizer.axis
     if axis is None:
         return rows.reshape(shape)
-    # `per_channel` moves the channel axis to the front and flattens the others.
-    channels_first = (shape[axis], *shape[:axis], *shape[axis + 1 :])
-    return rows.reshape(channels_first).movedim(0, axis).contiguous()
+    return from_rows(rows, shape, axis)
 
 
 def _obstacle(

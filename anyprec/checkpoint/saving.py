@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.bits import BitConfig
 from anyprec.checkpoint.architecture import find_architecture
@@ -33,15 +34,17 @@ from anyprec.checkpoint.document import (
 )
 from anyprec.checkpoint.matching import holds_layer
 from anyprec.checkpoint.packed_tensors import PREFIX, to_tensors
-from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers, weight_name
+from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers
 from anyprec.checkpoint.statistics import statistics_tensors
 from anyprec.errors import BitsError
 from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.costing import cost_model
+from anyprec.model.costing import cost_model, tied_codes, weight_name
+from anyprec.model.intact import submodule_or_none, switchable_norms
 from anyprec.model.record import ConfigNote
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import PACKED
+from anyprec.nn.staleness import warn_before_saving
 from anyprec.runtime.storage import stored_once, write_file
 from anyprec.searching.result import SearchResult
 
@@ -88,6 +91,10 @@ def save(
         rebuildable: Refuse a timm network that cannot be rebuilt from its name and arguments; False
             writes a file that `load` takes only together with a network.
 
+    Warns:
+        StaleNormsWarning: Training left all norm statistics behind. Save inside
+            `oneshot.evaluating(...)`, or after `update_norms`.
+
     Raises:
         ConversionError: `model` is not converted, or a layer was replaced since.
         BitsError: A named configuration does not fit the model.
@@ -105,6 +112,7 @@ def save(
         ...     again = anyprec.load(f"{folder}/net.safetensors")
     """
     require_converted(model, purpose="save")
+    warn_before_saving(norm.bank for _, norm in switchable_norms(model) if norm.bank is not None)
     _check_arguments(model, packed=packed, coding=coding, latents=latents)
     named = _checked_configs(model, {**model.configs, **(configs or {})})
     notes = _notes(model, named, configs or {})
@@ -185,9 +193,18 @@ def _packed_form(
     }
     tensors, aliases = stored_once({**state, **statistics_tensors(model)})
     compressed = _compress(tensors) if coding == "zstd" else {}
+    tied = tied_codes(model)
+    parts_of: dict[str, list[str]] = {}
     for path in paths:
+        earlier = tied.get(path)
+        if earlier is not None and earlier in records:
+            for part in parts_of[earlier]:
+                aliases[f"{PREFIX}{path}.{part}"] = f"{PREFIX}{earlier}.{part}"
+            continue
         cells = cells_of_layer(layers[path], facts[path])
-        for part, tensor in to_tensors(cells, layers[path].candidates.weight, coding).items():
+        parts = to_tensors(cells, layers[path].candidates.weight, coding)
+        parts_of[path] = list(parts)
+        for part, tensor in parts.items():
             tensors[f"{PREFIX}{path}.{part}"] = tensor
     packing = Packing(coding, records, latent, compressed)
     return tensors, replace(document, aliases=aliases, packing=packing)
@@ -236,13 +253,16 @@ def _searched(note: ConfigNote, result: SearchResult) -> ConfigNote:
 
 
 def _present_facts(model: ConvertedModel) -> NetworkFacts:
-    """The facts without layers that the network has lost since its conversion."""
+    """The facts without layers and norms that the network has lost since its conversion."""
     facts = model.anyprec_record.facts
     # `reset_classifier(0)` takes a layer out.
     present = {row.path for row in model.coverage if holds_layer(model, facts.layers[row.path])}
     # This raises if a layer was replaced: such a file could not be loaded.
     present |= model.quantized_layers.keys()
-    norms = {path: layer if layer in present else None for path, layer in facts.norms.items()}
+    norms: dict[str, str | None] = {}
+    for path, layer in facts.norms.items():
+        if isinstance(submodule_or_none(model, path), _BatchNorm):
+            norms[path] = layer if layer in present else None
     layers = {path: layer for path, layer in facts.layers.items() if path in present}
     return dataclasses.replace(facts, layers=layers, norms=norms)
 

@@ -15,7 +15,7 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.document import Document
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.norm_bank import Statistics
 
 STATISTICS_PREFIX = "anyprec.statistics."

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from anyprec.bits import shorten
-from anyprec.errors import NotCalibratedError, PackedError
+from anyprec.errors import NotCalibratedError, NoValuesError, PackedError
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.packed import NO_LATENTS
 
@@ -40,3 +43,18 @@ def require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
         msg += f"({shorten(missing, 3)}): call anyprec.calibrate(model, loader) before a precision "
         msg += "is set"
         raise NotCalibratedError(msg)
+
+
+def require_values(model: nn.Module, *, purpose: str) -> None:
+    """Refuse a network with tensors on the meta device.
+
+    Raises:
+        NoValuesError: It has some.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    missing = [name for name, tensor in tensors if tensor.is_meta]
+    if missing:
+        msg = f"{purpose} needs a network with values; {len(missing)} of its tensors are on the "
+        msg += f"meta device ({shorten(missing, 3)}): create it on a real device, e.g. by "
+        msg += "model.to_empty(device=...) and load_state_dict before anyprec.convert"
+        raise NoValuesError(msg)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.intact import Parts, parts_of, submodule_or_none
 from anyprec.model.record import Coverage
-from anyprec.model.switching import submodule_or_none, switch_to_float
+from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer, quantize_layer
+from anyprec.nn.norms import SwitchableNorm, switch_norm
 from anyprec.nn.operators import LAYER_TYPES
 
 
@@ -21,22 +26,58 @@ class ConvertedClassifier(ConvertedModel):
 
     class_prefix: ClassVar[str] = "AnyPrecision"
 
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ("reset_classifier",)
+
     def reset_classifier(self, *args: Any, **kwargs: Any) -> Any:
         """Call the network's own `reset_classifier`, and quantize the new classifier like the old.
 
         Step sizes of its input are kept where the layer reads the same features; the network runs
         in floating point afterwards, and named configurations are dropped if the set of layers
         changed.
+
+        Raises:
+            ConversionError: Views of the network are alive (`model.view`).
         """
-        before = self.quantized_layers
-        switch_to_float(self, before)
+        if self.anyprec_precision.family.has_views:
+            gc.collect()  # a view that nobody has any more may wait for it
+        if self.anyprec_precision.family.has_views:
+            msg = "reset_classifier exchanges a layer, which other views of the network would not "
+            msg += "notice: drop them before, and make new ones afterwards"
+            raise ConversionError(msg)
+        before = parts_of(self)
+        switch_to_float(self, before.layers)
         # The network's own class has it.
         result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         _adopt_replacements(self, before)
         return result
 
 
-def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -> None:
+def _adopt_replacements(model: ConvertedModel, before: Parts) -> None:
+    """Quantize and switch what took the place of layers and norms that were there before."""
+    _adopt_norms(model, before.norms)
+    _adopt_layers(model, before.layers)
+
+
+def _adopt_norms(model: ConvertedModel, before: Mapping[str, SwitchableNorm]) -> None:
+    """Give copies to what took the place of the norms `before`, and the network a new record."""
+    record = model.anyprec_record
+    setters = dict(record.norms)
+    for path, old in {**record.removed_norms, **before}.items():
+        new = submodule_or_none(model, path)
+        if new is old:
+            continue
+        if isinstance(new, _BatchNorm):
+            _switch_like(new, old, shared_affine=record.settings.norm == "shared-affine")
+            feeding = record.facts.norms[path]
+            setters[path] = feeding if feeding in record.quantized else None
+            record.removed_norms.pop(path, None)
+        else:
+            setters.pop(path, None)
+            record.removed_norms[path] = old
+    model.anyprec_record = dataclasses.replace(record, norms=setters)
+
+
+def _adopt_layers(model: ConvertedModel, before: Mapping[str, QuantizedLayer]) -> None:
     """Quantize what took the place of the layers `before`, and give the network a new record."""
     record = model.anyprec_record
     coverage = {row.path: row for row in record.coverage}
@@ -65,6 +106,14 @@ def _adopt_replacements(model: ConvertedModel, before: Mapping[str, QuantizedLay
         coverage=tuple(coverage.values()),
         facts=dataclasses.replace(record.facts, layers=facts),
     )
+    model.anyprec_precision.connect(model)
+
+
+def _switch_like(new: _BatchNorm, old: SwitchableNorm, *, shared_affine: bool) -> None:
+    if old.bank is None:
+        switch_norm(new, 0)
+    else:
+        switch_norm(new, old.bank.rows, shared_affine=shared_affine, widths=old.bank.widths)
 
 
 def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:

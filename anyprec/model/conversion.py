@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,23 @@ from anyprec.errors import ConversionError
 from anyprec.model.classifier import ConvertedClassifier
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.example_inputs import analyze_on_example
+from anyprec.model.intact import Structure
+from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
+from anyprec.model.restoring import restored_on_error
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.nn.bodies import FUSING_TYPES
+from anyprec.nn.channels import Axis, output_axis
 from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
-from anyprec.nn.operators import FUSING_TYPES, LAYER_TYPES, channel_axis
+from anyprec.nn.operators import LAYER_TYPES, channel_axis
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import TrainedNetwork
 
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -71,7 +78,8 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it
-            is made from the network's own configuration. MACs are counted at its size.
+            is made from the network's own configuration. MACs are counted at its size,
+            until `calibrate` or `search` sees images of another one.
         inplace: Change `model` itself and return it; False converts a deep copy.
 
     Returns:
@@ -80,7 +88,8 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
 
     Raises:
         ConversionError: The model is converted already, has no layer to quantize, does not run on
-            the example input, or a pattern matches nothing. The model is left as it was.
+            the example input, a pattern matches nothing, or a module has something of its own
+            under a name that conversion needs. The model is left as it was.
         BitsError: A bit-width is not supported.
         ValueError: `norm` is none of these.
 
@@ -120,25 +129,30 @@ def apply_settings(
     """Convert `model` in place, as `settings` say, on facts that are known already.
 
     Raises:
-        ConversionError: A pattern matches nothing, or no layer is left to quantize.
+        ConversionError: A pattern matches nothing, no layer is left to quantize, or a module has
+            something of its own under a name that conversion takes. The model is left as it was.
     """
     coverage = select_layers(model, settings, facts)
     paths = quantized_paths(coverage)
-    try:
+    owners = _functional_uses(model, facts, paths)
+    norm_paths = _switchable_paths(model, facts)
+    has_classifier = hasattr(type(model), "reset_classifier")
+    mixin = ConvertedClassifier if has_classifier else ConvertedModel
+    require_free_names(model, facts, paths=paths, owners=owners, norms=norm_paths, mixin=mixin)
+    with restored_on_error(model):
         for path in paths:
             _quantize(model, facts.layers[path], settings)
-        for owner, children in _functional_uses(model, facts, paths).items():
+        for owner, children in owners.items():
             intercept_in_owner(model.get_submodule(owner), children)
-        norms = _make_norms_switchable(model, settings, facts, paths)
+        norms = _make_norms_switchable(model, settings, facts, norm_paths, paths)
         if settings.norm == "shared":
             _correct_moments(model, facts, norms)
-    except BaseException:
-        revert(model)
-        raise
-    has_classifier = hasattr(model, "reset_classifier")
-    specialize(model, ConvertedClassifier if has_classifier else ConvertedModel)
-    vars(model)["anyprec_record"] = ConversionRecord(settings, facts, coverage, norms)
-    return model  # type: ignore[return-value]
+        record = ConversionRecord(settings, facts, coverage, norms)
+        specialize(model, mixin)
+        vars(model).update(anyprec_record=record, anyprec_structure=Structure())
+        converted: ConvertedModel = model  # type: ignore[assignment]
+        ActivePrecision({}).connect(converted)
+    return converted
 
 
 def revert(model: nn.Module) -> None:
@@ -147,7 +161,8 @@ def revert(model: nn.Module) -> None:
     A float model is left as it is.
     """
     if isinstance(model, ConvertedModel):
-        vars(model).pop("anyprec_record", None)
+        for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
+            vars(model).pop(name, None)
         despecialize(model)
     for module in list(model.modules()):
         # A module may be an owner and a quantized layer; it was made an owner last.
@@ -166,14 +181,22 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
-        axis = facts.axis if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
     else:
         layer = model.get_submodule(facts.path)
-        axis = channel_axis(layer) if per_channel else None
+        axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
             layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
         )
+
+
+def _output_axis(model: nn.Module, facts: LayerFacts) -> Axis | None:
+    """Where a layer's weight has its output channels."""
+    axis = facts.axis
+    if facts.parameter is None:
+        axis = channel_axis(model.get_submodule(facts.path))
+    return None if axis is None else output_axis(axis, facts.groups)
 
 
 def _functional_uses(
@@ -207,10 +230,33 @@ def _prefix(path: str) -> str:
     return f"{path}." if path else ""
 
 
+def _switchable_paths(model: nn.Module, facts: NetworkFacts) -> list[str]:
+    """Paths of the norms that can be switched."""
+    paths: list[str] = []
+    for path in facts.norms:
+        norm = model.get_submodule(path)
+        # Without running statistics, or with cumulative ones, nothing could be switched.
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.momentum is None:
+            continue
+        paths.append(path)
+    return paths
+
+
 def _make_norms_switchable(
-    model: nn.Module, settings: ConvertSettings, facts: NetworkFacts, paths: Sequence[str]
+    model: nn.Module,
+    settings: ConvertSettings,
+    facts: NetworkFacts,
+    norms: Sequence[str],
+    paths: Sequence[str],
 ) -> dict[str, str | None]:
     """Give every norm that can be switched its copies.
+
+    Args:
+        model: The network.
+        settings: How it is converted.
+        facts: What it is.
+        norms: Paths of the norms that can be switched.
+        paths: Paths of the quantized layers.
 
     Returns:
         Path of each such norm to the quantized layer that sets its row, or None.
@@ -220,18 +266,18 @@ def _make_norms_switchable(
         candidates = (layer_candidates(facts.layers[path], settings) for path in paths)
         network_widths = uniform_widths(candidates)
     row_setters: dict[str, str | None] = {}
-    for path, feeding in facts.norms.items():
-        norm = model.get_submodule(path)
-        # Without running statistics, or with cumulative ones, nothing could be switched.
-        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.momentum is None:
-            continue
+    network = TrainedNetwork()
+    for path in norms:
+        feeding = facts.norms[path]
+        norm: Any = model.get_submodule(path)
         row_setter = feeding if feeding in paths else None
         layer = _quantized_layer(model, row_setter)
         widths = norm_widths(layer, settings.norm, network_widths)
         if feeding is not None and facts.layers[feeding].first:
             widths = ()  # what the first layer puts out depends on no other layer's precision
         rows = norm_rows(layer, settings.norm)
-        switch_norm(norm, rows, shared_affine=settings.norm == "shared-affine", widths=widths)
+        is_shared = settings.norm == "shared-affine"
+        switch_norm(norm, rows, shared_affine=is_shared, widths=widths, network=network)
         row_setters[path] = row_setter
     return row_setters
 
@@ -243,7 +289,7 @@ def _correct_moments(
     for path in row_setters.values():
         layer = _quantized_layer(model, path)
         if path is not None and layer is not None and not facts.layers[path].dynamic:
-            layer.weight_source.corrected_axis = channel_axis(layer)
+            layer.weight_source.corrected_axis = _output_axis(model, facts.layers[path])
 
 
 def _quantized_layer(model: nn.Module, path: str | None) -> QuantizedLayer | None:

@@ -10,15 +10,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten, uniform
-from anyprec.errors import BitsError, ConversionError
+from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, resolve, shorten
+from anyprec.errors import BitsError, ConversionError, PrecisionError
+from anyprec.model.blocks import INTERLEAVED
 from anyprec.model.checks import require_calibrated, require_latents
+from anyprec.model.intact import Structure, parts_of, require_intact
+from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, Coverage
+from anyprec.model.requests import resolve_request
 from anyprec.model.state_dicts import added_keys, restart_from_float
-from anyprec.model.summary import Summary, SummaryRow
-from anyprec.model.switching import submodule_or_none, switch, switch_to_float
+from anyprec.model.summary import Summary, summary_row
+from anyprec.model.switching import switch, switch_to_float
+from anyprec.model.views import PRESENT, Present, make_view
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.specialize import Specialized
 from anyprec.nn.undecayed import undecayed_parameters
@@ -36,25 +42,38 @@ class ConvertedModel(Specialized):
 
     class_prefix: ClassVar[str] = "AnyPrecision"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = (
+        "anyprec_record",
+        "anyprec_structure",
+        "anyprec_precision",
+    )
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ("no_weight_decay",)
+
     anyprec_record: ConversionRecord
+    anyprec_structure: Structure
+    anyprec_precision: ActivePrecision
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network.
+
+        Raises:
+            ConversionError: A precision is set, but a layer or norm was replaced or removed.
+            PrecisionError: Another thread or task has set a precision for the length of a block.
+        """
+        # Not by `forward`, whose signature tracers and trainers read.
+        if not torch.compiler.is_compiling() and "_is_replica" not in vars(self):
+            require_intact(self)
+            self.anyprec_precision.before_forward(self)
+        return super().__call__(*args, **kwargs)
 
     @property
     def quantized_layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers by path, in network order.
 
         Raises:
-            ConversionError: A layer was replaced by another module after conversion.
+            ConversionError: A layer or norm was replaced or removed after conversion.
         """
-        layers: dict[str, QuantizedLayer] = {}
-        for path in self.anyprec_record.quantized:
-            layer = submodule_or_none(self, path)
-            if not isinstance(layer, QuantizedLayer):
-                change = "removed" if layer is None else f"replaced by a {type(layer).__name__}"
-                msg = f"layer {path!r} was {change} after conversion: replace layers before "
-                msg += "anyprec.convert, or use the model's reset_classifier"
-                raise ConversionError(msg)
-            layers[path] = layer
-        return layers
+        return dict(parts_of(self).layers)
 
     @property
     def is_packed(self) -> bool:
@@ -135,10 +154,14 @@ class ConvertedModel(Specialized):
         Raises:
             BitsError: as `set_bits`.
         """
-        return None if request is None else _resolve(request, self.candidates, self.configs)
+        return None if request is None else resolve_request(request, self.candidates, self.configs)
 
     def set_bits(self, request: BitsRequest) -> None:
         """Switch the precision of the network, at once and without touching a weight.
+
+        The precision belongs to the model and not to a thread: threads use `using_bits`, or each
+        its own `view`. A backward pass that runs layers again (gradient checkpointing) runs them at
+        the precision of their forward pass, whatever was set since.
 
         Args:
             request: `4` (every layer W4A4), `(4, 8)` or `"W4A8"` (weight and activation bits), a
@@ -151,6 +174,8 @@ class ConvertedModel(Specialized):
             BitsError: A bit-width, path or pattern does not fit; the precision stays as it was.
             NotCalibratedError: Activation step sizes have not been calibrated.
             PackedError: None was asked of a packed network, which has no float weights.
+            PrecisionError: Another thread or task is inside a `using_bits` block, or a backward
+                pass is running.
 
         Example:
             >>> import timm, torch, anyprec
@@ -159,6 +184,7 @@ class ConvertedModel(Specialized):
             >>> model.set_bits({"layer1.*": (6, 8), "fc": 8})
             >>> model.set_bits(None)
         """
+        self.anyprec_precision.require_switchable()
         layers = self.quantized_layers
         if request is None:
             require_latents(self, purpose="set_bits(None)")
@@ -166,7 +192,7 @@ class ConvertedModel(Specialized):
             return
         # Everything that can fail comes before the switch.
         candidates = {path: layer.candidates for path, layer in layers.items()}
-        config = _resolve(request, candidates, self.configs)
+        config = resolve_request(request, candidates, self.configs)
         require_calibrated(layers)
         switch(self, layers, config)
 
@@ -174,15 +200,61 @@ class ConvertedModel(Specialized):
     def using_bits(self, request: BitsRequest) -> Iterator[None]:
         """Switch for a `with` block; the precision before is restored, also after an exception.
 
+        Blocks of several threads take turns: each waits until no other thread has one open. To run
+        several precisions at a time, give each thread its own `view`.
+
         Raises:
-            BitsError, NotCalibratedError: as `set_bits`.
+            BitsError, NotCalibratedError, PackedError: as `set_bits`.
+            PrecisionError: Another task of this thread opened a block inside this one, and it is
+                still open: some of what ran here may have run at its precision.
         """
-        before = {path: layer.bits for path, layer in self.quantized_layers.items()}
-        self.set_bits(request)
+        precision = self.anyprec_precision
+        block = precision.open_block(self)
+        in_order = True
         try:
+            self.set_bits(request)
             yield
         finally:
-            switch(self, self.quantized_layers, before)
+            in_order = precision.close_block(self, block)
+        if not in_order:
+            raise PrecisionError(INTERLEAVED)
+
+    def view(self, bits: BitsRequest | Present = PRESENT) -> ConvertedModel:
+        """A second model object with the same weights, and a precision of its own.
+
+        Every parameter and buffer is that of this network, and so is what belongs to them: step
+        sizes, norm statistics, named configurations, quantized weights that are kept. Training,
+        calibrating or loading one of them changes all. Precision, training mode, hooks and plain
+        attributes are each view's own, as they were in this network when it was made. So views can
+        run in several threads at a time; all else that changes the network cannot.
+
+        Replacing a module of one of them is not seen by the others. `copy.deepcopy`, pickling and
+        `save` treat a view as a network of its own. What was compiled with `model.compile()` is not
+        compiled in a view; `torch.compile(view)` is a program of its own. On a GPU, run each view
+        once before threads use it in CUDA streams of their own.
+
+        Args:
+            bits: As for `set_bits`; by default the present precision.
+
+        Raises:
+            BitsError, NotCalibratedError, PackedError: as `set_bits`.
+            ConversionError: An attribute cannot be copied, or is a function that holds on to a
+                layer, so that it would run that layer at the precision of this model.
+
+        Example:
+            >>> import timm, torch, anyprec
+            >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(2, 4, 8))
+            >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+            >>> views = {bits: model.view(bits) for bits in (2, 4, 8)}
+            >>> low = views[2](torch.randn(1, 3, 160, 160))  # each in a thread of its own, say
+        """
+        if isinstance(bits, Present):
+            self.anyprec_precision.blocks.require_turn("view()")
+            return make_view(self)
+        request = self.resolve_bits(bits)
+        made = make_view(self)
+        made.set_bits(request)
+        return made
 
     def summary(self) -> Summary:
         """A table of every Conv and Linear layer.
@@ -190,7 +262,7 @@ class ConvertedModel(Specialized):
         It shows candidates, active precision and MACs, and why a layer is not quantized.
         """
         record, layers = self.anyprec_record, self.quantized_layers
-        rows = [_summary_row(row, record, layers.get(row.path)) for row in record.coverage]
+        rows = [summary_row(row, record, layers.get(row.path)) for row in record.coverage]
         return Summary(type(self).original_class.__name__, tuple(rows))
 
     def load_state_dict(
@@ -198,11 +270,13 @@ class ConvertedModel(Specialized):
         state_dict: Mapping[str, Any],
         strict: bool = True,  # noqa: FBT001, FBT002 (the signature of nn.Module)
         assign: bool = False,  # noqa: FBT001, FBT002
+        **kwargs: Any,
     ) -> Any:
         """Load a state dict of this network, or of the float network that it was made from.
 
         A float state dict has none of our keys. Then weight step sizes and norm copies start anew
-        from the loaded values, and activations must be calibrated again.
+        from the loaded values, and activations must be calibrated again. Further arguments are for
+        a `load_state_dict` of the network's own.
 
         Raises:
             RuntimeError: as `nn.Module.load_state_dict`.
@@ -210,17 +284,22 @@ class ConvertedModel(Specialized):
         """
         if not any(PACKED in key.split(".") for key in state_dict):
             require_latents(self, purpose="load_state_dict")
+        # By name, and only what was asked for: the network's own method may take less.
+        if not strict:
+            kwargs["strict"] = strict
+        if assign:
+            kwargs["assign"] = assign
         added = added_keys(self)
         is_float = bool(added) and added.isdisjoint(state_dict)
         if not (strict and is_float):
-            return super().load_state_dict(state_dict, strict, assign)
+            return super().load_state_dict(state_dict, **kwargs)
         # With our keys at their present values, torch still names every key of the float network
         # that is missing or unknown.
         present = self.state_dict()
         completed = dict(state_dict)
         for key in added:
             completed[key] = present[key]
-        result = super().load_state_dict(completed, strict, assign)
+        result = super().load_state_dict(completed, **kwargs)
         restart_from_float(self)
         return result
 
@@ -248,15 +327,15 @@ class ConvertedModel(Specialized):
             names.update(original())
         return names
 
-    def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002 (the signature of nn.Module)
-        """Set training mode.
+    def train(self, mode: bool = True, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002 (as nn.Module)
+        """Set training mode; further arguments are for a `train` of the network's own.
 
         Raises:
             PackedError: The network is packed, and `mode` is True.
         """
         if mode:
             require_latents(self, purpose="train")
-        return super().train(mode)
+        return super().train(mode, **kwargs)
 
 
 def require_converted(model: nn.Module, *, purpose: str) -> ConvertedModel:
@@ -284,45 +363,3 @@ def _converted_inside(model: object) -> str | None:
         return None
     paths = (path for path, module in model.named_modules() if isinstance(module, ConvertedModel))
     return next(paths, None)
-
-
-def _resolve(
-    request: BitsLike | Mapping[str, BitsLike],
-    candidates: Mapping[str, LayerCandidates],
-    configs: Mapping[str, BitConfig],
-) -> BitConfig:
-    """The configuration that a request stands for, which may be the name of one of `configs`."""
-    if isinstance(request, Mapping):
-        return resolve(request, candidates, partial=not isinstance(request, BitConfig))
-    if not isinstance(request, str):
-        return uniform(request, candidates)
-    if request in configs:
-        return resolve(configs[request], candidates, partial=False)
-    try:
-        return uniform(request, candidates)
-    except BitsError as error:
-        if not configs:
-            raise
-        msg = f"{error}; or name one of the stored configurations: {shorten(configs)}"
-        raise BitsError(msg) from error
-
-
-def _summary_row(
-    coverage: Coverage, record: ConversionRecord, layer: QuantizedLayer | None
-) -> SummaryRow:
-    facts = record.facts.layers[coverage.path]
-    candidates, bits, input_kind = None, None, ""
-    if layer is not None:
-        candidates, bits = layer.candidates, layer.bits
-        input_kind = layer.input_quantizer.kind
-    return SummaryRow(
-        path=coverage.path,
-        kind=coverage.kind,
-        macs=facts.macs,
-        weights=facts.weights,
-        candidates=candidates,
-        input_kind=input_kind,
-        bits=bits,
-        lowest=record.frozen.get(coverage.path),
-        reason=coverage.reason,
-    )

@@ -1,8 +1,9 @@
 """What a configuration costs: MACs, BitOPs, size and costs of the user's own, without torch.
 
 BitOPs are the sum over layers of MACs x weight bits x activation bits, for one sample. Size is
-the sum of weights x weight bits. Layers with fixed bits count with theirs. What is not counted is
-listed, never dropped in silence. The costs of a converted network are read in `costing.py`.
+the sum of weights x weight bits; layers that share a weight store its codes once for each weight
+bit-width that they have. Layers with fixed bits count with theirs. What is not counted is listed,
+never dropped in silence. The costs of a converted network are read in `costing.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates, shorten
 from anyprec.errors import BitsError, BudgetError
@@ -31,18 +34,28 @@ CostTable = Mapping[str, Mapping[Bits, float]]
 
 @dataclass(frozen=True)
 class LayerCost:
-    """MACs for one sample and number of weights of one quantized layer."""
+    """What one quantized layer costs.
+
+    Attributes:
+        path: Its path.
+        macs: MACs for one sample.
+        weights: Number of its weights.
+        weights_of: Path of an earlier layer that has the same weight; None if it is its own.
+        codes_of: Path of an earlier layer whose codes are the same at equal weight bits, or None.
+    """
 
     path: str
     macs: int
     weights: int
+    weights_of: str | None = None
+    codes_of: str | None = None
 
     def bitops(self, bits: Bits) -> int:
         """MACs x weight bits x activation bits."""
         return self.macs * bits.weight * bits.activation
 
     def size(self, bits: Bits) -> int:
-        """Bits of all weight codes."""
+        """Bits of its weight codes."""
         return self.weights * bits.weight
 
 
@@ -67,8 +80,9 @@ class Uncounted:
 class CostModel:
     """Costs of every configuration of one network, at one input size.
 
-    Each cost is a sum over layers, divided by `divisor`: 1 for a total, the number of weights or
-    MACs for an average.
+    Each cost is a sum over layers, divided by `divisor`: 1 for a total, the number of codes or
+    MACs for an average. Only layers that share codes are no plain sum: `total` is exact for them,
+    and `of_layer` gives each its part as if all of them had equal bits.
 
     Attributes:
         layers: MACs and weights of every quantized layer, by path.
@@ -118,16 +132,16 @@ class CostModel:
 
     @property
     def weights(self) -> int:
-        """Number of quantized weights."""
-        return sum(layer.weights for layer in self.layers.values())
+        """Number of quantized weights; one that several layers share counts once."""
+        return sum(layer.weights for layer in self.layers.values() if layer.weights_of is None)
 
     def bitops(self, config: BitConfig) -> int:
         """BitOPs of `config`, for one sample."""
         return sum(layer.bitops(config[path]) for path, layer in self.layers.items())
 
     def size(self, config: BitConfig) -> int:
-        """Bits of the weight codes of `config`."""
-        return sum(layer.size(config[path]) for path, layer in self.layers.items())
+        """Bits of the weight codes of `config`, each stored once."""
+        return sum(layer.size(config[layer.path]) for layer in self._storing(config))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,6 +150,9 @@ class CostModel:
 
     def total(self, name: str, config: BitConfig) -> float:
         """The cost `name` of `config`; infinite if a layer cannot have its bits."""
+        if self._readers and name in ("size", "average_bits"):
+            size = float(self.size(config))
+            return size if name == "size" else size / self.stored_codes(config)
         costs = [self.of_layer(name, path, config[path]) for path in self.layers]
         # Exact for counts below 2^53, and for seconds independent of the order of layers.
         return math.fsum(costs) / self.divisor(name)
@@ -149,15 +166,34 @@ class CostModel:
             return layer.bitops(bits)
         if name == "average_activation_bits":
             return layer.macs * bits.activation
+        if self._readers:
+            return layer.size(bits) / self._readers.get(layer.codes_of or path, 1)
         return layer.size(bits)
 
     def divisor(self, name: str) -> int:
         """What the sum over layers is divided by."""
         if name == "average_bits":
-            return self.weights or 1
+            return sum(layer.weights for layer in self.layers.values() if not layer.codes_of) or 1
         if name == "average_activation_bits":
             return self.macs or 1
         return 1
+
+    def stored_codes(self, config: BitConfig) -> int:
+        """Number of weight codes of `config`: layers of equal bits may share theirs."""
+        return sum(layer.weights for layer in self._storing(config))
+
+    def _storing(self, config: BitConfig) -> list[LayerCost]:
+        """The layers whose codes are stored: of those that share, one for each weight bit-width."""
+        storing: dict[tuple[str, int], LayerCost] = {}
+        for path, layer in self.layers.items():
+            storing.setdefault((layer.codes_of or path, config[path].weight), layer)
+        return list(storing.values())
+
+    @cached_property
+    def _readers(self) -> dict[str, int]:
+        """Path of each layer whose codes others share, to the number of layers that read them."""
+        shared = Counter(layer.codes_of for layer in self.layers.values() if layer.codes_of)
+        return {path: 1 + count for path, count in shared.items()}
 
     def cost(self, config: BitConfig | None) -> Cost:
         """The figures of `config` together; None is the float network at 32 bits.
@@ -193,8 +229,10 @@ class Cost:
 
     @property
     def average_bits(self) -> float:
-        """Weight bits averaged over all quantized weights."""
-        return self.size / self.model.weights
+        """Weight bits averaged over all weight codes."""
+        if self.config is None:
+            return float(FLOAT_BITS)
+        return self.size / self.model.stored_codes(self.config)
 
     def __str__(self) -> str:
         text = f"{self.bitops / 1e9:.3f} GBitOPs, {self.size / 8 / 2**20:.3f} MiB of weight codes"

@@ -12,23 +12,28 @@ from torch import Tensor, nn
 from anyprec.errors import ConversionError
 from anyprec.network.analysis import analyze
 from anyprec.network.facts import NetworkFacts
-from anyprec.network.observation import named_layers
+from anyprec.network.weights import named_layers
 from anyprec.runtime.batches import device_of
 
 USUAL_CHANNELS = 3
 USUAL_SIZE = (224, 224)
 
 
-def analyze_on_example(model: nn.Module, example_input: Tensor | None) -> NetworkFacts:
+def analyze_on_example(model: nn.Module, example_input: Any) -> NetworkFacts:
     """Facts of `model`, observed on an example input, or on a guessed one.
 
     Raises:
-        ConversionError: The example is an empty batch, the network does not run on it, or no guess
-            fits.
+        ConversionError: The example is no tensor or an empty batch, the network does not run on it,
+            or no guess fits.
     """
     device = device_of(model)
     if example_input is None:
         return _analyze_on_guess(model, device)
+    if not isinstance(example_input, Tensor):
+        msg = f"example_input is a {type(example_input).__name__}: pass one tensor, a batch of "
+        msg += "images as the network takes it, e.g. torch.zeros(1, 3, 224, 224); of an array, "
+        msg += "torch.from_numpy makes one; of a list or mapping, pass the tensor in it"
+        raise ConversionError(msg)
     if example_input.ndim == 0 or example_input.shape[0] == 0:
         msg = f"example_input has shape {tuple(example_input.shape)}: pass a batch of at least one "
         msg += "sample"

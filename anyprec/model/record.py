@@ -10,7 +10,7 @@ from anyprec.bits import BitConfig, Bits
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
-from anyprec.nn.norms import NormSharing
+from anyprec.nn.norms import NormSharing, SwitchableNorm
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class ConversionRecord:
         statistics: State: norm statistics of single configurations, by path of the norm.
         removed: State: classifiers that `reset_classifier` took out without a new one. A later one
             is quantized like them.
+        removed_norms: State: the same of norms.
     """
 
     settings: ConvertSettings
@@ -98,6 +99,7 @@ class ConversionRecord:
     frozen: dict[str, Bits] = field(default_factory=dict)
     statistics: dict[BitConfig, dict[str, Statistics]] = field(default_factory=dict)
     removed: dict[str, QuantizedLayer] = field(default_factory=dict)
+    removed_norms: dict[str, SwitchableNorm] = field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyprec.model.switching import switch_to_float, switchable_norms
+from anyprec.model.intact import switchable_norms
+from anyprec.model.switching import switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 
@@ -40,3 +41,4 @@ def restart_from_float(model: ConvertedModel) -> None:
         if norm.bank is not None:
             norm.bank.copy_from(norm)
     model.anyprec_record.statistics.clear()
+    model.anyprec_precision.family.needs_check = True  # views keep their precision

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.model.record import ConversionRecord, Coverage
+from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.tables import TableContent
 
 _HEADER = ("layer", "class", "weights", "MACs", "weight bits", "input bits", "input", "active")
@@ -65,3 +67,25 @@ def _cells(row: SummaryRow) -> tuple[str, ...]:
 def _candidates_cell(candidates: tuple[int, ...], lowest: int) -> str:
     cells = [f"({bits})" if bits < lowest else str(bits) for bits in candidates]
     return ",".join(cells)
+
+
+def summary_row(
+    coverage: Coverage, record: ConversionRecord, layer: QuantizedLayer | None
+) -> SummaryRow:
+    """The line of one layer; `layer` is None where it is not quantized."""
+    facts = record.facts.layers[coverage.path]
+    candidates, bits, input_kind = None, None, ""
+    if layer is not None:
+        candidates, bits = layer.candidates, layer.bits
+        input_kind = layer.input_quantizer.kind
+    return SummaryRow(
+        path=coverage.path,
+        kind=coverage.kind,
+        macs=facts.macs,
+        weights=facts.weights,
+        candidates=candidates,
+        input_kind=input_kind,
+        bits=bits,
+        lowest=record.frozen.get(coverage.path),
+        reason=coverage.reason,
+    )

@@ -6,15 +6,16 @@ without a walk through the network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from anyprec.bits import BitConfig, Bits
+from anyprec.model.intact import switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.norm_bank import Statistics
+from anyprec.nn.norms import NormSelection
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -43,6 +44,7 @@ def switch(
     else:
         for _, norm in switchable_norms(model):
             norm.switch(None, None)
+    model.anyprec_precision.changed(model, bits)
 
 
 def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer]) -> None:
@@ -50,12 +52,43 @@ def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer])
     switch(model, layers, dict.fromkeys(layers))
 
 
-def switchable_norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNorm]]:
-    """Path and module of every switchable norm that is still there."""
-    for path in model.anyprec_record.norms:
-        norm = submodule_or_none(model, path)
-        if isinstance(norm, SwitchableNorm):
-            yield path, norm
+@dataclass(frozen=True, eq=False)
+class NormSources:
+    """What the norms of a network use at a precision, and what that was chosen from.
+
+    Attributes:
+        selections: What each norm uses.
+        statistics: Those of the configuration itself, if there are any.
+        has_uniform: Of each norm, whether those of uniform precisions are estimated.
+    """
+
+    selections: tuple[NormSelection, ...]
+    statistics: Mapping[str, Statistics] | None
+    has_uniform: tuple[bool, ...]
+
+    def are_newer_than(self, earlier: NormSources) -> bool:
+        """Whether norms would use something else now than they chose `earlier`.
+
+        Not if they have been given something else since: calibration does that.
+        """
+        if self.selections != earlier.selections:
+            return False
+        if self.has_uniform != earlier.has_uniform:
+            return True
+        return self.statistics is not earlier.statistics
+
+
+def norm_sources(model: ConvertedModel, bits: Mapping[str, Bits | None]) -> NormSources:
+    """What norms use, and what they would choose from now, at this precision."""
+    record = model.anyprec_record
+    active = {path: chosen for path, chosen in bits.items() if chosen is not None}
+    statistics = record.statistics.get(BitConfig(active)) if record.statistics else None
+    norms = [norm for _, norm in switchable_norms(model)]
+    return NormSources(
+        tuple(norm.selection for norm in norms),
+        statistics,
+        tuple(norm.bank is not None and norm.bank.has_uniform for norm in norms),
+    )
 
 
 def forget_statistics(model: ConvertedModel) -> None:
@@ -64,16 +97,6 @@ def forget_statistics(model: ConvertedModel) -> None:
     for _, norm in switchable_norms(model):
         if norm.bank is not None:
             norm.bank.forget_uniform()
-
-
-def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path`, or None if there is none."""
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        if module is not None:
-            # `get_submodule` would take most of the time of `set_bits`.
-            module = module._modules.get(name)  # noqa: SLF001
-    return module
 
 
 def _switch_norms(

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+READ_BY = "read by "
+"""How the problem begins of a weight that functions read that do not quantize it."""
+
+HIDDEN = "which hides the operator"
+"""How it ends where such a function multiplies the weight by an input."""
+
 
 @dataclass(frozen=True)
 class LayerFacts:
@@ -14,13 +20,16 @@ class LayerFacts:
     Attributes:
         path: Path of the layer in the network; `HOLDER.matrices.NAME` for a bare parameter of a
             module.
-        calls: How often its weight multiplied an input in one forward pass.
+        calls: How often its weight multiplied an input in one forward pass, or was read otherwise.
         macs: Multiply-accumulates for one sample, over all calls.
         weights: Number of weights; 0 if they are the products of another layer.
         owner: Path of the module that uses the weight without calling the layer, or None.
         parameter: Path of the bare parameter that is the weight, or None.
         axis: Axis of a bare parameter that holds output channels; None for a Conv or Linear layer,
             whose class determines it.
+        groups: Groups of a transposed convolution: the output channels along the axis are those of
+            one of them. 1 for anything else, and in files of earlier versions, where groups share
+            step sizes.
         per_tensor: The weight operand has no fixed output channels, so one step size serves all
             of it.
         dynamic: The weight operand depends on the network's input.
@@ -42,6 +51,7 @@ class LayerFacts:
     owner: str | None = None
     parameter: str | None = None
     axis: int | None = None
+    groups: int = 1
     per_tensor: bool = False
     dynamic: bool = False
     derived: bool = False
@@ -52,6 +62,15 @@ class LayerFacts:
     last: bool = False
     constant: bool = False
     problem: str | None = None
+
+    @property
+    def is_only_read(self) -> bool:
+        """Whether something read the weight but, as far as is known, multiplied no input by it.
+
+        It was added, indexed, normalised with.
+        """
+        problem = self.problem or ""
+        return problem.startswith(READ_BY) and not problem.endswith(HIDDEN) and not self.macs
 
 
 @dataclass(frozen=True)

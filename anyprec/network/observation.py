@@ -15,24 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError
 from anyprec.network.flow import Flow, FlowTracker
 from anyprec.network.preserving import left_as_it_was
+from anyprec.network.readers import Readers, Reading, is_transformed, unwrapped
+from anyprec.network.weights import Weights, named_layers
+from anyprec.nn.bodies import BODIES, HIDING, body_of
+from anyprec.nn.channels import Axis
 from anyprec.nn.operators import (
-    BODIES,
-    HIDING,
     LAYER_TYPES,
-    OPERATORS,
-    PRODUCTS,
-    body_of,
+    Operator,
     matrix_path,
     operands,
-    product_macs,
-    product_operands,
+    operator_of,
     tensors_in,
 )
+from anyprec.nn.products import PRODUCTS, product_axis, product_macs, product_operands
 
 
 @dataclass
@@ -43,7 +44,7 @@ class WeightUse:
         calls: How many there were.
         macs: Multiply-accumulates over all of them, for the whole batch.
         modules: Path of the innermost module that was running, for each call.
-        axes: Axes of the weight that held the output channels; None stands for no such axis.
+        axes: Where the weight held the output channels; None stands for no such axis.
         only_rows: Every operand was the weight or some of its rows, or a tensor of such a shape.
         varies: An input depended on the network's input.
         dynamic: So did a weight operand.
@@ -53,7 +54,7 @@ class WeightUse:
     calls: int = 0
     macs: int = 0
     modules: list[str] = field(default_factory=list)
-    axes: set[int | None] = field(default_factory=set)
+    axes: set[Axis | None] = field(default_factory=set)
     only_rows: bool = True
     varies: bool = False
     dynamic: bool = False
@@ -71,6 +72,7 @@ class Observation:
         uses: Path of a weight to its use. The path is that of a Conv or Linear layer, of another
             module that makes its operand from a weight of its own, or of a bare parameter.
         hidden: Path of a weight to the function that hides its operators.
+        readings: Path of any other weight that was read to what read it.
         uncounted: Costs that belong to no weight: name to calls and MACs of the whole batch.
         flow: How layers are connected.
     """
@@ -79,6 +81,7 @@ class Observation:
     parameters: dict[str, str]
     uses: dict[str, WeightUse] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
+    readings: dict[str, Reading] = field(default_factory=dict)
     uncounted: dict[str, tuple[int, int]] = field(default_factory=dict)
     flow: Flow = field(default_factory=Flow)
 
@@ -94,8 +97,8 @@ def observe(model: nn.Module, example_input: Tensor) -> Observation:
     watcher = _Watcher(model, images)
     try:
         with (
-            left_as_it_was(model), torch.no_grad(),
-            _watching_modules(model, watcher), watcher.flow.values, watcher,
+            left_as_it_was(model), torch.no_grad(), _watching_modules(model, watcher),
+            watcher.flow.values, watcher.readers, watcher,
         ):  # fmt: skip
             output = model(images)
     except (
@@ -109,6 +112,7 @@ def observe(model: nn.Module, example_input: Tensor) -> Observation:
         msg = f"{type(model).__name__} does not run on an example input of shape "
         msg += f"{tuple(example_input.shape)} ({error}): pass one that fits as example_input="
         raise ConversionError(msg) from error
+    watcher.note_readings()
     watcher.observation.flow = watcher.flow.finish(output)
     return watcher.observation
 
@@ -118,6 +122,8 @@ def _watching_modules(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
     """Hooks that tell a watcher which module runs."""
     hooks = []
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # takes no hooks: what runs in it counts for the module around it
         hooks.append(module.register_forward_pre_hook(watcher.enter_module, with_kwargs=True))
         hooks.append(module.register_forward_hook(watcher.leave_module, always_call=True))
     try:
@@ -127,48 +133,17 @@ def _watching_modules(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
             hook.remove()
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of every Conv and Linear layer."""
-    for path, module in model.named_modules():
-        if isinstance(module, LAYER_TYPES):
-            yield path, module
-
-
-class _Weights:
-    """Finds the weight that a tensor is, or is a view of."""
-
-    def __init__(self, model: nn.Module) -> None:
-        # By id, with the tensor itself: a parametrized weight is made on each access, and a tensor
-        # that nothing holds would leave its id to another one.
-        self._weights: dict[int, tuple[str, Tensor]] = {}
-        self.parameters: dict[str, str] = {}
-        for path, layer in named_layers(model):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
-            self._weights[id(weight)] = path, weight
-        for name, parameter in model.named_parameters():
-            if id(parameter) not in self._weights and parameter.ndim > 1:
-                path = matrix_path(name)
-                self._weights[id(parameter)] = path, parameter
-                self.parameters[path] = name
-
-    def find(self, operand: Tensor) -> tuple[str, Tensor] | None:
-        """Path and tensor of the weight that `operand` is, or is a view of."""
-        for tensor in (operand, operand._base):  # noqa: SLF001 (torch has no public name for it)
-            if tensor is not None and id(tensor) in self._weights:
-                return self._weights[id(tensor)]
-        return None
-
-
 class _Watcher(TorchFunctionMode):
     """Records every operator of one forward pass, with the module that it runs in."""
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
         super().__init__()
-        self._weights = _Weights(model)
+        self._weights = Weights(model)
         self.observation = Observation(example_input.shape[0], self._weights.parameters)
         self._module_paths = {id(module): path for path, module in model.named_modules()}
         # The modules that are running, the innermost last.
         self._running: list[tuple[str, nn.Module]] = [("", model)]
+        self.readers = Readers(self._weights.rows)
         self.flow = FlowTracker(model, example_input)
 
     def __torch_function__(
@@ -179,12 +154,21 @@ class _Watcher(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        body = body_of(func, args)
-        if body is not None:
+        arguments = (*args, *kwargs.values())
+        is_hidden = any(map(is_transformed, tensors_in(arguments)))
+        body = body_of(func, args, kwargs)
+        if body is not None and not is_hidden:
             with self:
                 return body(*args, **kwargs)
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, result)
+        is_recorded = not is_hidden and self._has_record(func, args, kwargs)
+        with self.readers.within(func, arguments, counted=is_recorded):
+            result = func(*args, **kwargs)
+        if is_recorded:
+            self._record_multiplication(func, args, kwargs, result)
+        elif is_hidden:
+            self._record_hidden(_TRANSFORMS, arguments, result)
+        else:
+            self._record(func, args, kwargs, result)
         self.flow.function_ran(func, args, result)
         return result
 
@@ -201,24 +185,57 @@ class _Watcher(TorchFunctionMode):
         path, _ = self._running.pop()
         self.flow.module_ends(path, module, output)
 
-    def _record(
+    def note_readings(self) -> None:
+        """After the forward pass: take over what read parameters besides what was recorded."""
+        observation, readers = self.observation, self.readers
+        for path, reading in readers.readings.items():
+            if path not in observation.uses or path in observation.hidden:
+                observation.readings[path] = reading
+            elif reading.macs:
+                # Of a weight that is quantized elsewhere: these products run in floating point.
+                self._add_uncounted(f"{path} in {', '.join(reading.functions)}", reading.macs)
+        for name, (calls, macs) in readers.uncounted.items():
+            self._add_uncounted(name, macs, calls=calls)
+
+    def _has_record(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether it is a multiplication that is recorded, with its MACs."""
+        if func not in PRODUCTS:
+            return operator_of(func) is not None or func is F.scaled_dot_product_attention
+        modules = [module for _, module in self._running]
+        if any(isinstance(module, ParametrizationList) for module in modules):
+            return False
+        if not isinstance(modules[-1], LAYER_TYPES):
+            return True
+        # Products inside a layer belong to its arithmetic on its own weight, unless another
+        # parameter multiplies what depends on the input.
+        factors = product_operands(func, args, kwargs)
+        sources = [self._weights.find(factor) for factor in factors]
+        is_bare = any(source and source[0] in self._weights.parameters for source in sources)
+        return is_bare and any(map(self.flow.values.varies, factors))
+
+    def _record_multiplication(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        # Products and norms inside a layer belong to its arithmetic on its own weight.
-        in_layer = isinstance(self._running[-1][1], LAYER_TYPES)
-        if func in OPERATORS:
-            self._record_operator(func, args, kwargs, result)
-        elif func in PRODUCTS and not in_layer:
+        if func in PRODUCTS:
             self._record_product(func, args, kwargs, result)
-        elif func in HIDING or func in BODIES:
-            self._record_hidden(HIDING.get(func, func.__name__), (*args, *kwargs.values()), result)
-        if func is F.scaled_dot_product_attention:
+        elif func is F.scaled_dot_product_attention:
             self._add_uncounted(func.__name__, _attention_macs(*args, **kwargs))
-        elif func in _NORM_FUNCTIONS and not in_layer:
+        else:
+            self._record_operator(func, args, kwargs, result)
+
+    def _record(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        if func in BODIES or func in HIDING:
+            function = HIDING.get(func, func.__name__)
+            self._record_hidden(function, (*args, *kwargs.values()), result)
+        if func in _NORM_FUNCTIONS and not isinstance(self._running[-1][1], LAYER_TYPES):
             self._add_uncounted(func.__name__, 0)
 
     def _record_operator(
@@ -229,17 +246,18 @@ class _Watcher(TorchFunctionMode):
         result: Tensor,
     ) -> None:
         input_, operand = operands(args, kwargs)
-        operator = OPERATORS[func]
+        operator = operator_of(func) or Operator()
         macs = operator.macs(input_, operand, result)
         source = self._weight_behind(operand)
         if source is None:
-            kind = type(self._running[-1][1]).__name__
+            module = self._running[-1][1]
+            kind = getattr(module, "original_class", type(module)).__name__
             self._add_uncounted(f"weight of no layer, in {kind}", macs)
             return
         path, weight = source
         use = self._add_use(path, macs, input_, operand)
         if operand.shape[1:] == weight.shape[1:]:
-            use.axes.add(operator.channel_axis)
+            use.axes.add(operator.output_axis(args, kwargs))
         else:
             use.axes.add(None)
             use.only_rows = False
@@ -256,7 +274,9 @@ class _Watcher(TorchFunctionMode):
             if source is None or source[1] is weight_of_module:
                 return running, weight_of_module
         elif source is None and running and _has_only_matrix(module):
-            return running, weight_of_module
+            # If nothing has read that weight, the operand was made from another one.
+            was_read = matrix_path(f"{running}.weight") in self.readers.readings
+            return (running, weight_of_module) if was_read else None
         return source
 
     def _record_product(
@@ -275,9 +295,9 @@ class _Watcher(TorchFunctionMode):
                     continue
                 path, weight = source
                 use = self._add_use(path, macs, factors[1 - index], factor)
-                axis = None
-                if func is not torch.einsum:
-                    axis = _product_axis(weight, factor, index)
+                axis = product_axis(
+                    func, args, kwargs, parameter=weight, factor=factor, index=index
+                )
                 use.axes.add(axis)
                 self.flow.layer_ran(path, factors[1 - index], factor, result)
                 return
@@ -297,17 +317,19 @@ class _Watcher(TorchFunctionMode):
         tensors = list(tensors_in(arguments))
         paths = []
         for tensor in tensors:
-            source = self._weights.find(tensor)
+            source = self._weights.find(unwrapped(tensor))
             if source is not None:
                 self.observation.hidden[source[0]] = function
                 paths.append(source[0])
         self.flow.layers_ran(paths, tensors, result)
         self._add_uncounted(function, 0)
 
-    def _add_uncounted(self, name: str, macs: int) -> None:
-        calls, total = self.observation.uncounted.get(name, (0, 0))
-        self.observation.uncounted[name] = calls + 1, total + macs
+    def _add_uncounted(self, name: str, macs: int, *, calls: int = 1) -> None:
+        calls_before, total = self.observation.uncounted.get(name, (0, 0))
+        self.observation.uncounted[name] = calls_before + calls, total + macs
 
+
+_TRANSFORMS = "a transform of torch.func (vmap, grad)"
 
 _NORM_FUNCTIONS = {F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm}
 
@@ -320,20 +342,6 @@ def _has_only_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     is_matrix = isinstance(weight, nn.Parameter) and weight.ndim > 1
     return is_matrix and not any(named_layers(module))
-
-
-def _product_axis(parameter: Tensor, factor: Tensor, index: int) -> int | None:
-    """Axis of a matrix that holds the output channels, if it is one of two factors.
-
-    Args:
-        parameter: The matrix.
-        factor: A view of it; None is returned unless that is the matrix itself or its transpose.
-        index: 0 for the left factor, 1 for the right one.
-    """
-    if parameter.ndim != 2 or factor.numel() != parameter.numel() or factor.ndim != 2:
-        return None
-    transposed = factor.stride() != parameter.stride()
-    return 1 - index if transposed else index
 
 
 def _attention_macs(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import fx, nn
 
 from anyprec.errors import ConversionError
-from anyprec.network.observation import named_layers
 from anyprec.network.preserving import left_as_it_was
+from anyprec.network.weights import named_layers
 from anyprec.nn.norms import NORM_TYPES
 from anyprec.nn.operators import LAYER_TYPES
 

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-STEP_FLOOR = 1e-12
+from anyprec.nn.channels import Axis, along, sum_of_channels
+
+STEP_FLOOR = 2.0**-120
 """Step sizes are used as `max(|step|, STEP_FLOOR)`.
 
-So an optimizer step across zero cannot corrupt a layer.
+So an optimizer step across zero cannot corrupt a layer. Products of it and a code are still normal
+numbers of float32, and no weight is too small to be quantized: a norm behind it may enlarge it.
 """
 
 
@@ -27,7 +30,7 @@ def fake_quantize(
     *,
     qmin: int,
     qmax: int,
-    axis: int | None = None,
+    axis: Axis | None = None,
     gradient_scale: float = 1.0,
 ) -> Tensor:
     """Quantize and dequantize: `step * clamp(round(values / step), qmin, qmax)`.
@@ -40,11 +43,12 @@ def fake_quantize(
 
     Args:
         values: The tensor to quantize, of any shape and floating dtype; not changed.
-        step: Step size(s): one element if `axis` is None, else one for each index along `axis`. The
-            sign is ignored.
+        step: Step size(s): one element if `axis` is None, else one for each channel. The sign is
+            ignored.
         qmin: Lowest integer code.
         qmax: Highest integer code.
-        axis: Channel axis of `values` for per-channel step sizes; None for one step size.
+        axis: Channels of `values` for per-channel step sizes: an axis of it, or a `GroupedAxis`.
+            None for one step size.
         gradient_scale: Factor on the gradient of `step`. LSQ (section 2.2) recommends
             `1 / sqrt(numel * qmax)`.
 
@@ -52,7 +56,7 @@ def fake_quantize(
         Fake-quantized values, with the shape and dtype of `values`.
 
     Shape:
-        values: any; step: `()`, `(1,)` or `(values.shape[axis],)`.
+        values: any; step: `()`, `(1,)` or `(channels,)`.
 
     Example:
         >>> fake_quantize(torch.tensor([-3.0, 0.4, 0.6, 9.0]), torch.tensor(1.0), qmin=-2, qmax=1)
@@ -71,7 +75,7 @@ def fake_quantize_with(
     *,
     qmin: Tensor,
     qmax: Tensor,
-    axis: int | None,
+    axis: Axis | None,
     gradient_scale: Tensor,
 ) -> Tensor:
     """`fake_quantize` with limits that are tensors: another bit-width is the same program.
@@ -82,28 +86,26 @@ def fake_quantize_with(
     Shape:
         As `fake_quantize`; qmin, qmax, gradient_scale: `(1,)` or `()`.
     """
-    shape = [1] * values.ndim
-    if axis is not None:
-        shape[axis] = -1
     ones = [1] * values.ndim
     limits = qmin.reshape(ones), qmax.reshape(ones)
-    step, scale = step.reshape(shape), gradient_scale.reshape(())
+    shaped = step.reshape(ones) if axis is None else along(step, axis, values)
+    step, scale = shaped, gradient_scale.reshape(())
     return _WithLimits.apply(values, step, *limits, scale)  # type: ignore[no-any-return]
 
 
 def integer_codes(
-    values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None
+    values: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: Axis | None = None
 ) -> Tensor:
     """The integer codes behind `fake_quantize`: `clamp(round(values / step), qmin, qmax)` as int32.
 
     Shape:
         As `fake_quantize`.
     """
-    scale = _scale(step, axis, values.ndim)
-    return torch.round(values / scale).clamp_(qmin, qmax).to(torch.int32)
+    ratio = _ratio(values, _scale(step, axis, values))
+    return ratio.round_().clamp_(qmin, qmax).to(torch.int32)
 
 
-def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Tensor, step: Tensor, *, axis: Axis | None, dtype: torch.dtype) -> Tensor:
     """What `fake_quantize` makes of a tensor of `dtype` that has these integer codes, bit for bit.
 
     Args:
@@ -112,9 +114,11 @@ def dequantize(codes: Tensor, step: Tensor, *, axis: int | None, dtype: torch.dt
         axis: As in `fake_quantize`.
         dtype: Of the tensor that was quantized, and of the result.
     """
-    scale = _scale(step, axis, codes.ndim)
+    scale = _scale(step, axis, codes)
     computed = torch.result_type(torch.empty((1,), dtype=dtype, device=codes.device), scale)
-    return codes.to(computed).mul_(scale).to(dtype)
+    if computed == torch.float16:
+        computed = torch.float32
+    return _narrowed(codes.to(computed).mul_(scale), dtype)
 
 
 class _WithLimits(torch.autograd.Function):
@@ -127,7 +131,8 @@ class _WithLimits(torch.autograd.Function):
         ctx.save_for_backward(values, step, qmin, qmax, gradient_scale)
         scale = effective_step(step)
         # Not in place: a compiler fuses these into one kernel.
-        return (torch.clamp(torch.round(values / scale), qmin, qmax) * scale).to(values.dtype)
+        result = torch.clamp(torch.round(values / scale), qmin, qmax) * scale
+        return _narrowed(result, values.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,60 +150,6 @@ class _WithLimits(torch.autograd.Function):
         return torch.where(inside, gradient, 0).to(values.dtype), step_gradient, None, None, None
 
 
-def match_moments(quantized: Tensor, weight: Tensor, *, axis: int) -> Tensor:
-    """Give each channel of a quantized weight the mean and spread of the latent one.
-
-    `(q - mean(q)) * |w - mean(w)| / |q - mean(q)| + mean(w)` for every index along `axis`. So the
-    output of a layer has nearly the same mean and variance at every bit-width, and one BatchNorm
-    can serve them all (Banner et al., NeurIPS 2019, section 3.3; EMQNet, arXiv:2510.20673). Mean
-    and stretch are constants for the gradient.
-
-    Args:
-        quantized: The fake-quantized weight.
-        weight: The latent weight, of the same shape.
-        axis: The output-channel axis.
-
-    Returns:
-        The corrected weight, differentiable in `quantized`.
-    """
-    return with_moments(quantized, *moments(weight, axis=axis), axis=axis)
-
-
-@torch.no_grad()
-def moments(weight: Tensor, *, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread for every index along `axis`, in float32.
-
-    The spread is the length of the deviation from the mean.
-
-    Shape:
-        Both results: `(weight.shape[axis],)`.
-    """
-    dims = [dim for dim in range(weight.ndim) if dim != axis]
-    values = weight.detach().float()
-    if not dims:
-        return values, torch.zeros_like(values)
-    mean = values.mean(dims, keepdim=True)
-    return mean.flatten(), (values - mean).square_().sum(dims).sqrt()
-
-
-def with_moments(
-    quantized: Tensor, mean: Tensor, spread: Tensor, *, axis: int, inplace: bool = False
-) -> Tensor:
-    """`match_moments` to these moments of the latent weight; `inplace` overwrites `quantized`."""
-    if quantized.ndim == 1:
-        return quantized
-    with torch.no_grad():
-        present_mean, present_spread = moments(quantized, axis=axis)
-        # A channel that rounds to one code everywhere has no spread to stretch.
-        factor = spread / present_spread.clamp_min(STEP_FLOOR)
-        stretch = torch.where(present_spread > STEP_FLOOR, factor, 1.0)
-        shift = along(mean - present_mean * stretch, axis, quantized.ndim).to(quantized.dtype)
-        stretch = along(stretch, axis, quantized.ndim).to(quantized.dtype)
-    if inplace:
-        return quantized.mul_(stretch).add_(shift)
-    return quantized * stretch + shift
-
-
 class _PerTensor(torch.autograd.Function):
     """One step size. Works in place forward.
 
@@ -211,7 +162,8 @@ class _PerTensor(torch.autograd.Function):
     ) -> Tensor:
         scale = effective_step(step.reshape(()))
         # In place on the one new tensor: three more of the size of an activation cost more time.
-        result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+        result = _ratio(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
+        result = _narrowed(result, values.dtype)
         ctx.save_for_backward(values, step, scale, result)
         ctx.constants = qmin, qmax, gradient_scale
         return result
@@ -221,17 +173,21 @@ class _PerTensor(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         values, step, scale, result = ctx.saved_tensors
         qmin, qmax, gradient_scale = ctx.constants
+        dtype = values.dtype
+        if dtype == torch.float16:
+            # The result that was kept is rounded to float16: too coarse for the differences below.
+            values, gradient = values.float(), gradient.float()
+            result = _ratio(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
             # Reading the step size as a number costs nothing on a CPU and saves a pass over the
             # tensor.
             number = float(scale)
-            inside = torch.ops.aten.hardtanh_backward(
-                gradient, values, qmin * number, qmax * number
-            )
+            measured, low, high = values, qmin * number, qmax * number
         else:
-            inside = torch.ops.aten.hardtanh_backward(gradient, values / scale, qmin, qmax)
+            measured, low, high = values / scale, qmin, qmax
+        inside = torch.ops.aten.hardtanh_backward(gradient, measured, low, high)
         if not ctx.needs_input_grad[1]:
-            return inside, None, None, None, None
+            return inside.to(dtype), None, None, None, None
         # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax.
         # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
         # whole sum.
@@ -239,7 +195,7 @@ class _PerTensor(torch.autograd.Function):
             scale, step.reshape(())
         )
         step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape)
-        return inside, step_gradient, None, None, None
+        return inside.to(dtype), step_gradient, None, None, None
 
 
 class _PerChannel(torch.autograd.Function):
@@ -250,15 +206,16 @@ class _PerChannel(torch.autograd.Function):
         ctx: Any,
         values: Tensor,
         step: Tensor,
-        axis: int,
+        axis: Axis,
         qmin: int,
         qmax: int,
         gradient_scale: float,
     ) -> Tensor:
-        scale = along(effective_step(step), axis, values.ndim)
+        scale = along(effective_step(step), axis, values)
         ctx.save_for_backward(values, step, scale)
         ctx.constants = axis, qmin, qmax, gradient_scale
-        return (values / scale).round_().clamp_(qmin, qmax).mul_(scale).to(values.dtype)
+        result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+        return _narrowed(result, values.dtype)
 
     @staticmethod
     @once_differentiable
@@ -274,41 +231,54 @@ class _PerChannel(torch.autograd.Function):
             return inside.to(values.dtype), None, None, None, None, None
         codes = ratio.round().clamp_(qmin, qmax)
         contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
-        others = [dim for dim in range(values.ndim) if dim != axis]
-        if others:  # torch would sum over all dimensions if there are none
-            contributions = contributions.sum(dim=others)
         signed_scale = torch.copysign(torch.full_like(step, gradient_scale), step)
-        step_gradient = contributions.to(step.dtype) * signed_scale
+        step_gradient = sum_of_channels(contributions, axis).to(step.dtype) * signed_scale
         return inside.to(values.dtype), step_gradient, None, None, None, None
 
 
 def effective_step(step: Tensor) -> Tensor:
-    """Step sizes as they are used: positive whatever an optimizer made of them, no gradient."""
-    return step.detach().abs().clamp_min_(STEP_FLOOR)
+    """Step sizes as they are used, without gradient.
+
+    They are positive whatever an optimizer made of them, and have 32 bits at least: in float16 the
+    smallest ones, and the floor, would be zero.
+    """
+    return widened(step.detach()).abs().clamp_min_(STEP_FLOOR)
 
 
-def _scale(step: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """Effective step sizes, shaped to multiply a tensor with `ndim` axes."""
+def widened(values: Tensor) -> Tensor:
+    """`values` in at least 32 bits."""
+    if values.element_size() < 4:
+        return values.float()
+    return values
+
+
+def _ratio(values: Tensor, scale: Tensor) -> Tensor:
+    """`values` in step sizes: a new tensor, of their dtype or wider."""
+    if values.dtype == torch.float16:
+        # Arithmetic of one dtype would round the step size to it, and a small one to zero.
+        return values.float().div_(scale)
+    return values / scale
+
+
+def _narrowed(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """The result of a computation, in the dtype that was asked for."""
+    if dtype == torch.float16 and result.dtype != dtype:
+        # The code next to the largest number may stand for one beyond it.
+        limit = torch.finfo(dtype).max
+        result = result.clamp(-limit, limit)
+    return result.to(dtype)
+
+
+def _scale(step: Tensor, axis: Axis | None, values: Tensor) -> Tensor:
+    """Effective step sizes, shaped to multiply `values`."""
     if axis is None:
         # Without axes, so that a float32 step size does not promote a bfloat16 tensor.
         return effective_step(step.reshape(()))
-    return along(effective_step(step), axis, ndim)
+    return along(effective_step(step), axis, values)
 
 
 def _sign(step: Tensor) -> Tensor:
     return torch.where(step < 0, -1.0, 1.0).to(step.dtype)
-
-
-def along(step: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """`step`, shape `(channels,)`, shaped to multiply a tensor with `ndim` axes along `axis`.
-
-    Unchanged if `axis` is None.
-    """
-    if axis is None:
-        return step
-    shape = [1] * ndim
-    shape[axis] = -1
-    return step.reshape(shape)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
+from anyprec.nn.backward import BackwardGuard, follow_precision
+from anyprec.nn.bodies import body_of
+from anyprec.nn.channels import Axis, channel_count
+from anyprec.nn.chosen import Chosen
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.packed import PackedOperand, stand_in
@@ -33,6 +37,19 @@ from anyprec.nn.weights import LatentWeight, PackedCodes, WeightSource
 
 PACKED = "packed_operand"
 """Child of a packed layer that holds its integer codes."""
+
+_ADDED_CHILDREN = ("weight_quantizer", "input_quantizer", "chosen", PACKED)
+
+_ADDED_ATTRIBUTES = (
+    "weight_source",
+    "backward_guard",
+    "operand_observers",
+    "output_observers",
+    "_weight_index",
+    "_input_index",
+    "_bits",
+    "_active",
+)
 
 
 class QuantizedLayer(nn.Module):
@@ -45,6 +62,7 @@ class QuantizedLayer(nn.Module):
         weight_quantizer: Step sizes of the weight, a row per candidate.
         input_quantizer: Step sizes and zero points of the input, an entry per candidate.
         weight_source: Where the quantized weight comes from.
+        chosen: For compiled networks, indices of the active candidates (`weight`, `input`).
         operand_observers: Called with every float input and weight operand, in floating point, too.
         output_observers: Called with every output of the operator at a quantized precision.
     """
@@ -53,9 +71,13 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: InputQuantizer
     weight_source: WeightSource
+    chosen: Chosen
+    backward_guard: BackwardGuard | None = None
     operand_observers: Observers
     output_observers: Observers
     _bits: Bits | None
+    _weight_index: int
+    _input_index: int
     # Compiled networks read this and not `_bits`: other bits do not compile them anew.
     _active: bool
 
@@ -70,6 +92,14 @@ class QuantizedLayer(nn.Module):
         return self._bits
 
     @property
+    def weight_index(self) -> int:
+        """Index of the weight's active candidate.
+
+        Compiled networks never read it, since each value would be a program of its own.
+        """
+        return self._weight_index
+
+    @property
     def is_intercepted(self) -> bool:
         """Whether its operator must be intercepted."""
         return self._active or bool(self.operand_observers)
@@ -80,9 +110,9 @@ class QuantizedLayer(nn.Module):
             weight, input_ = self.weight_quantizer, self.input_quantizer
             weight_index = weight.candidates.index(bits.weight)
             input_index = input_.candidates.index(bits.activation)
-            weight.select(weight_index)
-            input_.select(input_index)
-        # Past nn.Module.__setattr__, which takes ten times as long: networks have many layers.
+            # Past nn.Module.__setattr__, which takes ten times as long: networks have many layers.
+            vars(self).update(_weight_index=weight_index, _input_index=input_index)
+            self.chosen.choose(weight=weight_index, input=input_index)
         vars(self).update(_bits=bits, _active=bits is not None)
 
     def run_operator(
@@ -96,12 +126,13 @@ class QuantizedLayer(nn.Module):
         """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
         if self.operand_observers:
             self.operand_observers.notify(input_, _whole(weight, self.weight))
-        if not self._active:
+        # Quantizing would turn bytes into numbers where the float operator refuses them.
+        if not self._active or not input_.is_floating_point():
             return operator(*args, **kwargs)
         if torch.compiler.is_compiling():
-            quantized_input = self.input_quantizer.forward_selected(input_)
+            quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
         else:
-            quantized_input = self.input_quantizer(input_, self.input_quantizer.selected)
+            quantized_input = self.input_quantizer(input_, self._input_index)
         quantized_weight = self.quantized_operand(weight)
 
         # By identity, since operators take their operands by position, by name or in a list.
@@ -150,8 +181,10 @@ class QuantizedLayer(nn.Module):
     def weight_tensors(self) -> list[Tensor]:
         """The tensors that the weight operand is made of: it changes when one of them does."""
         tensors = [*self._parameters.values(), *self._buffers.values()]
-        if len(self._modules) > 2:  # torch's parametrizations keep the weight's factors in children
-            tensors += [*self.parameters(), *self.buffers()]
+        # torch's parametrizations keep the weight's factors in children.
+        for name, child in self._modules.items():
+            if child is not None and name not in _ADDED_CHILDREN:
+                tensors += [*child.parameters(), *child.buffers()]
         return [tensor for tensor in tensors if tensor is not None]
 
     def replace_weight(self, weight: nn.Parameter) -> None:
@@ -169,8 +202,11 @@ class QuantizedModule(QuantizedLayer, Specialized):
 
     class_prefix: ClassVar[str] = "Quantized"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = (*_ADDED_CHILDREN, *_ADDED_ATTRIBUTES)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original layer's forward, with the operands of its operator quantized."""
+        follow_precision(self)
         if not self.is_intercepted:
             return super().forward(*args, **kwargs)
         with _LayerInterceptor(self):
@@ -193,7 +229,12 @@ class _LayerInterceptor(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OPERATORS:
-            return self.layer.run_operator(func, args, kwargs, *operands(args, kwargs))
+            input_, weight = operands(args, kwargs)
+            if not _is_foreign(weight, self.layer):
+                return self.layer.run_operator(func, args, kwargs, input_, weight)
+        elif (body := body_of(func, args, kwargs)) is not None:
+            with self:
+                return body(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -202,7 +243,7 @@ def quantize_layer(
     candidates: LayerCandidates,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
     dynamic: bool = False,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
@@ -212,7 +253,7 @@ def quantize_layer(
             `weight` makes.
         candidates: The bit-widths that it may take.
         nonnegative: Its input cannot be negative.
-        axis: Axis of the weight operand with a step size for each index; None for one step size.
+        axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
@@ -227,18 +268,25 @@ def add_precision(
     source: WeightSource,
     *,
     nonnegative: bool,
-    axis: int | None,
+    axis: Axis | None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    channels = None if axis is None else weight.shape[axis]
-    weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis or 0)
+    if axis is None:
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=None)
+    else:
+        channels = channel_count(weight.shape, axis)
+        weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
     input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
     layer.weight_quantizer = weight_quantizer.train(layer.training)
     layer.input_quantizer = input_quantizer.to(weight.device).train(layer.training)
+    chosen = Chosen("weight", "input", device=weight.device)
+    layer.chosen = chosen.train(layer.training)
     vars(layer).update(
         weight_source=source,
+        _weight_index=0,
+        _input_index=0,
         operand_observers=Observers(),
         output_observers=Observers(),
         _bits=None,
@@ -272,8 +320,8 @@ def hold_codes(layer: QuantizedLayer, operand: PackedOperand) -> None:
 
 def restore_layer(layer: QuantizedModule) -> None:
     """Undo `quantize_layer`."""
-    del layer.weight_quantizer, layer.input_quantizer
-    for name in ("weight_source", "operand_observers", "output_observers", "_bits", "_active"):
+    del layer.weight_quantizer, layer.input_quantizer, layer.chosen
+    for name in _ADDED_ATTRIBUTES:
         vars(layer).pop(name, None)
     despecialize(layer)
 
@@ -283,6 +331,19 @@ def _whole(operand: Tensor, latent: Tensor) -> Tensor:
     if operand is not latent and operand._base is latent:  # noqa: SLF001 (torch has no public name)
         return latent
     return operand
+
+
+def _is_foreign(operand: Tensor, layer: nn.Module) -> bool:
+    """Whether an operand in a layer is another parameter (of an adapter), a layer of its own."""
+    parameters = dict(layer._parameters)  # noqa: SLF001 (`named_parameters` is slow)
+    # A parametrized layer has none of this name.
+    weight = parameters.pop("weight", None)
+    if operand is weight:
+        return False
+    base = operand._base if operand._base is not None else operand  # noqa: SLF001 (as in `_whole`)
+    if not isinstance(base, nn.Parameter) or base is weight:
+        return False
+    return weight is not None or any(base is parameter for parameter in parameters.values())
 
 
 def _saving_no_weight(
@@ -299,7 +360,7 @@ def _saving_no_weight(
         return nullcontext()
     operand = _whole(weight, layer.weight)
     quantizer = layer.weight_quantizer
-    index = quantizer.selected  # of the forward pass: the bits may be others in the backward pass
+    index = layer.weight_index  # of the forward pass: the bits may be others in the backward pass
     return recomputing(
         quantized,
         lambda: source.compute(quantizer, operand.detach(), index),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from anyprec.bits import LayerCandidates
-from anyprec.errors import ConversionError
+from anyprec.nn.channels import Axis
 from anyprec.nn.layers import QuantizedLayer, add_precision
 from anyprec.nn.operators import MATRICES
 from anyprec.nn.weights import LatentWeight
@@ -57,12 +57,19 @@ class QuantizedParameter(QuantizedLayer):
         return self._name
 
 
-class Matrices(nn.ModuleDict):
-    """Holds the `QuantizedParameter`s of its parent, by the parameter's name."""
+class Matrices(nn.Module):
+    """Holds the `QuantizedParameter`s of its parent, by the parameter's name.
+
+    No `nn.ModuleDict`, whose methods are names that parameters have: keys, values.
+    """
+
+    def __getitem__(self, name: str) -> QuantizedLayer:
+        """What quantizes the parameter of this name."""
+        return self.get_submodule(name)  # type: ignore[return-value]
 
 
 def quantize_parameter(
-    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: int | None
+    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: Axis | None
 ) -> None:
     """Make a bare parameter of `holder` a quantized layer, in place.
 
@@ -73,26 +80,19 @@ def quantize_parameter(
         holder: The module that has the parameter.
         name: The parameter's name in it.
         candidates: The bit-widths that it may take.
-        axis: Axis of the parameter with a step size for each index; None for one step size.
-
-    Raises:
-        ConversionError: `holder` has an attribute `matrices` that is not ours.
+        axis: Output channels of the parameter, with a step size each; None for one step size.
     """
     layer = QuantizedParameter(holder, name)
     source = LatentWeight(dynamic=False)
     add_precision(layer, candidates, source, nonnegative=False, axis=axis)
-    present = getattr(holder, MATRICES, None)
-    if present is not None and not isinstance(present, Matrices):
-        msg = f"{type(holder).__name__} has an attribute {MATRICES!r} of its own, which is where "
-        msg += f"the step sizes of its parameter {name!r} would stand: exclude that parameter or "
-        msg += "rename the attribute"
-        raise ConversionError(msg)
-    matrices = present or Matrices()
+    matrices = holder._modules.get(MATRICES)  # noqa: SLF001 (past a `__getattr__` of its own)
+    if matrices is None:
+        matrices = Matrices()
     matrices.add_module(name, layer)
-    holder.add_module(MATRICES, matrices.train(holder.training))
+    setattr(holder, MATRICES, matrices.train(holder.training))
 
 
 def restore_parameters(holder: nn.Module) -> None:
     """Undo every `quantize_parameter` of `holder`."""
-    if isinstance(getattr(holder, MATRICES, None), Matrices):
+    if isinstance(holder._modules.get(MATRICES), Matrices):  # noqa: SLF001 (as above)
         delattr(holder, MATRICES)

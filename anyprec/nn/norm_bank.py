@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anyprec.nn.staleness import StaleRows, TrainedNetwork
+from anyprec.nn.staleness import STALE, Relatives, StaleRows, TrainedNetwork
 from anyprec.nn.undecayed import Undecayed
 
 Statistics = tuple[Tensor, Tensor]
@@ -30,6 +30,7 @@ class NormBank(Undecayed):
         rows: Number of copies.
         shared_affine: All copies have the same affine parameters.
         widths: Uniform bit-widths with statistics beside the copies.
+        network: What the norms of one network share. A copy of the network has one of its own.
 
     Attributes:
         weight, bias: Affine parameters, shape `(rows, channels)` or, if they are shared,
@@ -38,9 +39,6 @@ class NormBank(Undecayed):
         uniform_mean, uniform_var: Statistics of uniform precisions, of shape
             `(len(widths), channels)`, NaN until they are estimated; absent if there are none.
         has_uniform: Whether they are estimated.
-        choice: For compiled networks, the active row as data, shape `(1,)`.
-        statistics_choice: The same for statistics in eval mode, where those of uniform precisions
-            are counted behind the rows.
         stale: The rows whose statistics training has left behind; None before training.
     """
 
@@ -50,8 +48,6 @@ class NormBank(Undecayed):
     running_var: Tensor
     uniform_mean: Tensor
     uniform_var: Tensor
-    choice: Tensor
-    statistics_choice: Tensor
 
     def __init__(
         self,
@@ -60,6 +56,7 @@ class NormBank(Undecayed):
         *,
         shared_affine: bool = False,
         widths: tuple[int, ...] = (),
+        network: TrainedNetwork | None = None,
     ) -> None:
         super().__init__()
         self.widths = widths
@@ -79,9 +76,13 @@ class NormBank(Undecayed):
             missing = torch.full_like(self.running_mean[:1], math.nan)
             for name in ("uniform_mean", "uniform_var"):
                 self.register_buffer(name, missing.repeat(len(widths), 1))
-        for name in ("choice", "statistics_choice"):
-            chosen = torch.zeros(1, dtype=torch.int64, device=self.running_mean.device)
-            self.register_buffer(name, chosen, persistent=False)
+        self.network = network or TrainedNetwork()
+        self._relatives = Relatives()
+        self._relatives.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        self._relatives.add(self)
 
     @property
     def rows(self) -> int:
@@ -96,11 +97,6 @@ class NormBank(Undecayed):
         if uniform is None:
             return self.running_mean[row], self.running_var[row]
         return self.uniform_mean[uniform], self.uniform_var[uniform]
-
-    def select(self, row: int, uniform: int | None) -> None:
-        """Make these the ones that compiled networks take."""
-        self.choice.fill_(row)
-        self.statistics_choice.fill_(row if uniform is None else self.rows + uniform)
 
     def values(self, names: list[str], row: int, uniform: int | None) -> dict[str, Tensor]:
         """Parameters and statistics of a copy, by name, for one call in eager mode.
@@ -123,12 +119,16 @@ class NormBank(Undecayed):
                 values[name] = _finite_or(estimated, values[name])
         return values
 
-    def selected_values(self, names: list[str], *, evaluating: bool) -> dict[str, Tensor]:
-        """`values` of what `select` chose, where another choice is other data and the same program.
+    def chosen_values(
+        self, names: list[str], row: Tensor, *, statistics: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`values` by indices that are data, so that others are the same program.
 
         Args:
             names: What is wanted.
-            evaluating: In eval mode, where statistics of uniform precisions are used.
+            row: Index of the copy, shape `(1,)`.
+            statistics: In eval mode the same for statistics, where those of uniform precisions are
+                counted behind the rows.
         """
         values: dict[str, Tensor] = {}
         for name in names:
@@ -136,12 +136,12 @@ class NormBank(Undecayed):
             if self._is_shared(copies):
                 values[name] = copies.squeeze(0)
                 continue
-            values[name] = copies.index_select(0, self.choice)[0]
-            if evaluating and self.widths and name in STATISTICS:
+            values[name] = copies.index_select(0, row)[0]
+            if statistics is not None and self.widths and name in STATISTICS:
                 # Behind the copies, so that one index chooses among both.
                 uniform = getattr(self, name.replace("running", "uniform"))
                 candidates = torch.cat((copies, uniform))
-                estimated = candidates.index_select(0, self.statistics_choice)[0]
+                estimated = candidates.index_select(0, statistics)[0]
                 values[name] = _finite_or(estimated, values[name])
         return values
 
@@ -154,7 +154,12 @@ class NormBank(Undecayed):
             self.has_uniform = False
 
     def mark_stale(self, network: TrainedNetwork) -> None:
-        """Note that the weights of the network have moved, and all statistics stayed behind."""
+        """Note that the weights of the network have moved, and all statistics stayed behind.
+
+        So have those of a copy whose weights were written since the last time, by an average.
+        """
+        for copy in self._relatives.moved(self):
+            copy.mark_stale(copy.network)
         if self.stale is None or self.stale.network is not network:
             self.stale = StaleRows(network)
         self.stale.rows.update((None, *range(self.rows)))
@@ -183,7 +188,7 @@ class NormBank(Undecayed):
         if self.widths:
             del self.uniform_mean, self.uniform_var
             self.widths, self.has_uniform = (), False
-        self.select(0, None)
+        self._relatives.add(self)
 
     @torch.no_grad()
     def copy_from(self, norm: nn.Module) -> None:
@@ -193,15 +198,38 @@ class NormBank(Undecayed):
             if copies is not None:
                 copies.copy_(getattr(norm, name).expand_as(copies))
         self.forget_uniform()
+        self._relatives.add(self)  # a new beginning, and no following of weights in training
 
     def _is_shared(self, copies: Tensor) -> bool:
         """Whether all copies have these values in common."""
         return len(copies) < self.rows
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,  # noqa: FBT001 (torch's)
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.stale is not None and self.stale.rows:
+            # Beside the tensors, where nobody who compares or averages them sees it.
+            metadata: dict[str, Any] = getattr(destination, "_metadata", {})
+            metadata.setdefault(prefix.removesuffix("."), {})[STALE] = list(self.stale.rows)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self.refresh()
-        self.stale = None  # they came with the weights
+        # They came with the weights, and are as stale as they were there.
+        rows = local_metadata.get(STALE)
+        self.stale = StaleRows(self.network, set(rows)) if rows else None
+        self._relatives.add(self)
 
     def extra_repr(self) -> str:
         """Number of copies, for `print(model)`."""

@@ -16,7 +16,8 @@ statistics of each such uniform precision beside its copies. In any case a confi
 statistics of its own (`update_norms`). Both override the copies' while their configuration is
 active in eval mode.
 
-The copies themselves are in `norm_bank.py`.
+The copies themselves are in `norm_bank.py`, and norms that compute with their own attributes in
+`norm_stand_ins.py`.
 """
 
 from __future__ import annotations
@@ -31,9 +32,20 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from anyprec.errors import TrainingError
+from anyprec.nn.backward import BackwardGuard, follow_precision
+from anyprec.nn.chosen import Chosen
 from anyprec.nn.norm_bank import AFFINE, STATISTICS, NormBank, Statistics
+from anyprec.nn.norm_stand_ins import (
+    OutputWatch,
+    is_synchronised,
+    passes_values_on,
+    require_values_of_copies,
+    standing_in,
+)
 from anyprec.nn.observers import Observers
 from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.staleness import TrainedNetwork
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Norms, subclasses included; the graph is not traced into them."""
@@ -74,14 +86,32 @@ class SwitchableNorm(Specialized):
     Attributes:
         bank: The copies; None if the norm is shared by all precisions.
         selection: What is used of them.
+        chosen: For compiled networks, index of the active copy (`row`) and of the statistics in
+            eval mode (`statistics`, where those of uniform precisions follow the copies); None
+            without copies.
         output_observers: Called with every normalised output, before any activation.
     """
 
     class_prefix: ClassVar[str] = "Switchable"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = (
+        "bank",
+        "chosen",
+        "backward_guard",
+        "selection",
+        "output_observers",
+        "_passes_values_on",
+    )
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ("reset_running_stats",)
+
     bank: NormBank | None
     selection: NormSelection
+    chosen: Chosen | None
+    backward_guard: BackwardGuard | None = None
     output_observers: Observers
+    # Whether its forward passes its values to `F.batch_norm`, and does nothing else with them. A
+    # class attribute besides, for norms pickled before there was one.
+    _passes_values_on: bool = True
     eps: float
     running_mean: Tensor
     running_var: Tensor
@@ -116,8 +146,9 @@ class SwitchableNorm(Specialized):
         if bank is not None and width in bank.widths:
             uniform = bank.widths.index(width)
         self._select(NormSelection(row, uniform, override))
-        if row is not None and bank is not None:
-            bank.select(row, uniform)
+        if row is not None and bank is not None and self.chosen is not None:
+            statistics = row if uniform is None else bank.rows + uniform
+            self.chosen.choose(row=row, statistics=statistics)
         if bank is not None and bank.stale is not None and bank.stale.network.compiled:
             self._warn_if_stale(bank)
 
@@ -130,18 +161,60 @@ class SwitchableNorm(Specialized):
         vars(self)["selection"] = selection
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward, with what is selected in place of the float values."""
-        # In training the copies move, and statistics beside them would stay behind. In compiled
-        # training `OneShot` drops them.
-        if self.training and self.bank is not None and not torch.compiler.is_compiling():
-            self.bank.forget_uniform()
+        """The original forward, with what is selected in place of the float values.
+
+        Raises:
+            ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
+        """
+        follow_precision(self)
         if self.bank is not None and not torch.compiler.is_compiling():
+            # In training the copies move, and statistics beside them would stay behind. In compiled
+            # training `OneShot` drops them.
+            if self.training:
+                self.bank.forget_uniform()
             self._warn_if_stale(self.bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
+        if self.selection.has_row:
+            require_values_of_copies(self)
+        if not self._passes_values_on or is_synchronised(self):
+            return self._forward_of_stand_in(args, kwargs)
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _forward_of_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The original forward of an object like this one whose values are those selected."""
+        values = self._selected_values()
+        with standing_in(self, values) as stand_in, OutputWatch(self.output_observers) as watch:
+            result = super(SwitchableNorm, stand_in).forward(*args, **kwargs)  # type: ignore[misc]
+        if not watch.has_notified:
+            self.output_observers.notify(result)
+        return result
+
+    def _selected_values(self) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        if self.bank is not None and self.row is not None:
+            names = [name for name in (*STATISTICS, *AFFINE) if getattr(self, name) is not None]
+            # The batch's own statistics are used in training, and update those of the copy.
+            values = self.bank.values(names, self.row, None if self.training else self.uniform)
+        if self.override is not None and not self.training:
+            values["running_mean"], values["running_var"] = self.override
+        return values
+
+    def reset_running_stats(self) -> None:
+        """Reset the float network's statistics.
+
+        Raises:
+            TrainingError: A copy is active: it is not what would be reset.
+        """
+        if self.selection.has_row:
+            msg = "resetting statistics of norms, as torch.optim.swa_utils.update_bn does, would "
+            msg += "erase those of the float network while a precision is set: use "
+            msg += "anyprec.update_norms(model, loader), or call set_bits(None) first"
+            raise TrainingError(msg)
+        super().reset_running_stats()  # type: ignore[misc]
 
     def _warn_if_stale(self, bank: NormBank) -> None:
         if bank.stale is not None and not self.training and self.override is None:
@@ -203,8 +276,10 @@ class _NormInterceptor(TorchFunctionMode):
         bank, selection = self.norm.bank, self.norm.selection
         if bank is None:
             return {}
-        if torch.compiler.is_compiling():
-            return bank.selected_values(names, evaluating=not training)
+        chosen = self.norm.chosen
+        if torch.compiler.is_compiling() and chosen is not None:
+            statistics = None if training else chosen.statistics
+            return bank.chosen_values(names, chosen.row, statistics=statistics)
         if selection.row is None:
             return {}
         # The batch's own statistics are used in training, and update those of the copy.
@@ -213,12 +288,12 @@ class _NormInterceptor(TorchFunctionMode):
 
     def _write_back(self, arguments: dict[str, Any]) -> None:
         """Store the statistics that batch_norm has updated: a row selected by data is no view."""
-        bank = self.norm.bank
-        if bank is None:
+        bank, chosen = self.norm.bank, self.norm.chosen
+        if bank is None or chosen is None:
             return
         for name in STATISTICS:
             if arguments.get(name) is not None:
-                getattr(bank, name).index_copy_(0, bank.choice, arguments[name][None])
+                getattr(bank, name).index_copy_(0, chosen.row, arguments[name][None])
 
 
 class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
@@ -239,7 +314,12 @@ class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a functi
 
 
 def switch_norm(
-    norm: _BatchNorm, rows: int, *, shared_affine: bool = False, widths: tuple[int, ...] = ()
+    norm: _BatchNorm,
+    rows: int,
+    *,
+    shared_affine: bool = False,
+    widths: tuple[int, ...] = (),
+    network: TrainedNetwork | None = None,
 ) -> None:
     """Turn a BatchNorm into a `SwitchableNorm`, in place, in floating point until switched.
 
@@ -248,20 +328,29 @@ def switch_norm(
         rows: Number of copies; none if all precisions share it.
         shared_affine: As for `NormBank`.
         widths: As for `NormBank`.
+        network: As for `NormBank`.
     """
-    bank = None
+    bank, chosen = None, None
     if rows:
-        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths)
+        bank = NormBank(norm, rows, shared_affine=shared_affine, widths=widths, network=network)
         bank.train(norm.training)
+        chosen = Chosen("row", "statistics", device=bank.running_mean.device)
+        chosen.train(norm.training)
+    kind = type(norm)
     specialize(norm, SwitchableNorm)
-    norm.register_module("bank", bank)
-    vars(norm).update(selection=NormSelection(), output_observers=Observers())
+    # None too, and past a `__getattr__` of its own.
+    norm._modules.update(bank=bank, chosen=chosen)  # noqa: SLF001
+    vars(norm).update(
+        selection=NormSelection(),
+        output_observers=Observers(),
+        _passes_values_on=passes_values_on(kind),
+    )
 
 
 def restore_norm(norm: SwitchableNorm) -> None:
     """Undo `switch_norm`."""
-    del norm.bank
-    for name in ("selection", "output_observers"):
+    del norm.bank, norm.chosen
+    for name in ("selection", "output_observers", "backward_guard", "_passes_values_on"):
         vars(norm).pop(name, None)
     despecialize(norm)
 

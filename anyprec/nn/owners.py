@@ -15,8 +15,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from anyprec.errors import ConversionError
+from anyprec.nn.backward import follow_precision
+from anyprec.nn.bodies import body_of
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.nn.operators import OPERATORS, PRODUCTS, body_of, operands, product_operands
+from anyprec.nn.operators import operands, operator_of
+from anyprec.nn.products import PRODUCTS, product_operands
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 
 
@@ -29,6 +33,8 @@ class FunctionalOwner(Specialized):
 
     class_prefix: ClassVar[str] = "QuantizedOwner"
 
+    _anyprec_added: ClassVar[tuple[str, ...]] = ("functional_layers",)
+
     functional_layers: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,7 +42,11 @@ class FunctionalOwner(Specialized):
         intercepted: dict[int, QuantizedLayer] = {}
         for path in self.functional_layers:
             layer = self.get_submodule(path)
-            if isinstance(layer, QuantizedLayer) and layer.is_intercepted:
+            if not isinstance(layer, QuantizedLayer):
+                continue
+            follow_precision(layer)
+            if layer.is_intercepted:
+                _require_weight_itself(layer, path)
                 intercepted[id(layer.weight)] = layer
         if not intercepted:
             return super().forward(*args, **kwargs)
@@ -63,7 +73,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in OPERATORS:
+        if operator_of(func) is not None:
             input_, weight = operands(args, kwargs)
             layer = self._layer_of(weight)
             if layer is not None:
@@ -71,7 +81,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         elif func in PRODUCTS:
             return self._run_product(func, args, kwargs)
         else:
-            body = body_of(func, args)
+            body = body_of(func, args, kwargs)
             if body is not None:
                 # torch switched this mode off for the call: on again, to see the operators inside.
                 with self:
@@ -100,6 +110,18 @@ class _OwnerInterceptor(TorchFunctionMode):
         if base is None:
             return None
         return self.layers.get(id(base))
+
+
+def _require_weight_itself(layer: QuantizedLayer, path: str) -> None:
+    """Refuse a weight that is computed at each access: its uses could not be told from others.
+
+    Raises:
+        ConversionError: The layer was parametrized after conversion.
+    """
+    if "parametrizations" in layer._modules:  # noqa: SLF001 (no public name)
+        msg = f"layer {path!r} was parametrized after conversion, but its weight is used without "
+        msg += "calling it: take that back by torch.nn.utils.parametrize.remove_parametrizations"
+        raise ConversionError(msg)
 
 
 def intercept_in_owner(owner: nn.Module, functional_layers: tuple[str, ...]) -> None:

@@ -20,7 +20,10 @@ from torch._C import _disabled_torch_function_impl
 from torch.utils._pytree import tree_map
 
 from anyprec.errors import PackedError
-from anyprec.nn.functional import along, dequantize, with_moments
+from anyprec.nn.channels import Axis, along
+from anyprec.nn.functional import dequantize
+from anyprec.nn.moments import with_moments
+from anyprec.nn.precision import FullPrecision
 
 NO_LATENTS = (
     "this network was loaded from a packed file and holds integer codes instead of its latent "
@@ -118,7 +121,7 @@ def stand_in(
         return parameter
 
 
-class PackedOperand(nn.Module):
+class PackedOperand(FullPrecision):
     """The integer codes of one weight operand at every candidate of its layer.
 
     A weight's code at a candidate is `clamp(round(point * ratio), qmin, qmax)`, with the ratio of
@@ -129,12 +132,12 @@ class PackedOperand(nn.Module):
         points: A point of each weight's cell, int16 (int8 of a layer with a single candidate), in
             the operand's shape.
         ratios: Point's unit in step sizes, float32, shape `(candidates, channels or 1)`.
-        axis: The operand's channel axis; None if one ratio serves all of it.
+        axis: The operand's channels; None if one ratio serves all of it.
         listed: Indices, in the flattened operand, of the weights that no point serves: int64, shape
             `(n,)`.
         listed_codes: Their codes, int8, shape `(candidates, n)`.
         moments: Mean and spread of each channel of the latent weight, for `match_moments`, and
-            their axis; or None.
+            where these are; or None.
 
     Attributes:
         points, listed, listed_codes, mean, spread: As above; the last two are None without moments.
@@ -154,15 +157,15 @@ class PackedOperand(nn.Module):
         points: Tensor,
         ratios: Tensor,
         *,
-        axis: int | None,
+        axis: Axis | None,
         listed: Tensor,
         listed_codes: Tensor,
-        moments: tuple[Tensor, Tensor, int] | None,
+        moments: tuple[Tensor, Tensor, Axis] | None,
     ) -> None:
         super().__init__()
         self.axis = axis
         mean, spread, moments_axis = moments or (None, None, None)
-        self.moments_axis: int | None = moments_axis
+        self.moments_axis: Axis | None = moments_axis
         self.register_buffer("points", points)
         self.register_buffer("ratio_bits", ratios.float().contiguous().view(torch.int32))
         self.register_buffer("listed", listed)
@@ -173,7 +176,7 @@ class PackedOperand(nn.Module):
     def codes(self, index: int, *, qmin: int, qmax: int) -> Tensor:
         """Integer codes at the candidate at `index`, float32, in the shape of the operand."""
         ratio = self.ratio_bits[index].view(torch.float32)
-        ratio = along(ratio, self.axis, self.points.ndim)
+        ratio = along(ratio, self.axis, self.points)
         codes = self.points.float().mul_(ratio).round_().clamp_(qmin, qmax)
         if self.listed.numel():
             codes.view(-1)[self.listed] = self.listed_codes[index].float()

@@ -15,7 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from anyprec.nn.channels import GroupedAxis, rows_of_channels
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+from anyprec.nn.precision import FullPrecision
 from anyprec.nn.undecayed import Undecayed
 
 Number = TypeVar("Number", float, Tensor)
@@ -41,39 +43,30 @@ def gradient_scale(values: int, largest: Number, spans: Number) -> Number:
     return scale
 
 
-class _Switchable(Undecayed):
-    """A quantizer with an active candidate: a number in eager mode, data in compiled networks.
+class _Switchable(FullPrecision, Undecayed):
+    """A quantizer of several candidates. Its layer knows the active one.
+
+    That is so because the views of a network share its quantizers, whatever precision each has.
 
     Attributes:
         candidates: Bit-widths, ascending.
-        selected: Index of the active one. Compiled networks never read it, since each value would
-            be a program of its own.
-        choice: The same as a tensor, shape `(1,)`.
         widths: The candidates as a tensor.
     """
 
-    choice: Tensor
     widths: Tensor
 
     def __init__(self, candidates: tuple[int, ...]) -> None:
         super().__init__()
         self.candidates = candidates
-        self.selected = 0
-        self.register_buffer("choice", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("widths", torch.tensor(candidates), persistent=False)
 
     def restore_constants(self) -> None:
         """Write the candidates again, after the quantizer got memory of its own."""
         self.widths.copy_(torch.tensor(self.candidates))
 
-    def select(self, index: int) -> None:
-        """Make the candidate at `index` the active one."""
-        vars(self)["selected"] = index  # past nn.Module.__setattr__, which takes ten times as long
-        self.choice.fill_(index)
-
-    def _selected_top(self) -> Tensor:
-        """`2^b` of the active candidate, shape `(1,)`."""
-        return torch.exp2(self.widths.index_select(0, self.choice).float())
+    def _top(self, choice: Tensor) -> Tensor:
+        """`2^b` of a candidate, shape `(1,)`."""
+        return torch.exp2(self.widths.index_select(0, choice).float())
 
 
 class WeightQuantizer(_Switchable):
@@ -84,16 +77,18 @@ class WeightQuantizer(_Switchable):
     Args:
         candidates: Bit-widths, ascending.
         channels: Number of output channels for per-channel step sizes, or None for per-tensor ones.
-        axis: The output-channel axis of the weight.
+        axis: Where the output channels of the weight are.
 
     Attributes:
         step: Learned step sizes, shape `(len(candidates), channels or 1)`.
     """
 
-    def __init__(self, candidates: tuple[int, ...], *, channels: int | None, axis: int = 0) -> None:
+    def __init__(
+        self, candidates: tuple[int, ...], *, channels: int | None, axis: int | GroupedAxis = 0
+    ) -> None:
         super().__init__(candidates)
         self.axis = None if channels is None else axis
-        self.step = nn.Parameter(torch.full((len(candidates), channels or 1), math.nan))
+        self.step = unknown_steps(len(candidates), channels or 1)
 
     def limits(self, index: int) -> tuple[int, int]:
         """Lowest and highest code of the candidate at `index`."""
@@ -103,27 +98,25 @@ class WeightQuantizer(_Switchable):
     def forward(self, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # its base is a norm by name only
         """Fake-quantize `weight` at a candidate; differentiable in both weight and step size."""
         qmin, qmax = self.limits(index)
-        group = weight.numel() // self.step.shape[1]  # weights that share a step size
         return fake_quantize(
             weight,
             self.step[index],
             qmin=qmin,
             qmax=qmax,
             axis=self.axis,
-            gradient_scale=gradient_scale(group, qmax, qmax - qmin),
+            gradient_scale=gradient_scale(self._sharing(weight), qmax, qmax - qmin),
         )
 
-    def forward_selected(self, weight: Tensor) -> Tensor:
-        """`forward` with the selected candidate, where a change of bit-width changes no program."""
-        half = self._selected_top() / 2
-        group = weight.numel() // self.step.shape[1]
+    def forward_selected(self, weight: Tensor, choice: Tensor) -> Tensor:
+        """`forward` at the candidate of the index `choice`, which is data and not program."""
+        half = self._top(choice) / 2
         return fake_quantize_with(
             weight,
-            self.step.index_select(0, self.choice).squeeze(0),
+            self.step.index_select(0, choice).squeeze(0),
             qmin=-half,
             qmax=half - 1,
             axis=self.axis,
-            gradient_scale=gradient_scale(group, half - 1, 2 * half - 1),
+            gradient_scale=gradient_scale(self._sharing(weight), half - 1, 2 * half - 1),
         )
 
     def codes(self, weight: Tensor, index: int) -> Tensor:
@@ -145,7 +138,11 @@ class WeightQuantizer(_Switchable):
         """`weight` as a matrix with a row per step size, shape `(channels or 1, rest)`."""
         if self.axis is None:
             return weight.reshape(1, -1)
-        return weight.movedim(self.axis, 0).flatten(1)
+        return rows_of_channels(weight, self.axis)
+
+    def _sharing(self, weight: Tensor) -> int:
+        """Number of weights that share a step size; at least 1."""
+        return max(1, weight.numel() // max(1, self.step.shape[1]))
 
     def extra_repr(self) -> str:
         """Candidates and granularity, for `print(model)`."""
@@ -176,7 +173,7 @@ class InputQuantizer(_Switchable):
         super().__init__(candidates)
         self.nonnegative = nonnegative
         self.calibrated = False
-        self.step = nn.Parameter(torch.full((len(candidates),), math.nan))
+        self.step = unknown_steps(len(candidates))
         symmetric = [2 ** (bits - 1) for bits in candidates]
         start = [0] * len(candidates) if nonnegative else symmetric
         self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
@@ -203,18 +200,19 @@ class InputQuantizer(_Switchable):
         scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
         return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
 
-    def forward_selected(self, values: Tensor) -> Tensor:
-        """`forward` with the selected candidate, where a change of bit-width changes no program."""
-        zero = self.zero_point.index_select(0, self.choice).float()
-        qmax = self._selected_top() - 1 - zero
+    def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
+        """`forward` at the candidate of the index `choice`, which is data and not program."""
+        top = self._top(choice)
+        zero = self.zero_point.index_select(0, choice).float()
+        qmax = top - 1 - zero
         largest = torch.maximum(qmax, zero).clamp_min(1)
         return fake_quantize_with(
             values,
-            self.step.index_select(0, self.choice),
+            self.step.index_select(0, choice),
             qmin=-zero,
             qmax=qmax,
             axis=None,
-            gradient_scale=gradient_scale(_features(values), largest, self._selected_top() - 1),
+            gradient_scale=gradient_scale(_features(values), largest, top - 1),
         )
 
     @torch.no_grad()
@@ -246,9 +244,15 @@ class InputQuantizer(_Switchable):
 
 
 def _features(values: Tensor) -> int:
-    """Number of values of one image, of a batch; at least 1."""
-    sample = values[0] if values.ndim > 1 else values
-    return max(1, sample.numel())
+    """Number of values of one image, of a batch with any number of them; at least 1."""
+    shape = values.shape[1:] if values.ndim > 1 else values.shape
+    return max(1, math.prod(shape))
+
+
+def unknown_steps(*shape: int) -> nn.Parameter:
+    """Step sizes that are not calibrated, in float32 at least."""
+    dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+    return nn.Parameter(torch.full(shape, math.nan, dtype=dtype))
 
 
 def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
@@ -259,7 +263,7 @@ def usable_steps(steps: Tensor, weight: Tensor) -> Tensor:
     """
     dead = steps <= STEP_FLOOR
     living = (~dead).sum()
-    fan_in = max(1, weight[0].numel())
+    fan_in = max(1, math.prod(weight.shape[1:]))
     mean = torch.where(dead, 0, steps).sum() / living.clamp_min(1)
     # No branch on the values: they may be on a device that answers late, or on the meta device.
     fill = torch.where(living > 0, mean, math.sqrt(2 / fan_in)).to(steps.dtype)

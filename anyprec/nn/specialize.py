@@ -24,15 +24,27 @@ class Specialized(nn.Module):
     original_class: ClassVar[type[nn.Module]]
     """The user's own class, below every mixin."""
 
-    _class_before: ClassVar[type[nn.Module]]
+    _anyprec_added: ClassVar[tuple[str, ...]] = ()
+    """What is put on the object beside the class: attributes and children, by name.
+
+    Every name belongs here that the object did not have before: see `names_of`.
+    """
+
+    _anyprec_extended: ClassVar[tuple[str, ...]] = ()
+    """Methods that the original class may have, too: ours call it. Those of nn.Module go without
+    saying."""
+
+    _anyprec_class_before: ClassVar[type[nn.Module]]
     """The class before the last `specialize`."""
 
-    _mixins: ClassVar[tuple[type[Specialized], ...]]
+    _anyprec_mixins: ClassVar[tuple[type[Specialized], ...]]
     """All mixins, the last one first."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and copy by mixin and original class: the class itself cannot be imported."""
-        return _empty, (self._mixins, self.original_class), vars(self)
+        # What __getstate__ leaves out is bound to this very object, such as its compiled form.
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        return _empty, (self._anyprec_mixins, self.original_class), state
 
 
 def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
@@ -43,8 +55,28 @@ def specialize(module: nn.Module, mixin: type[Specialized]) -> None:
 
 def despecialize(module: Specialized) -> None:
     """Undo the last `specialize` of `module`. The caller removes what the mixin added to it."""
-    cls: Any = module._class_before  # noqa: SLF001 (same file)
+    cls: Any = module._anyprec_class_before  # noqa: SLF001 (same file)
     module.__class__ = cls
+
+
+def names_of(mixin: type[Specialized]) -> frozenset[str]:
+    """Every name that `mixin` takes on a module, in its class or on the object.
+
+    A module must not use one of them for something of its own. What nn.Module has is not among
+    them, and neither is what the mixin only extends.
+    """
+    names: set[str] = set()
+    extended: set[str] = set()
+    for cls in mixin.__mro__:
+        if issubclass(cls, Specialized):
+            names.update(cls._anyprec_added)
+            extended.update(cls._anyprec_extended)
+        if cls not in nn.Module.__mro__:
+            names.update(vars(cls))
+    # What `_make_class` writes into the body of the class.
+    names |= {"original_class", "_anyprec_class_before", "_anyprec_mixins"}
+    names -= extended | set(dir(nn.Module))
+    return frozenset(name for name in names if not name.startswith("__"))
 
 
 def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> type[Specialized]:
@@ -60,11 +92,11 @@ def _make_class(mixin: Any, original: Any) -> Any:
     user_class, mixins = original, (mixin,)
     if issubclass(original, Specialized):
         user_class = original.original_class
-        mixins += original._mixins  # noqa: SLF001 (same file)
+        mixins += original._anyprec_mixins  # noqa: SLF001 (same file)
     body = {
         "original_class": user_class,
-        "_class_before": original,
-        "_mixins": mixins,
+        "_anyprec_class_before": original,
+        "_anyprec_mixins": mixins,
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,
     }

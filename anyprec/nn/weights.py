@@ -8,39 +8,40 @@ are, in the layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from anyprec.errors import PackedError
-from anyprec.nn.functional import match_moments, moments
+from anyprec.nn.channels import Axis
+from anyprec.nn.kept import Kept, Record, Values, is_comparable, record_of
+from anyprec.nn.moments import match_moments, moments
 from anyprec.nn.packed import NO_LATENTS, PackedOperand
 
 if TYPE_CHECKING:
     from anyprec.nn.layers import QuantizedLayer
     from anyprec.nn.quantizers import WeightQuantizer
 
-Stamp = tuple[int, ...]
-"""Changes whenever one of the tensors that a quantized weight is computed from does."""
-
 
 class WeightSource(ABC):
     """Gives the quantized weight of one layer, and keeps what it computed while that is valid.
 
-    Copies and pickles leave out what is kept.
+    Copies and pickles leave out what is kept, and are not trusted: a copy may be a moving average.
 
     Attributes:
         dynamic: The weight operand may change with the input, so nothing can be kept.
-        corrected_axis: Axis of the channels whose mean and spread are those of the latent weight
-            (`match_moments`); None without this correction.
+        corrected_axis: Where the output channels are whose mean and spread are those of the latent
+            weight (`match_moments`); None without this correction.
+        trusted: What is kept is valid as long as torch records no change of the weight; its values
+            are not compared.
     """
 
-    def __init__(self, *, dynamic: bool, corrected_axis: int | None) -> None:
+    def __init__(self, *, dynamic: bool, corrected_axis: Axis | None) -> None:
         self.dynamic = dynamic
         self.corrected_axis = corrected_axis
-        self._cache: dict[int, tuple[Stamp, Tensor]] = {}
+        self.trusted = False
+        self._cache: dict[int, Kept] = {}
 
     @abstractmethod
     def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
@@ -63,17 +64,16 @@ class WeightSource(ABC):
         """Drop the quantized weights that are kept."""
         self._cache.clear()
 
-    def _cached(self, index: int, stamp: Stamp | None) -> Tensor | None:
-        """The weight kept for a candidate, if it was computed from tensors with this stamp."""
-        if stamp is None or index not in self._cache:
+    def _recorded(self, index: int, record: Record | None) -> Kept | None:
+        """What is kept for a candidate, if torch's record of its tensors is this one."""
+        # Looked up once: another thread may drop it.
+        kept = self._cache.get(index)
+        if record is None or kept is None or kept.record != record:
             return None
-        cached_stamp, quantized = self._cache[index]
-        if cached_stamp != stamp:
-            return None
-        return quantized
+        return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cache": {}}
+        return {**vars(self), "trusted": False, "_cache": {}}
 
 
 class LatentWeight(WeightSource):
@@ -91,24 +91,37 @@ class LatentWeight(WeightSource):
         quantizer = layer.weight_quantizer
         if torch.compiler.is_compiling():
             # Neither the index nor a stamp may be read: each value would be a program of its own.
-            return self._corrected(quantizer.forward_selected(operand), operand)
-        index, step = quantizer.selected, quantizer.step
+            chosen = layer.chosen.weight
+            return self._corrected(quantizer.forward_selected(operand, chosen), operand)
+        index, step = layer.weight_index, quantizer.step
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
-        if layer.training or learns or self.dynamic:
+        record = None
+        if not (layer.training or learns or self.dynamic) and self._can_keep(operand):
+            # Weights change in place, without notice.
+            record = record_of((*layer.weight_tensors(), step))
+        if record is None:
             return self.compute(quantizer, operand, index)
-        # Optimizers, loading and pruning change weights in place, without notice.
-        stamp = _stamp((*layer.weight_tensors(), step))
-        if stamp is None:
-            return self.compute(quantizer, operand, index)
-        quantized = self._cached(index, stamp)
-        if quantized is None:
-            # Outside inference mode, so that the kept tensor is usable when gradients are wanted.
-            with torch.inference_mode(mode=False), torch.no_grad():
-                if operand.is_inference():
-                    operand = operand.clone()
-                quantized = self.compute(quantizer, operand, index)
-            self._cache[index] = stamp, quantized
+        kept = self._recorded(index, record)
+        if kept is not None and self._is_current(kept, operand, step[index]):
+            return kept.quantized
+        values = None if self.trusted else Values.of(operand, step[index])
+        # Outside inference mode, so that the kept tensor is usable when gradients are wanted.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            if operand.is_inference():
+                operand = operand.clone()
+            quantized = self.compute(quantizer, operand, index)
+        self._cache[index] = Kept(quantized, record, values)
         return quantized
+
+    def _can_keep(self, operand: Tensor) -> bool:
+        """Whether a later change of the operand would be seen, or is none to be expected."""
+        return self.trusted or is_comparable(operand)
+
+    def _is_current(self, kept: Kept, operand: Tensor, step: Tensor) -> bool:
+        """Whether the operand and the step sizes have the values that they had."""
+        if self.trusted:
+            return True
+        return kept.values is not None and kept.values.are_of(operand, step)
 
     def compute(self, quantizer: WeightQuantizer, operand: Tensor, index: int) -> Tensor:
         """Quantize `operand` at the candidate at `index`; nothing is kept."""
@@ -151,18 +164,21 @@ class PackedCodes(WeightSource):
             msg = f"a packed layer cannot run in training mode; {NO_LATENTS}"
             raise PackedError(msg)
         quantizer = layer.weight_quantizer
-        index, step = quantizer.selected, quantizer.step
-        stamp = _stamp((*self.operand.buffers(), step))
-        quantized = self._cached(index, stamp)
-        if quantized is None:
-            # No other candidate's weight is kept, so that memory does not grow with use.
-            self._cache.clear()
-            qmin, qmax = quantizer.limits(index)
-            with torch.inference_mode(mode=False), torch.no_grad():
-                quantized = self.operand.weight(
-                    index, step[index], qmin=qmin, qmax=qmax, dtype=layer.weight.dtype
-                )
-            self._cache[index] = stamp or (), quantized
+        index, step = layer.weight_index, quantizer.step
+        # Nothing trains codes, so torch's record is trusted.
+        record = record_of((*self.operand.buffers(), step))
+        kept = self._recorded(index, record)
+        if kept is not None:
+            return kept.quantized
+        # No other candidate's weight is kept, so that memory does not grow with use.
+        self._cache.clear()
+        qmin, qmax = quantizer.limits(index)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            quantized = self.operand.weight(
+                index, step[index], qmin=qmin, qmax=qmax, dtype=layer.weight.dtype
+            )
+        if record is not None:
+            self._cache[index] = Kept(quantized, record, None)
         return quantized
 
     def codes(
@@ -180,13 +196,3 @@ class PackedCodes(WeightSource):
         if self.operand.mean is None or self.operand.spread is None:
             return None
         return self.operand.mean, self.operand.spread
-
-
-def _stamp(tensors: Iterable[Tensor]) -> Stamp | None:
-    """Address and version of each tensor; None in inference mode, where nothing is versioned."""
-    stamp: list[int] = []
-    for tensor in tensors:
-        if tensor.is_inference():
-            return None
-        stamp += (tensor.data_ptr(), tensor._version)  # noqa: SLF001 (no public name)
-    return tuple(stamp)

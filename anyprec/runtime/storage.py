@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyprec.errors import CheckpointError
+from anyprec.runtime.foreign_files import is_format_1, of_another_program, require_safetensors
 
 METADATA_KEY = "anyprec"
 """The entry of the metadata that holds a checkpoint's document."""
@@ -143,6 +144,9 @@ class StoredFile:
         """The document and the digests of the tensors: the inverse of `_sealed`."""
         seal = _SEAL.search(sealed)
         digests_start = sealed.rfind(_DIGESTS)
+        if digests_start < 0 and is_format_1(sealed):
+            msg = f"{str(self._path)!r} has format 1, which is too old: save the network again"
+            raise CheckpointError(msg)
         if seal is None or digests_start < 0:
             raise self._damage()
         document = f"{sealed[:digests_start]}}}"
@@ -177,21 +181,23 @@ def opened(path: Path, *, key: str = METADATA_KEY, remedy: str = _REMEDY) -> Ite
     Raises:
         CheckpointError: There is no such file, it is damaged, or anyprec did not write it.
     """
-    if not path.is_file():
+    if not path.exists():
         msg = f"there is no file {str(path)!r}"
         raise CheckpointError(msg)
     try:
+        require_safetensors(path)
         _require_readable_header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             _require_readable_size(0, len(file.keys()))
             metadata = file.metadata() or {}
             if key not in metadata:
-                msg = f"{str(path)!r} was not written by anyprec (its metadata has no {key!r}): "
-                msg += "load float weights into the network before converting it"
-                raise CheckpointError(msg)
+                raise of_another_program(path, key, metadata)
             yield StoredFile(path, file, metadata[key], remedy)
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         msg = f"{str(path)!r} is damaged, or no safetensors file: {error}"
+        raise CheckpointError(msg) from error
+    except OSError as error:
+        msg = f"{str(path)!r} cannot be read: {error}"
         raise CheckpointError(msg) from error
 
 

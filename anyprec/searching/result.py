@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from anyprec.bits import BitConfig
+from anyprec.errors import BudgetError
 from anyprec.model.cost import Cost, CostModel
 from anyprec.report.frontiers import bits_plot
 from anyprec.searching.budget.budgets import Budget, unreachable, utilisation
@@ -87,6 +88,11 @@ class SearchResult:
         return len(self.evaluated)
 
     @property
+    def not_finite(self) -> int:
+        """How many of them have no finite score: they are never chosen."""
+        return sum(map(math.isinf, self.evaluated.values()))
+
+    @property
     def frontier(self) -> tuple[MeasuredConfig, ...]:
         """The evaluated configurations of which none is at once cheaper and better.
 
@@ -108,16 +114,23 @@ class SearchResult:
         """The best evaluated configuration that fits another budget; nothing is evaluated anew.
 
         Raises:
-            BudgetError: The budget cannot be read, or nothing that was evaluated fits it.
+            BudgetError: The budget cannot be read, or nothing that was evaluated fits it with a
+                finite score.
         """
         limits = parse_budget(budget, self.costs)
-        best = None
+        best, lowest_score = None, math.inf
+        fitting = 0
         for config, score in self.evaluated.items():
-            fits = utilisation(config, limits, self.costs) <= 1
-            if fits and (best is None or score < self.evaluated[best]):
-                best = config
+            if utilisation(config, limits, self.costs) <= 1:
+                fitting += 1
+                if score < lowest_score:
+                    best, lowest_score = config, score
         if best is not None:
             return self.measured(best)
+        if fitting:
+            msg = f"none of the {fitting} evaluated configurations that fit {limits} has a finite "
+            msg += "score: ask for a larger budget, or search this one"
+            raise BudgetError(msg)
         ranges = {}
         for name in limits.limits:
             totals = [self.costs.total(name, config) for config in self.evaluated]
@@ -176,8 +189,12 @@ class SearchResult:
     def __str__(self) -> str:
         limits = f"{self.utilisation:.1%} of {self.budget}"
         score = f"{self.objective} {self.score:.4f} after {self.evaluations} evaluations"
-        text = f"{_figures(self.cost)} ({limits}), {score}"
+        text = f"{_figures(self.cost)} ({limits}), {score}{self._unusable_text}"
         return text if self.stopped == "finished" else f"{text} (stopped: {self.stopped})"
+
+    @property
+    def _unusable_text(self) -> str:
+        return f" ({self.not_finite} without a finite score)" if self.not_finite else ""
 
     def __repr__(self) -> str:
         return "\n".join(
@@ -187,7 +204,7 @@ class SearchResult:
                 f"  {self.objective:<12} {self.score:.4g}, lower is better",
                 f"  cost         {_figures(self.cost)}",
                 f"  budget       {self.budget}, {self.utilisation:.1%} used",
-                f"  evaluations  {self.evaluations}, {self.stopped}",
+                f"  evaluations  {self.evaluations}{self._unusable_text}, {self.stopped}",
                 "  more         .config has the bits of each layer, for model.set_bits",
                 '               .at("5 MiB") answers another budget without a new evaluation',
                 "               .frontier, .table(), .plot(file), .plot_bits(file), .save(file)",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from anyprec.bits import BitConfig
@@ -21,7 +22,7 @@ from anyprec.runtime.processes import first_reason, holding_back_interrupts
 from anyprec.runtime.progress import Bar, progress_bar
 from anyprec.searching.algorithms.constraints import AllowedBits, make_space
 from anyprec.searching.algorithms.question import Answer, Question, run_search
-from anyprec.searching.algorithms.registry import Settings
+from anyprec.searching.algorithms.registry import Settings, require_algorithm
 from anyprec.searching.budget.reading import BudgetLike, parse_budgets
 from anyprec.searching.measuring.evaluator import Evaluator, Objective, SearchNorms
 from anyprec.searching.measuring.execution import DEFAULT_MEMORY
@@ -60,9 +61,10 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     that of any uniform configuration, one precision W x A everywhere, that fits. Everything
     measured on the way makes a frontier: `result.frontier`, `result.at("5 MiB")`.
 
-    The model is left as it was. Ctrl-C, `max_evaluations` and `max_seconds` end the search with the
-    best so far; with `resume` it goes on from there. Report accuracy on other images than those
-    that `val_loader` yields.
+    The model is left as it was, but for the input size that its costs are counted at: that of the
+    first batch. Ctrl-C, `max_evaluations` and `max_seconds` end the search with the best so far;
+    with `resume` it goes on from there. A configuration whose objective is not finite is never
+    chosen. Report accuracy on other images than those that `val_loader` yields.
 
     Args:
         model: A converted and calibrated model.
@@ -110,7 +112,11 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         BudgetError: The budget cannot be read, or nothing fits it (the message says what is
             achievable).
         BitsError: `allowed` or `tied` do not fit the model.
-        SearchError: Another argument cannot be used, or the file of `resume` is of another search.
+        SearchError: Another argument cannot be used, the labels or the network's outputs do not fit
+            the objective, no configuration that fits has a finite score, or the file of `resume` is
+            of another search.
+        BatchError: A loader yields no images or labels, or images that the network does not run on.
+        NoValuesError: The model is on the meta device.
 
     Example:
         >>> import timm, torch, anyprec
@@ -122,24 +128,16 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         True
     """
     require_converted(model, purpose="search")
-    network_costs = cost_model(model).with_costs(costs)
-    question = Question(
-        space=make_space(model.current_candidates, allowed=allowed, tied=tied_groups(model, tied)),
-        costs=network_costs,
-        budgets=parse_budgets(budget, network_costs),
-        algorithm=algorithm,
-        settings=Settings(alpha=alpha, seed=seed),
-        max_evaluations=max_evaluations,
-        max_seconds=max_seconds,
-    )
-    title = "search all budgets"
-    if question.budgets:
-        title = f"search {question.budgets[0]}"
+    # What needs no images is checked before they are held.
+    require_algorithm(algorithm)
+    settings = Settings(alpha=alpha, seed=seed)
+    space = make_space(model.current_candidates, allowed=allowed, tied=tied_groups(model, tied))
+    parse_budgets(budget, cost_model(model).with_costs(costs))
     with (
         evaluating(model),
         model.using_bits(model.bits),
-        progress_bar(title, None, show=show_progress) as bar,
         holding_back_interrupts() as interrupted,
+        ExitStack() as showing,
     ):
         evaluator = Evaluator(
             model,
@@ -150,6 +148,22 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
             reuse=reuse,
             memory=memory,
         )
+        judge = None
+        if report_loader is not None:
+            judge = Evaluator(model, report_loader, "error", norms=norms, reuse=False)
+        evaluator.follow_input_size()
+        network_costs = cost_model(model).with_costs(costs)
+        question = Question(
+            space=space,
+            costs=network_costs,
+            budgets=parse_budgets(budget, network_costs),
+            algorithm=algorithm,
+            settings=settings,
+            max_evaluations=max_evaluations,
+            max_seconds=max_seconds,
+        )
+        title = f"search {question.budgets[0]}" if question.budgets else "search all budgets"
+        bar = showing.enter_context(progress_bar(title, None, show=show_progress))
         fingerprint = "" if resume is None else evaluator.fingerprint()
         with Memo(resume, fingerprint=fingerprint, layers=model.candidates) as memo:
             answer = run_search(
@@ -162,10 +176,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
                 on_evaluation=_Watch(question, memo, bar).note,
             )
         result = _result(question, answer, objective, norms, evaluator.layer_runs)
-        if report_loader is None:
-            return result
-        judge = Evaluator(model, report_loader, "error", norms=norms, reuse=False)
-        return _with_accuracies(result, judge)
+        return result if judge is None else _with_accuracies(result, judge)
 
 
 class _Watch:

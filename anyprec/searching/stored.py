@@ -24,12 +24,14 @@ _Pairs = list[tuple[int, int]]
 """A configuration: weight and activation bits of each layer, in the order of the document's."""
 
 
-class _Layer(msgspec.Struct):
+class _Layer(msgspec.Struct, omit_defaults=True):
     path: str
     macs: int
     weights: int
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
+    weights_of: str | None = None
+    codes_of: str | None = None
 
 
 class _Network(msgspec.Struct):
@@ -108,7 +110,15 @@ def _to_document(result: SearchResult) -> _Document:
     for path, layer in costs.layers.items():
         candidates = costs.candidates[path]
         layers.append(
-            _Layer(path, layer.macs, layer.weights, candidates.weight, candidates.activation)
+            _Layer(
+                path,
+                layer.macs,
+                layer.weights,
+                candidates.weight,
+                candidates.activation,
+                layer.weights_of,
+                layer.codes_of,
+            )
         )
     evaluated = []
     for config, score in result.evaluated.items():
@@ -148,6 +158,9 @@ def _from_document(document: _Document) -> dict[str, Any]:
     if chosen not in evaluated:
         msg = "the configuration that it found is not among those that were evaluated"
         raise SearchError(msg)
+    if math.isinf(evaluated[chosen]):
+        msg = "the configuration that it found has no finite score"
+        raise SearchError(msg)
     return {
         "config": chosen,
         "score": evaluated[chosen],
@@ -175,7 +188,9 @@ def _stored_costs(costs: CostModel) -> dict[str, dict[str, dict[str, float]]]:
 def _read_costs(document: _Document) -> CostModel:
     layers, candidates = {}, {}
     for layer in document.layers:
-        layers[layer.path] = LayerCost(layer.path, layer.macs, layer.weights)
+        layers[layer.path] = LayerCost(
+            layer.path, layer.macs, layer.weights, layer.weights_of, layer.codes_of
+        )
         candidates[layer.path] = LayerCandidates(layer.weight_bits, layer.activation_bits)
     user_costs: dict[str, dict[str, dict[Bits, float]]] = {}
     for name, table in document.own_costs.items():

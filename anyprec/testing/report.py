@@ -19,7 +19,8 @@ class Report:
     Attributes:
         broken: What went wrong, by the name of the check.
         held: Names of the checks that passed.
-        coverage: How many layers are quantized, exempt or skipped.
+        coverage: How many layers are quantized, exempt or skipped, and how many parameters are
+            "only read": added, indexed, scaled with.
         reasons: Why layers are not quantized, and how many for each reason.
         functional: How many quantized layers have a weight that is used without calling them, and
             how many are bare parameters of a module.

@@ -76,8 +76,10 @@ def convert_timed(
 def describe_coverage(model: ConvertedModel, report: Report) -> None:
     """Count layers by what became of them."""
     statuses, reasons = Counter[str](), Counter[str]()
+    layers = model.anyprec_record.facts.layers
     for row in model.coverage:
-        statuses[row.status] += 1
+        is_only_read = row.status == "skipped" and layers[row.path].is_only_read
+        statuses["only read" if is_only_read else row.status] += 1
         if row.status != "quantized":
             reasons[row.reason] += 1
     report.coverage, report.reasons = dict(statuses), dict(reasons)
@@ -92,8 +94,12 @@ def describe_coverage(model: ConvertedModel, report: Report) -> None:
 
 
 def require_coverage(model: ConvertedModel) -> None:
-    """Require that no layer was skipped."""
-    skipped = [f"{row.path}: {row.reason}" for row in model.coverage if row.status == "skipped"]
+    """Require that no layer was skipped, nor a parameter that multiplies an input."""
+    skipped = []
+    for row in model.coverage:
+        facts = model.anyprec_record.facts.layers[row.path]
+        if row.status == "skipped" and not facts.is_only_read:
+            skipped.append(f"{row.path}: {row.reason}")
     require(not skipped, f"skipped: {'; '.join(skipped[:3])}")
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from anyprec.model.converted import ConvertedModel
-from anyprec.nn.functional import along, effective_step
+from anyprec.nn.channels import along
+from anyprec.nn.functional import effective_step
 from anyprec.nn.layers import QuantizedLayer
 
 _ADDED_TO_GRADIENT = (
@@ -79,7 +80,7 @@ def _inside(layer: QuantizedLayer, bits: int) -> Tensor:
     quantizer = layer.weight_quantizer
     index = quantizer.candidates.index(bits)
     qmin, qmax = quantizer.limits(index)
-    scale = along(effective_step(quantizer.step[index]), quantizer.axis, layer.weight.ndim)
+    scale = along(effective_step(quantizer.step[index]), quantizer.axis, layer.weight)
     return (layer.weight >= qmin * scale) & (layer.weight <= qmax * scale)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from anyprec.calibration.norm_statistics import hand_over_affine, update_norms
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
-from anyprec.model.checks import require_latents
+from anyprec.model.checks import require_latents, require_values
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
@@ -102,10 +102,13 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
     Raises:
         ConversionError: `model` is not converted.
         PackedError: It is packed.
-        TrainingError: The loader is empty, the loss is no longer finite (the message names the
-            step), or the snapshot is that of another run.
+        NoValuesError: It is on the meta device.
+        BatchError: The loader yields something else than images that the network takes, and labels.
+        TrainingError: The loader is empty or an iterator, the loss is no longer finite (the message
+            names the step), or the snapshot is that of another run.
         CheckpointError: The snapshot cannot be read or written.
-        ValueError: `recipe` is no `Recipe`, or a setting is unknown or out of range.
+        ValueError: `recipe` is no `Recipe`, or a setting or `norm_batches` is unknown or out of
+            range.
 
     Example:
         >>> import timm, torch, anyprec
@@ -116,6 +119,10 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         4
     """
     require_latents(require_converted(model, purpose="fit"), purpose="fit")
+    require_values(model, purpose="fit")
+    if not isinstance(norm_batches, int) or norm_batches < 0:
+        msg = f"norm_batches={norm_batches!r} cannot be: use a positive integer, or 0 for none"
+        raise ValueError(msg)
     recipe = resolve_recipe(recipe, changes)
     settings = RunSettings(
         epochs=epochs,
@@ -172,6 +179,10 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
 
 
 def _count_batches(loader: Iterable[Batch]) -> int:
+    if isinstance(loader, Iterator):
+        msg = f"the training loader is a {type(loader).__name__}, an iterator, which can be gone "
+        msg += "through only once: pass a DataLoader or a list, which each epoch begins anew"
+        raise TrainingError(msg)
     try:
         count = len(loader)  # type: ignore[arg-type]
     except TypeError:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.errors import TrainingError
+from anyprec.model.accepted_images import explaining_images, require_batch_axis
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.batches import Batch, device_of, images_of, labels_of
 from anyprec.training.oneshot import OneShot
@@ -133,7 +134,9 @@ class Learner:
         for path in self.oneshot.paths(images):
             with self._synchronising(is_last=path.is_last and is_last):
                 with self._autocasting(images.device):
-                    loss = path.loss(self.network(images), labels, self.settings.criterion)
+                    with explaining_images(self.model, images, only_known=True):
+                        output = self.network(images)
+                    loss = path.loss(output, labels, self.settings.criterion)
                 # Outside of autocast, as torch advises for backward passes.
                 (loss / batches).backward()
             losses.append(loss.detach() / path.weight / batches)
@@ -142,6 +145,7 @@ class Learner:
     def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = device_of(self.model)
         images, labels = images_of(batch).to(device), labels_of(batch).to(device)
+        require_batch_axis(self.model, images)
         if self.settings.mixup is None:
             return images, labels
         return self.settings.mixup(images, labels)

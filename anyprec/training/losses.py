@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anyprec.errors import TrainingError
-from anyprec.nn.functional import along, effective_step
+from anyprec.nn.channels import Axis, along, channel_count
+from anyprec.nn.functional import effective_step, widened
 
 
 def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -68,7 +69,13 @@ _REMEDY = "set distillation=0, and add a distillation term of your own with OneS
 
 
 def quantization_error(
-    weight: Tensor, step: Tensor, *, qmin: int, qmax: int, axis: int | None = None, coarser: int = 1
+    weight: Tensor,
+    step: Tensor,
+    *,
+    qmin: int,
+    qmax: int,
+    axis: Axis | None = None,
+    coarser: int = 1,
 ) -> Tensor:
     """How far weights are from those codes that the lowest bit-width of their layer has too.
 
@@ -82,19 +89,20 @@ def quantization_error(
         step: Step size(s), as for `fake_quantize`.
         qmin: Lowest integer code.
         qmax: Highest integer code.
-        axis: Channel axis of per-channel step sizes; None for one step size.
+        axis: Channels of per-channel step sizes, as for `fake_quantize`; None for one step size.
         coarser: Distance between two codes of the lowest bit-width, in codes of this one.
 
     Returns:
         A scalar.
     """
-    scale = along(effective_step(step), axis, weight.ndim)
+    scale = along(effective_step(step), axis, weight)
     ratio = weight.detach() / scale
     codes = ratio.round()
     is_inside = (ratio >= qmin) & (ratio <= qmax)
     is_shared = codes.remainder(coarser) == 0  # the lowest bit-width has this code too
     distance = torch.where(is_inside & is_shared, weight - codes * scale, 0)
-    return distance.square().sum() * (weight.shape[axis or 0] / weight.numel())
+    channels = channel_count(weight.shape, 0 if axis is None else axis)
+    return distance.square().sum() * (channels / weight.numel())
 
 
 def feature_distance(feature: Tensor, target: Tensor, *, relative: bool) -> Tensor:
@@ -117,10 +125,3 @@ def feature_distance(feature: Tensor, target: Tensor, *, relative: bool) -> Tens
     if not relative:
         return squared_error
     return squared_error / target.square().mean().clamp_min(1e-12)
-
-
-def widened(values: Tensor) -> Tensor:
-    """`values` in at least 32 bits: sums in bfloat16 are too coarse for a loss."""
-    if values.element_size() < 4:
-        return values.float()
-    return values

@@ -41,6 +41,7 @@ from anyprec.training.recipe import Recipe, resolve_recipe
 from anyprec.training.training_path import LossTerm, PathLoss, StepState, TrainingPath
 from anyprec.training.validation import (
     RecentBatches,
+    norms_in_training,
     note_average_moved,
     note_weights_moved,
     refresh,
@@ -118,6 +119,7 @@ class OneShot:
         self.total_steps = total_steps
         self.steps_done = 0
         self._recent = RecentBatches()
+        self._norms_in_training: set[str] = set()
         self._network = TrainedNetwork(compiled=compiled)
         self._drawer = ConfigDrawer(model, self.recipe, total_steps=total_steps, seed=seed)
         self._operands = WeightOperands(model)
@@ -161,6 +163,7 @@ class OneShot:
                     with self._watching(path, step, paths):
                         yield path
         finally:
+            self._norms_in_training |= norms_in_training(self.model)
             self._features.forget()
             step.is_over = True
 
@@ -181,7 +184,10 @@ class OneShot:
         self._drawer.end_step(self.steps_done, self._operands.derived)
         self._operands.forget()
         forget_statistics(self.model)  # they belonged to the weights before this step
-        note_weights_moved(self.model, self._network)
+        # Validation may have begun before this call: then no norm is in training mode any more.
+        trained = self._norms_in_training | norms_in_training(self.model)
+        note_weights_moved(self.model, self._network, trained)
+        self._norms_in_training = set()
         self.steps_done += 1
 
     def remember(self, images: Tensor) -> None:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from anyprec.bits import Bits, Candidates, LayerCandidates
-from anyprec.nn.functional import along, effective_step
+from anyprec.nn.channels import along
+from anyprec.nn.functional import effective_step
 from anyprec.nn.quantizers import WeightQuantizer
 
 Instability = Mapping[str, Mapping[int, float]]
@@ -162,7 +163,7 @@ def unstable_fractions(
     fractions = {}
     for index, bits in enumerate(quantizer.candidates):
         qmin, qmax = quantizer.limits(index)
-        scale = along(effective_step(quantizer.step[index]), quantizer.axis, weight.ndim)
+        scale = along(effective_step(quantizer.step[index]), quantizer.axis, weight)
         ratio = weight.float() / scale
         is_near = (ratio - ratio.round()).abs_() > margin
         is_inside = (ratio >= qmin) & (ratio <= qmax)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig, Candidates
 from anyprec.errors import TrainingError
 from anyprec.model.converted import ConvertedModel
+from anyprec.nn.functional import widened
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count
-from anyprec.training.losses import distillation_loss, quantization_error, require_logits, widened
+from anyprec.training.losses import distillation_loss, quantization_error, require_logits
 from anyprec.training.operands import WeightOperands
 from anyprec.training.parameters import touch, unused_parameters
 from anyprec.training.recipe import Recipe

@@ -16,7 +16,7 @@ from anyprec.bits import BitConfig
 from anyprec.calibration.norm_statistics import refresh_norms
 from anyprec.errors import TrainingError
 from anyprec.model.converted import BitsRequest, ConvertedModel
-from anyprec.model.switching import switchable_norms
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.staleness import TrainedNetwork
 from anyprec.runtime.batches import Batch
 from anyprec.training.randomness import keeping_randomness
@@ -46,13 +46,22 @@ class RecentBatches:
         return list(self._batches)
 
 
-def note_weights_moved(model: ConvertedModel, network: TrainedNetwork) -> None:
+def norms_in_training(model: ConvertedModel) -> set[str]:
+    """Paths of the norms with copies whose statistics forward passes move at the moment."""
+    return {path for path, norm in switchable_norms(model) if norm.bank and norm.training}
+
+
+def note_weights_moved(model: ConvertedModel, network: TrainedNetwork, trained: set[str]) -> None:
     """Note after a training step that norm statistics belong to weights of before.
 
-    Norms in eval mode are not noted: their statistics are what training uses.
+    Args:
+        model: A converted model.
+        network: What its norms share.
+        trained: Paths of the norms that were in training mode in the step. Of the others the
+            statistics are what training uses.
     """
-    for _, norm in switchable_norms(model):
-        if norm.bank is not None and norm.training:
+    for path, norm in switchable_norms(model):
+        if norm.bank is not None and path in trained:
             norm.bank.mark_stale(network)
 
 

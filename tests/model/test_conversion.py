@@ -322,3 +322,25 @@ def test_a_network_with_a_classifier_of_timms_is_copied_as_one() -> None:
     assert type(twin) is type(model)
     revert(twin)
     assert type(twin) is timm.models.ResNet
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        [torch.zeros(1, 3, 16, 16)],
+        (torch.zeros(1, 3, 16, 16), torch.zeros(1)),
+        {"image": torch.zeros(1, 3, 16, 16)},
+        torch.zeros(1, 3, 16, 16).numpy(),
+        (1, 3, 16, 16),
+        "image",
+        224,
+    ],
+)
+def test_an_example_that_is_no_tensor_is_refused_and_the_network_stays(
+    example: object, float_net: nn.Module
+) -> None:
+    kind = type(float_net)
+    text = f"example_input is a {type(example).__name__}: pass one tensor"
+    with pytest.raises(ConversionError, match=text):
+        anyprec.convert(float_net, example_input=example)
+    assert type(float_net) is kind

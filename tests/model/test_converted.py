@@ -392,3 +392,86 @@ def test_a_wrapper_around_a_converted_model_is_refused_with_what_to_pass(
         with pytest.raises(ConversionError, match=text):
             call()
     assert net.get_submodule("") is network.get_submodule(inner) or wrapper == "averaged"
+
+
+class _OwnLoading(nn.Module):
+    """Changes a state dict before it is loaded, and takes arguments in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+    def load_state_dict(self, state_dict, **kwargs):
+        renamed = {name.removeprefix("module."): value for name, value in state_dict.items()}
+        return super().load_state_dict(renamed, **kwargs)
+
+
+class _StrictLoading(_OwnLoading):
+    def load_state_dict(self, state_dict, strict=True):
+        return super().load_state_dict(state_dict, strict=strict)
+
+
+class _PlainLoading(_OwnLoading):
+    def load_state_dict(self, state_dict):
+        return super().load_state_dict(state_dict)
+
+
+class _LoadingWithMore(_OwnLoading):
+    def load_state_dict(self, state_dict, strict=True, *, prefix=""):
+        state = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+        return super().load_state_dict(state, strict=strict)
+
+
+_LOADING = [_OwnLoading, _StrictLoading, _PlainLoading, _LoadingWithMore]
+
+
+@pytest.mark.parametrize("kind", _LOADING)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_network_with_its_own_load_state_dict_is_loaded(
+    kind: type[nn.Module], packed: bool, tmp_path: Path
+) -> None:
+    x = torch.randn(4, 8)
+    model = anyprec.convert(kind().eval(), bits=(2, 8), first_last_bits=None, example_input=x)
+    anyprec.calibrate(model, [x])
+    anyprec.save(model, tmp_path / "net.safetensors", rebuildable=False, packed=packed)
+    loaded = anyprec.load(tmp_path / "net.safetensors", kind().eval())
+    loaded.set_bits(2)
+    model.set_bits(2)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize("kind", _LOADING)
+def test_a_network_with_its_own_load_state_dict_takes_states_of_both_kinds(
+    kind: type[nn.Module],
+) -> None:
+    x, floats = torch.randn(4, 8), kind().eval()
+    model = anyprec.convert(kind().eval(), bits=(2, 8), first_last_bits=None, example_input=x)
+    model.load_state_dict(floats.state_dict())
+    assert torch.equal(model(x), floats(x))
+    twin = anyprec.convert(kind().eval(), bits=(2, 8), first_last_bits=None, example_input=x)
+    twin.load_state_dict(model.state_dict(), True)
+    assert torch.equal(twin(x), floats(x))
+
+
+def test_further_arguments_reach_the_networks_own_methods() -> None:
+    class Network(_LoadingWithMore):
+        def train(self, mode=True, *, deep=False):
+            self.deep = deep
+            return super().train(mode)
+
+    x, floats = torch.randn(4, 8), _OwnLoading().eval()
+    model = anyprec.convert(Network().eval(), bits=(2, 8), example_input=x)
+    state = {f"teacher.{name}": value for name, value in floats.state_dict().items()}
+    model.load_state_dict(state, prefix="teacher.", strict=True)
+    assert torch.equal(model(x), floats(x))
+    assert model.train(deep=True).deep
+
+
+def test_load_state_dict_assigns_if_asked() -> None:
+    x, floats = torch.randn(4, 8), _OwnLoading().eval()
+    model = anyprec.convert(_OwnLoading().eval(), bits=(2, 8), example_input=x)
+    model.load_state_dict({**model.state_dict(), **floats.state_dict()}, assign=True)
+    assert model.first.weight.data_ptr() == floats.first.weight.data_ptr()

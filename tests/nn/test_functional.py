@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anyprec.nn.functional import fake_quantize, integer_codes, match_moments
+from anyprec.nn.functional import fake_quantize, integer_codes
+from anyprec.nn.moments import match_moments
 
 GRIDS = [(-2, 1), (-8, 7), (0, 3), (0, 255), (-5, 10)]
 

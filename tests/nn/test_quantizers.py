@@ -123,8 +123,8 @@ def test_selected_candidates_learn_as_fast_as_numbered_ones() -> None:
     inputs.set_grid(torch.tensor([0.9, 0.3, 0.02]), torch.tensor([1, 5, 80]))
     for quantizer in (weights, inputs):
         for index in range(3):
-            quantizer.select(index)
+            choice = torch.tensor([index])
             gradients = []
-            for result in (quantizer(values, index), quantizer.forward_selected(values)):
+            for result in (quantizer(values, index), quantizer.forward_selected(values, choice)):
                 gradients += torch.autograd.grad(result.square().sum(), quantizer.step)
             torch.testing.assert_close(gradients[0], gradients[1])

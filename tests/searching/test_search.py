@@ -149,8 +149,14 @@ def test_objectives_are_their_definitions(
 def test_an_output_that_is_not_finite_counts_as_infinitely_bad(
     net: anyprec.ConvertedModel, batches: list[tuple[Tensor, Tensor]]
 ) -> None:
-    evaluator = Evaluator(net, batches, lambda _: math.nan)
-    assert evaluator(net.resolve_bits(4)) == math.inf
+    def objective(model: anyprec.ConvertedModel) -> float:
+        return math.nan if model.bits == model.resolve_bits(3) else cheap(model)
+
+    result = anyprec.search(net, batches, "W4A4", objective=objective)
+    assert result.evaluated[net.resolve_bits(3)] == math.inf
+    assert result.not_finite == 1
+    assert "(1 without a finite score)" in repr(result)
+    assert "(1 without a finite score)" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -410,19 +416,38 @@ def test_a_result_is_saved_and_loaded_whole(result: anyprec.SearchResult, tmp_pa
 def test_own_costs_and_infinite_scores_are_saved_too(
     net: anyprec.ConvertedModel, tmp_path: Path
 ) -> None:
+    def objective(model: anyprec.ConvertedModel) -> float:
+        energy = sum(bits.weight + bits.activation for bits in model.bits.values())
+        return 1 / energy if energy > 50 else math.nan
+
     result = anyprec.search(
         net,
         [],
         "60 energy",
-        objective=lambda _: math.nan,
-        max_evaluations=8,
+        objective=objective,
+        max_evaluations=12,
         costs={"energy": lambda path, bits: float(bits.weight + bits.activation)},
     )
+    assert result.not_finite > 0
     result.save(tmp_path / "r")
     loaded = anyprec.SearchResult.load(tmp_path / "r")
     assert loaded == result
-    assert loaded.score == math.inf
-    assert loaded.at("50 energy").config == result.at("50 energy").config
+    assert loaded.at("56 energy").config == result.at("56 energy").config
+    with pytest.raises(BudgetError, match=r"none of the .* that fit 50 energy has a finite score"):
+        loaded.at("50 energy")
+
+
+def test_a_stored_result_without_a_finite_score_is_refused(
+    result: anyprec.SearchResult, tmp_path: Path
+) -> None:
+    file = tmp_path / "r"
+    result.save(file)
+    stored = json.loads(file.read_text())
+    for entry in stored["evaluated"]:
+        entry["score"] = None
+    file.write_text(json.dumps(stored))
+    with pytest.raises(SearchError, match="the configuration that it found has no finite score"):
+        anyprec.SearchResult.load(file)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": "other"}', "cut", "config"])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import anyprec
@@ -231,7 +236,9 @@ def test_what_brings_statistics_up_to_date_ends_the_warning(
     outputs(model.eval(), images, [*WIDTHS, {"conv": (2, 8)}])
     model.train()
     loop.run(1)
-    state = copy.deepcopy(model.state_dict())
+    with loop.oneshot.evaluating([images]):
+        state = copy.deepcopy(model.state_dict())
+    loop.run(1)
     model.load_state_dict(state)  # statistics come with the weights
     outputs(model.eval(), images)
     model.train()
@@ -240,6 +247,118 @@ def test_what_brings_statistics_up_to_date_ends_the_warning(
     outputs(model.eval(), images, [2, 4])
     with pytest.warns(anyprec.StaleNormsWarning):  # the float network was not asked for
         outputs(model, images, [None])
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return torch.load(stream)
+
+
+@pytest.mark.parametrize("carry", [lambda state: state, copy.deepcopy, through_a_file])
+def test_a_state_of_stale_statistics_is_stale_where_it_is_loaded(
+    carry: Callable[[Any], Any], make_loop: Callable[..., Loop], images: Tensor
+) -> None:
+    loop = make_loop()
+    fresh = copy.deepcopy(loop.model)
+    loop.run(2)
+    state = carry(loop.model.state_dict())
+    fresh.load_state_dict(state)
+    with pytest.warns(anyprec.StaleNormsWarning) as caught:
+        outputs(fresh.eval(), images)
+    assert len(caught) == 1
+    with loop.oneshot.evaluating([images]):
+        state = loop.model.state_dict()
+    fresh.load_state_dict(state)
+    outputs(fresh, images)
+
+
+def averaging_by_hand(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], None]]:
+    average = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update(trained: nn.Module) -> None:
+        for mean, value in zip(average.parameters(), trained.parameters(), strict=True):
+            mean.lerp_(value, 0.5)
+
+    return average, update
+
+
+def averaging_by_torch(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], None]]:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    return average.module, average.update_parameters
+
+
+def averaging_by_timm(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], None]]:
+    average = ModelEmaV3(model, decay=0.5)
+    return average.module, average.update
+
+
+@pytest.mark.parametrize("make", [averaging_by_hand, averaging_by_torch, averaging_by_timm])
+@pytest.mark.parametrize("begins", ["before", "while"])
+def test_an_average_of_weights_is_left_behind_with_them_and_can_be_brought_up_to_date(
+    begins: str, make: Callable[..., Any], make_loop: Callable[..., Loop], images: Tensor
+) -> None:
+    loop = make_loop()
+    loop.model.train()
+    teacher = copy.deepcopy(loop.model).eval()
+    loop.oneshot.remember(images)
+    if begins == "while":
+        loop.run(1)
+        loop.oneshot.refresh_norms()
+    average, update = make(loop.model)
+    for _ in range(3):
+        loop.run(1)
+        update(loop.model)
+    with pytest.warns(anyprec.StaleNormsWarning, match="oneshot.refresh_norms.average") as caught:
+        outputs(average.eval(), images)
+    assert len(caught) == 1
+    outputs(teacher, images)  # its weights stayed, so its statistics are right
+    loop.oneshot.refresh_norms(average)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refreshed = outputs(average, images)
+    anyprec.update_norms(average, [images], include_float=True)
+    expected = outputs(average, images)
+    for value, reference in zip(refreshed, expected, strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_that_left_training_before_the_step_is_counted_are_left_behind_too(
+    make_loop: Callable[..., Loop], images: Tensor, labels: Tensor
+) -> None:
+    loop = make_loop()
+    for path in loop.oneshot.paths():
+        path.loss(loop.model(images), labels % 3, F.cross_entropy).backward()
+    loop.optimizer.step()
+    loop.model.eval()
+    loop.oneshot.step()
+    with pytest.warns(anyprec.StaleNormsWarning):
+        outputs(loop.model, images)
+    assert loop.model.fixed.bank.stale is None  # it was in eval mode in the step itself
+
+
+def test_saving_what_training_left_behind_warns_once(
+    make_loop: Callable[..., Loop], images: Tensor, tmp_path: Path
+) -> None:
+    loop = make_loop()
+    loop.run(1)
+    with loop.oneshot.evaluating([images]):
+        anyprec.save(loop.model, tmp_path / "best", rebuildable=False)
+    loop.run(1)
+    with pytest.warns(anyprec.StaleNormsWarning, match="norm statistics that are saved") as caught:
+        anyprec.save(loop.model, tmp_path / "best", rebuildable=False)
+    assert len(caught) == 1
+    anyprec.save(loop.model, tmp_path / "best", rebuildable=False)
+
+
+def test_a_pickled_network_is_what_it_was(make_loop: Callable[..., Loop], images: Tensor) -> None:
+    loop = make_loop()
+    loop.run(1)
+    again = pickle.loads(pickle.dumps(loop.model))
+    with pytest.warns(anyprec.StaleNormsWarning):
+        outputs(again.eval(), images)
 
 
 def test_calibrating_from_a_float_network_that_was_left_behind_warns(

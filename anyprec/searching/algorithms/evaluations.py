@@ -62,6 +62,12 @@ class Evaluations:
         self._agree = agree
         self._on_evaluation = on_evaluation
         self._losses: dict[BitConfig, float] = {}
+        self._first_unusable: tuple[BitConfig, float] | None = None
+
+    @property
+    def first_unusable(self) -> tuple[BitConfig, float] | None:
+        """The first configuration whose loss was not finite, with that loss."""
+        return self._first_unusable
 
     @property
     def losses(self) -> Mapping[BitConfig, float]:
@@ -83,9 +89,12 @@ class Evaluations:
                 raise Stopped(reason="max_evaluations")
             is_new = config not in self._remembered
             loss = self._measure(config) if is_new else self._remembered[config]
-            self._losses[config] = loss if math.isfinite(loss) else math.inf
+            if not math.isfinite(loss):
+                self._first_unusable = self._first_unusable or (config, loss)
+                loss = math.inf
+            self._losses[config] = loss
             if self._on_evaluation is not None:
-                self._on_evaluation(config, self._losses[config], is_new)
+                self._on_evaluation(config, loss, is_new)
         return self._losses[config]
 
     def _measure(self, config: BitConfig) -> float:

@@ -21,7 +21,12 @@ from anyprec.searching.algorithms.improvement import sketch
 from anyprec.searching.algorithms.moves import Walk
 from anyprec.searching.algorithms.predictor import Predictor
 from anyprec.searching.algorithms.problem import Problem
-from anyprec.searching.algorithms.registry import Settings, require_algorithm, run_algorithm
+from anyprec.searching.algorithms.registry import (
+    Settings,
+    nothing_usable,
+    require_algorithm,
+    run_algorithm,
+)
 from anyprec.searching.algorithms.space import Space
 from anyprec.searching.budget.budgets import Budget
 
@@ -66,10 +71,6 @@ class Question:
     def __post_init__(self) -> None:
         """Check all but the costs, which are checked where they are read."""
         require_algorithm(self.algorithm)
-        if not 0 < self.settings.alpha < math.inf:
-            msg = f"alpha={self.settings.alpha!r} is not a weight of the loss: "
-            msg += "use a positive finite number, e.g. 1.5"
-            raise SearchError(msg)
         _require_positive("max_evaluations", self.max_evaluations)
         _require_positive("max_seconds", self.max_seconds)
         first = self.problems[0]
@@ -91,7 +92,7 @@ class Answer:
         problem: The problem of the first budget.
         losses: Every evaluated configuration with its loss, in order.
         best: The configuration of lowest loss that fits the first budget; None if none was
-            measured.
+            measured before the search was stopped.
         stopped: `"finished"`, `"max_evaluations"`, `"max_seconds"` or `"interrupted"`.
         moves_asked: Single moves that were asked for, those with a known loss included.
     """
@@ -115,7 +116,8 @@ def run_search(
 ) -> Answer:
     """Search below every budget of a question.
 
-    A `KeyboardInterrupt` of `evaluate` ends the search as a limit does.
+    A `KeyboardInterrupt` of `evaluate` ends the search as a limit does. A loss that is not finite
+    is worse than any other and never the answer.
 
     Args:
         question: What is searched.
@@ -125,6 +127,10 @@ def run_search(
         interrupted: Tells whether someone asked for the end.
         agree: Makes several processes agree on the reason to stop.
         on_evaluation: Called with each configuration, its loss, and whether it was measured now.
+
+    Raises:
+        SearchError: No configuration that fits has a finite loss; if the highest precision has none
+            either, that is found after the uniform configurations.
 
     Example:
         >>> from anyprec.bits import LayerCandidates
@@ -160,10 +166,15 @@ def run_search(
     except KeyboardInterrupt:
         stopped = "interrupted"
     problem = question.problems[0]
+    best = evaluations.best(problem.fits)
+    if best is not None and math.isinf(evaluations(best)):
+        if stopped != "interrupted":
+            raise nothing_usable(evaluations, problem)
+        best = None
     return Answer(
         problem=problem,
         losses=evaluations.losses,
-        best=evaluations.best(problem.fits),
+        best=best,
         stopped=stopped,
         moves_asked=run.moves_asked,
     )

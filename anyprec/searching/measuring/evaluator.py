@@ -20,7 +20,10 @@ from torch.utils.data import DistributedSampler
 
 from anyprec.bits import BitConfig, highest_config
 from anyprec.errors import PackedError, SearchError
+from anyprec.model.accepted_images import explaining_images, require_batch_axis
+from anyprec.model.checks import require_values
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.input_size import facts_at_size_of, take_over_facts
 from anyprec.nn.norms import normalising_by_batch
 from anyprec.runtime.batches import Batch, device_of, images_of, labels_of, take
 from anyprec.runtime.processes import (
@@ -31,6 +34,7 @@ from anyprec.runtime.processes import (
     sum_over_processes,
 )
 from anyprec.searching.measuring.execution import DEFAULT_MEMORY, PartialExecution
+from anyprec.searching.measuring.scores import ClassLabels, number_of, require_logits
 
 Objective = str | Callable[[ConvertedModel], float]
 """`"loss"`, `"error"`, `"divergence"`, or a function of the model at the configuration to judge;
@@ -68,6 +72,9 @@ class Evaluator:
     Raises:
         SearchError: Unknown objective or norms, an empty loader, or outputs or labels that do not
             fit the objective.
+        BatchError: The loader yields no images or labels, or images that the network does not run
+            on.
+        NoValuesError: The model is on the meta device.
     """
 
     def __init__(
@@ -81,12 +88,14 @@ class Evaluator:
         reuse: bool = True,
         memory: int = DEFAULT_MEMORY,
     ) -> None:
-        _check(objective, norms)
+        _check(objective, norms, batches)
+        require_values(model, purpose="search")
         self._model = model
         self._objective = objective
         self._norms = norms
         self._images: list[Tensor] = []
         self._targets: list[Tensor] = []
+        self._labels = ClassLabels()
         self._positions: list[int] = []  # of this process's batches among those of all processes
         self._batches = 0
         self._forward_runs = 0
@@ -97,6 +106,7 @@ class Evaluator:
             self.unable = "the objective is a function of the whole model"
             return
         self._image_count = self._total(list(map(len, self._images)))
+        self._try()
         if objective == "divergence":
             self._targets = [F.log_softmax(logits, dim=-1) for logits in self._reference()]
         if not reuse:
@@ -113,15 +123,18 @@ class Evaluator:
         return self._forward_runs + self._execution.layer_runs
 
     def __call__(self, config: BitConfig) -> float:
-        """The objective at `config`; infinity where the network's output is not finite."""
+        """The objective at `config`; not finite where the network's output is not."""
         with self._model.using_bits(config), torch.no_grad():
             if callable(self._objective):
-                value = of_first_process(float(self._objective(self._model)))
-            else:
-                with self._normalising(), self._explaining():
-                    sums = map(self._judge, range(len(self._images)))
-                    value = self._total(list(sums)) / self._image_count
-        return value if math.isfinite(value) else math.inf
+                return of_first_process(number_of(self._objective(self._model)))
+            with self._normalising(), self._explaining():
+                sums = map(self._judge, range(len(self._images)))
+                return self._total(list(sums)) / self._image_count
+
+    def follow_input_size(self) -> None:
+        """Count the model's MACs at the size of these images from now on."""
+        first = self._images[0] if self._images else None
+        take_over_facts(self._model, facts_at_size_of(self._model, first))
 
     def set_anchor(self, config: BitConfig) -> None:
         """Expect configurations that differ little from this one: keep what they share."""
@@ -158,14 +171,33 @@ class Evaluator:
             elif number % process_count() != process_rank():
                 continue
             self._positions.append(position)
-            self._images.append(images_of(batch).to(device))
+            images = images_of(batch).to(device)
+            require_batch_axis(self._model, images)
+            self._images.append(images)
             if self._objective in ("loss", "error"):
-                self._targets.append(labels_of(batch).to(device))
+                labels = labels_of(batch)
+                self._labels.add(labels, images=len(images))
+                self._targets.append(labels.to(device))
         self._batches = max(of_all_processes(count)) * (process_count() if shared_out else 1)
         if not self._batches and not callable(self._objective):
             msg = "the loader yields no batch: "
             msg += "search needs at least one to judge configurations on"
+            if isinstance(loader, Iterator):
+                msg += ", and an iterator that was used before has none left"
             raise SearchError(msg)
+
+    def _try(self) -> None:
+        """Run the network on a batch of each shape: what fits no objective is refused at once."""
+        objective = str(self._objective)
+        of_each_kind = {(images.shape[1:], images.dtype): images for images in self._images}
+        highest = highest_config(self._model.candidates)
+        with self._model.using_bits(highest), torch.no_grad(), self._explaining():
+            for images in of_each_kind.values():
+                with self._normalising(), explaining_images(self._model, images):
+                    output = self._model(images)
+                logits = require_logits(output, objective=objective)
+                if self._targets:
+                    self._labels.require_classes(logits, objective=objective)
 
     def _reference(self) -> list[Tensor]:
         """Logits of the float network; of the highest precision if there are no float weights."""
@@ -190,24 +222,12 @@ class Evaluator:
         if self._objective == "divergence":
             predictions = F.log_softmax(logits, dim=-1)
             return float(F.kl_div(predictions, targets, reduction="sum", log_target=True))
-        if targets.shape != logits.shape[:1]:
-            msg = f"objective {self._objective!r} needs one label for each image: the labels of a "
-            msg += f"batch have shape {tuple(targets.shape)}, the outputs {tuple(logits.shape)}; "
-            msg += "pass a function of the model instead"
-            raise SearchError(msg)
         if self._objective == "error":
             return float((logits.argmax(dim=-1) != targets).sum())
-        return float(F.cross_entropy(logits, targets, reduction="sum"))
+        return float(F.cross_entropy(logits, targets.long(), reduction="sum"))
 
     def _logits(self, output: Any) -> Tensor:
-        if isinstance(output, Tensor) and output.ndim == 2:
-            return output.float()
-        returned = f"a {type(output).__name__}"
-        if isinstance(output, Tensor):
-            returned = f"a tensor of shape {tuple(output.shape)}"
-        msg = f"objective {self._objective!r} needs logits of shape (batch, classes), and the "
-        msg += f"network returns {returned}: pass a function of the model instead"
-        raise SearchError(msg)
+        return require_logits(output, objective=str(self._objective))
 
     def _total(self, values: list[float]) -> float:
         """The sum over the batches of all processes, in their order: that of one process."""
@@ -234,13 +254,16 @@ class Evaluator:
             raise SearchError(msg) from error
 
 
-def _check(objective: Objective, norms: str) -> None:
-    if isinstance(objective, str) and objective not in OBJECTIVES:
+def _check(objective: Objective, norms: str, batches: int | None) -> None:
+    if not callable(objective) and objective not in OBJECTIVES:
         msg = f"objective {objective!r} is unknown: "
         msg += f"use one of {OBJECTIVES}, or a function of the model"
         raise SearchError(msg)
     if norms not in ("stored", "batch"):
         msg = f"norms={norms!r} is unknown: use 'stored' or 'batch'"
+        raise SearchError(msg)
+    if batches is not None and (not isinstance(batches, int) or batches < 1):
+        msg = f"batches={batches!r} leaves no batch: use a positive integer, or None for all"
         raise SearchError(msg)
 
 

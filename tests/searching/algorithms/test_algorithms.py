@@ -333,7 +333,6 @@ LOSSES: dict[str, Callable[[int, BitConfig], float]] = {
     "often not finite": lambda seed, config: noise_of(seed, config).choice(
         [math.nan, math.inf, -math.inf, 1.0, 2.0]
     ),
-    "never finite": lambda seed, config: math.nan,
     "huge": lambda seed, config: noise_of(seed, config).choice([-1e308, 1e308, 1e-308, 0.0]),
 }
 
@@ -415,6 +414,18 @@ def problem_exists(net: AnyNetwork) -> bool:
     return True
 
 
+def searched_or_refused(net: AnyNetwork, algorithm: str, **options: object) -> Outcome | None:
+    """What a search finds; None if it is refused, as it must be where nothing usable is known."""
+    asked_before = len(net.asked)
+    try:
+        return searched(net, net.budget, algorithm, **options)
+    except SearchError:
+        problem = Problem(make_space(net.candidates), net.budget, net)
+        fitting = filter(problem.fits, net.asked[asked_before:])
+        assert not any(math.isfinite(net.loss(config)) for config in fitting)
+        return None
+
+
 @thorough
 @given(
     net=networks.filter(problem_exists),
@@ -422,7 +433,10 @@ def problem_exists(net: AnyNetwork) -> bool:
     alpha=st.sampled_from([0.1, 1.5, 20.0]),
 )
 def test_the_contracts_hold_for_any_loss(net, algorithm, alpha):
-    result = searched(net, net.budget, algorithm, alpha=alpha)
+    result = searched_or_refused(net, algorithm, alpha=alpha)
+    if result is None:
+        return
+    assert math.isfinite(result.loss)
     assert all(net.total(name, result.config) <= limit for name, limit in net.budget.limits.items())
     assert result.loss == net.loss(result.config)
     # Each configuration is evaluated once, and the result is the best of them that fits.
@@ -442,7 +456,10 @@ def test_the_contracts_hold_for_any_loss(net, algorithm, alpha):
 @thorough
 @given(net=networks.filter(problem_exists), algorithm=st.sampled_from(ALGORITHMS))
 def test_the_search_is_deterministic(net, algorithm):
-    one, other = (searched(net, net.budget, algorithm, evaluations=3) for _ in range(2))
+    one, other = (searched_or_refused(net, algorithm, evaluations=3) for _ in range(2))
+    if one is None or other is None:
+        assert one is other
+        return
     assert list(one.losses.items()) == list(other.losses.items())
     assert one.config == other.config
 
@@ -450,10 +467,13 @@ def test_the_search_is_deterministic(net, algorithm):
 @thorough
 @given(net=networks.filter(problem_exists), algorithm=algorithms, extra=st.integers(0, 12))
 def test_no_more_evaluations_are_made_than_allowed_and_they_are_the_first(net, algorithm, extra):
-    whole = searched(net, net.budget, algorithm)
+    whole = searched_or_refused(net, algorithm)
+    if whole is None:
+        return
     limit = sum(map(whole.problem.fits, whole.problem.full_space.equal_widths)) + 1 + extra
     net.asked.clear()
-    if not any(whole.problem.fits(config) for config in list(whole.losses)[:limit]):
+    first = list(whole.losses.items())[:limit]
+    if not any(whole.problem.fits(config) and math.isfinite(loss) for config, loss in first):
         return
     result = searched(net, net.budget, algorithm, limit=limit)
     assert len(net.asked) == len(result.losses) == min(limit, len(whole.losses))
@@ -465,11 +485,56 @@ def test_no_more_evaluations_are_made_than_allowed_and_they_are_the_first(net, a
 @thorough
 @given(net=networks.filter(problem_exists), algorithm=algorithms)
 def test_a_looser_budget_never_excludes_what_a_tighter_one_found(net, algorithm):
-    tight = searched(net, net.budget, algorithm)
+    tight = searched_or_refused(net, algorithm)
+    if tight is None:
+        return
     loose = Budget(**{name: 1.3 * limit for name, limit in net.budget.limits.items()})
     problem = Problem(make_space(net.candidates), loose, net)
     assert problem.fits(tight.config)
     assert problem.utilisation(tight.config) < tight.problem.utilisation(tight.config) <= 1
+
+
+# Losses that are not finite
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_search_in_which_nothing_is_finite_is_refused_after_the_uniform_configurations(
+    algorithm, score
+):
+    net = ByHand(lambda *_: score, {"a": 1, "b": 2, "c": 3})
+    text = rf"fits 30 BitOPs has a finite score.* W4A8 everywhere with the score {score}\. Check"
+    with pytest.raises(SearchError, match=text):
+        searched(net, Budget(bitops=30), algorithm)
+    # Uniform configurations that fit, and the highest precision, which shows that it is no budget's
+    # fault.
+    assert len(net.asked) == 3
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_budget_that_only_broken_configurations_fit_is_refused(algorithm):
+    net = ByHand(lambda *bits: math.nan if min(bits) < 8 else 1.0, {"a": 1, "b": 2})
+    with pytest.raises(SearchError, match=r"Higher precisions have one, so allow a larger budget"):
+        searched(net, Budget(bitops=20), algorithm)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("limit", [3, 8])
+def test_a_search_that_is_stopped_chooses_nothing_broken_either(algorithm, limit):
+    net = ByHand(lambda *bits: -math.inf if min(bits) < 8 else 1.0, {"a": 1, "b": 2})
+    with pytest.raises(SearchError, match="has a finite score"):
+        searched(net, Budget(bitops=20), algorithm, limit=limit)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("score", [math.nan, -math.inf])
+def test_a_broken_configuration_is_never_the_best(algorithm, score):
+    net = ByHand(
+        lambda *bits: score if bits[0] == 4 else sum(4.0**-b for b in bits), {"a": 1, "b": 2}
+    )
+    result = searched(net, Budget(bitops=15), algorithm)
+    assert result.config["a"].weight != 4
+    assert math.isfinite(result.loss)
 
 
 # Single rules, on problems made by hand
