@@ -231,3 +231,23 @@ def test_every_operation_of_the_table_exists_with_the_arguments_that_it_names() 
                 schema = getattr(packet, overload)._schema
                 arguments.update(argument.name for argument in schema.arguments)
         assert set(names) <= arguments, operation
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_what_a_scripted_function_does_is_seen() -> None:
+    rectifying = torch.jit.script(shifted_and_clamped)
+    claimed, lowest = claim_and_minimum(lambda _m, y, z: rectifying(y - z))
+    assert lowest >= 0
+    assert claimed
+    lowering = torch.jit.script(lowered)
+    claimed, lowest = claim_and_minimum(lambda _m, y, _z: _in_place(lowering(y)))
+    assert lowest < 0
+    assert not claimed
+
+
+def shifted_and_clamped(x: Tensor) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
+def lowered(x: Tensor) -> Tensor:
+    return x.sub_(1)
