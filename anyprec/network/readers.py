@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from anyprec.network.calls import storage_of
 from anyprec.nn.operators import tensors_in
 
 _BLIND = {
@@ -194,16 +195,14 @@ _OPERATORS_OF_PYTHON: Mapping[str, str] = {
 
 def _location(tensor: Tensor) -> tuple[int, range] | None:
     """Storage and bytes of a tensor; None if it has none of its own (a sparse one, a subclass)."""
-    try:
-        storage = tensor.untyped_storage()._cdata  # noqa: SLF001 (meta tensors have no address)
-        size, start = tensor.element_size(), tensor.storage_offset()
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-    except (RuntimeError, NotImplementedError):
+    storage = storage_of(tensor)
+    if storage is None or not tensor.numel():
         return None
-    if not tensor.numel():
-        return None
+    size, start = tensor.element_size(), tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
     reach = 1 + sum((length - 1) * stride for length, stride in steps)
-    return storage, range(start * size, (start + reach) * size)
+    address = storage._cdata  # noqa: SLF001 (on the meta device, data have no address)
+    return address, range(start * size, (start + reach) * size)
 
 
 def _makes_view(func: Any, arguments: Iterable[Any], result: object) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anyprec.network import signs
 from anyprec.network.analysis import analyze
 
 Operation = Callable[["Between", Tensor, Tensor], Any]
@@ -219,3 +220,34 @@ def test_a_layer_that_is_called_twice_is_claimed_only_if_both_inputs_are() -> No
 
     layers = analyze(Shared(), torch.randn(2, 4)).layers
     assert [path for path, layer in layers.items() if layer.nonnegative] == ["both"]
+
+
+def test_every_operation_of_the_table_exists_with_the_arguments_that_it_names() -> None:
+    for operation, names in signs._KEEPING.items():
+        arguments: set[str] = set()
+        for form in (operation, f"{operation}_"):
+            packet = getattr(torch.ops.aten, form, None)
+            for overload in packet.overloads() if packet else ():
+                schema = getattr(packet, overload)._schema
+                arguments.update(argument.name for argument in schema.arguments)
+        assert set(names) <= arguments, operation
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_what_a_scripted_function_does_is_seen() -> None:
+    rectifying = torch.jit.script(shifted_and_clamped)
+    claimed, lowest = claim_and_minimum(lambda _m, y, z: rectifying(y - z))
+    assert lowest >= 0
+    assert claimed
+    lowering = torch.jit.script(lowered)
+    claimed, lowest = claim_and_minimum(lambda _m, y, _z: _in_place(lowering(y)))
+    assert lowest < 0
+    assert not claimed
+
+
+def shifted_and_clamped(x: Tensor) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6
+
+
+def lowered(x: Tensor) -> Tensor:
+    return x.sub_(1)

@@ -209,6 +209,26 @@ def test_a_network_without_a_faithful_graph_is_run_whole_and_says_why(
     assert result.layer_runs >= 8 * len(model.candidates) or evaluator.unable is None
 
 
+def test_a_network_whose_input_has_a_default_and_that_holds_constants_runs_in_parts() -> None:
+    class Defaulted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor | None = None, scale: float = 2.0) -> Tensor:
+            shifted = self.b(self.a(x).relu()) + torch.tensor([1.0, 2.0, 3.0, 4.0])
+            return self.c(shifted) * scale
+
+    images = torch.randn(6, 4)
+    model = anyprec.convert(Defaulted().eval(), example_input=images)
+    anyprec.calibrate(model, [images])
+    execution, reason = PartialExecution.of(model, [images])
+    assert reason is None
+    model.set_bits(4)
+    with torch.no_grad():
+        assert torch.equal(execution.run(0, images), model(images))
+
+
 def test_a_function_of_the_model_runs_it_whole(net: anyprec.ConvertedModel) -> None:
     evaluator = Evaluator(net.eval(), [], lambda _: 0.0)
     assert evaluator.unable == "the objective is a function of the whole model"
