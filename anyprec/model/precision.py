@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """What a network and its views know of each other. A copy belongs to none.
+    """What a network and its views know of each other.
 
     Attributes:
         needs_check: Step sizes may have been dropped since a precision was set.
@@ -48,10 +48,6 @@ class Family:
     def has_views(self) -> bool:
         """Whether several members are alive."""
         return len(self._members) > 1
-
-    def __reduce__(self) -> tuple[type[Family], tuple[()]]:
-        """Copy and pickle as one without members."""
-        return Family, ()
 
 
 @dataclass
@@ -72,7 +68,8 @@ class _Backward:
 class ActivePrecision(BackwardGuard):
     """The precision of one model object.
 
-    A copy or pickle has the same precision, and nothing else of it.
+    A copy or pickle has the same precision, and nothing else of it: blocks, views and backward
+    passes are those of the model object that they began with.
 
     Args:
         active: Bits of every quantized layer, by path.
