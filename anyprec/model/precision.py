@@ -267,15 +267,14 @@ class ActivePrecision(BackwardGuard):
             raise PrecisionError(msg)
 
     def note_norms(self, model: ConvertedModel) -> None:
-        """Note what the norms of `model` use, and what that was chosen from."""
+        """Note what the statistics that the norms of `model` use were chosen from."""
         self._norms_used = norm_sources(model, self.active)
 
     def _follow_norms(self, model: ConvertedModel) -> None:
         """Let norms use statistics that were estimated, or dropped, through another view."""
         sources, used = norm_sources(model, self.active), self._norms_used
-        if used is None or not sources.are_newer_than(used):
-            return
-        switch(model, model.quantized_layers, self.active)
+        if used is not None and not sources.are_those_of(used):
+            switch(model, model.quantized_layers, self.active)
 
 
 class _AtEnd:
