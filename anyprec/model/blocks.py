@@ -51,11 +51,7 @@ class Block:
 
 
 class OpenBlocks:
-    """The open blocks of one network, the innermost one on top.
-
-    A copy has none: blocks belong to the network that they were opened on. The same holds after
-    pickling.
-    """
+    """The open blocks of one network, the innermost one on top."""
 
     def __init__(self) -> None:
         # No lock that its own thread must release: a generator with an open block may be closed by
@@ -154,10 +150,6 @@ class OpenBlocks:
             above = above.below
         if above is not None:
             above.before, above.below = block.before, block.below
-
-    def __reduce__(self) -> tuple[type[OpenBlocks], tuple[()]]:
-        """Copy and pickle as one without blocks."""
-        return OpenBlocks, ()
 
 
 _FORKED = (

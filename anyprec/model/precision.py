@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Family:
-    """What a network and its views know of each other. A copy belongs to none.
+    """What a network and its views know of each other.
 
     Attributes:
         needs_check: Step sizes may have been dropped since a precision was set.
@@ -49,10 +49,6 @@ class Family:
     def has_views(self) -> bool:
         """Whether several members are alive."""
         return len(self._members) > 1
-
-    def __reduce__(self) -> tuple[type[Family], tuple[()]]:
-        """Copy and pickle as one without members."""
-        return Family, ()
 
 
 @dataclass
@@ -73,7 +69,8 @@ class _Backward:
 class ActivePrecision(BackwardGuard):
     """The precision of one model object.
 
-    A copy or pickle has the same precision, and nothing else of it.
+    A copy or pickle has the same precision, and nothing else of it: blocks, views and backward
+    passes are those of the model object that they began with.
 
     Args:
         active: Bits of every quantized layer, by path.
@@ -271,15 +268,14 @@ class ActivePrecision(BackwardGuard):
             raise PrecisionError(msg)
 
     def note_norms(self, model: ConvertedModel) -> None:
-        """Note what the norms of `model` use, and what that was chosen from."""
+        """Note what the statistics that the norms of `model` use were chosen from."""
         self._norms_used = norm_sources(model, self.active)
 
     def _follow_norms(self, model: ConvertedModel) -> None:
         """Let norms use statistics that were estimated, or dropped, through another view."""
         sources, used = norm_sources(model, self.active), self._norms_used
-        if used is None or not sources.are_newer_than(used):
-            return
-        switch(model, model.quantized_layers, self.active)
+        if used is not None and not sources.are_those_of(used):
+            switch(model, model.quantized_layers, self.active)
 
 
 class _AtEnd:

@@ -15,7 +15,6 @@ from anyprec.model.intact import switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
-from anyprec.nn.norms import NormSelection
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -54,41 +53,31 @@ def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer])
 
 @dataclass(frozen=True, eq=False)
 class NormSources:
-    """What the norms of a network use at a precision, and what that was chosen from.
+    """What the statistics that norms use at a precision are chosen from.
 
     Attributes:
-        selections: What each norm uses.
         statistics: Those of the configuration itself, if there are any.
         has_uniform: Of each norm, whether those of uniform precisions are estimated.
     """
 
-    selections: tuple[NormSelection, ...]
     statistics: Mapping[str, Statistics] | None
     has_uniform: tuple[bool, ...]
 
-    def are_newer_than(self, earlier: NormSources) -> bool:
-        """Whether norms would use something else now than they chose `earlier`.
-
-        Not if they have been given something else since: calibration does that.
-        """
-        if self.selections != earlier.selections:
-            return False
-        if self.has_uniform != earlier.has_uniform:
-            return True
-        return self.statistics is not earlier.statistics
+    def are_those_of(self, earlier: NormSources) -> bool:
+        """Whether norms would choose the same as from the `earlier` ones."""
+        # By identity, since statistics that are estimated anew are another dictionary.
+        is_same = self.statistics is earlier.statistics
+        return is_same and self.has_uniform == earlier.has_uniform
 
 
 def norm_sources(model: ConvertedModel, bits: Mapping[str, Bits | None]) -> NormSources:
-    """What norms use, and what they would choose from now, at this precision."""
+    """What norms would choose their statistics from now, at this precision."""
     record = model.anyprec_record
     active = {path: chosen for path, chosen in bits.items() if chosen is not None}
     statistics = record.statistics.get(BitConfig(active)) if record.statistics else None
-    norms = [norm for _, norm in switchable_norms(model)]
-    return NormSources(
-        tuple(norm.selection for norm in norms),
-        statistics,
-        tuple(norm.bank is not None and norm.bank.has_uniform for norm in norms),
-    )
+    banks = [norm.bank for _, norm in switchable_norms(model)]
+    has_uniform = tuple(bank is not None and bank.has_uniform for bank in banks)
+    return NormSources(statistics, has_uniform)
 
 
 def forget_statistics(model: ConvertedModel) -> None:

@@ -77,16 +77,15 @@ def make_view(model: ConvertedModel) -> ConvertedModel:
 def _shared(model: ConvertedModel) -> dict[int, Any]:
     """What a view has in common with `model`, by id, as `copy.deepcopy` takes it."""
     shared: list[Any] = [model.anyprec_record]
-    parameters = set(map(id, model.parameters()))
     for module in model.modules():
         if isinstance(module, _SHARED_MODULES):
             shared.append(module)
         elif not isinstance(module, Chosen):
-            shared += _shared_of(module, parameters)
+            shared += _shared_of(module)
     return {id(value): value for value in shared}
 
 
-def _shared_of(module: nn.Module, parameters: set[int]) -> Iterator[Any]:
+def _shared_of(module: nn.Module) -> Iterator[Any]:
     """What the view's module in the place of this one has in common with it."""
     attributes = vars(module)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -96,9 +95,6 @@ def _shared_of(module: nn.Module, parameters: set[int]) -> Iterator[Any]:
     if isinstance(module, SwitchableNorm):
         yield module.selection
     for value in attributes.values():
-        # An LSTM has a list of its parameters besides, in which it replaces them.
-        if isinstance(value, list) and any(id(entry) in parameters for entry in value):
-            yield value
         yield from _tensors_in(value)
 
 

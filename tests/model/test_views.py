@@ -168,9 +168,10 @@ def test_calibration_after_the_view_is_calibration_of_the_view(
     model = anyprec.convert(small_net().eval(), bits=(2, 4, 8), example_input=images[:1])
     first, second = model.view(), model.view()
     anyprec.calibrate(first, [images])
-    model.set_bits(2)
-    second.set_bits(2)
-    assert torch.equal(outputs(second, images), outputs(model, images))
+    for member in (first, second, model):
+        member.set_bits(2)
+    assert torch.equal(outputs(second, images), outputs(first, images))
+    assert torch.equal(outputs(model, images), outputs(first, images))
     assert second.head.input_quantizer.kind == model.head.input_quantizer.kind == "affine"
 
 
@@ -195,6 +196,29 @@ def test_norm_statistics_of_either_serve_both(net: anyprec.ConvertedModel, image
     anyprec.update_norms(fresh, [images * 3], bits="all")
     with net.using_bits(2), fresh.using_bits(2):
         assert torch.equal(outputs(fresh, images), outputs(net, images))
+
+
+def test_statistics_of_uniform_precisions_come_and_go_in_every_view(
+    net: anyprec.ConvertedModel, images: Tensor
+) -> None:
+    view = net.view(2)
+    net.set_bits(2)
+
+    def answer() -> Tensor:
+        # What the network chooses when its precision is set, which the view must have by itself.
+        net.set_bits(2)
+        expected = outputs(net, images)
+        assert torch.equal(outputs(view, images), expected)
+        return expected
+
+    answers = [answer()]
+    net.train()(images)
+    net.eval()
+    answers.append(answer())
+    view.set_bits(2)  # while there are none
+    anyprec.update_norms(net, [images], bits="all")
+    answers.append(answer())
+    assert len({answer.sum().item() for answer in answers}) == 3
 
 
 def test_training_loading_and_replaced_tensors_reach_every_view(
