@@ -72,6 +72,10 @@ class CheckpointError(AnyprecError, ValueError):
     """A checkpoint that is damaged, of another format, or of another network."""
 
 
+class ExportError(AnyprecError, ValueError):
+    """A network, a precision or a target that cannot be exported, or a tool that is missing."""
+
+
 class StaleNormsWarning(UserWarning):
     """A network is evaluated on norm statistics that training has left behind."""
 

@@ -100,6 +100,11 @@ class QuantizedLayer(nn.Module):
         return self._weight_index
 
     @property
+    def input_index(self) -> int:
+        """Index of the input's active candidate; compiled networks never read it either."""
+        return self._input_index
+
+    @property
     def is_intercepted(self) -> bool:
         """Whether its operator must be intercepted."""
         return self._active or bool(self.operand_observers)
