@@ -63,7 +63,23 @@ def fold_constant_weights(graph: fx.GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node in constants and _reads_codes(node):
             _move_into_codes(graph, node)
+    _fold_the_rest(graph)
     clean(graph)
+
+
+def _fold_the_rest(graph: fx.GraphModule) -> None:
+    """Compute whatever else does not depend on the input: position embeddings, masks."""
+    constants = _constant_nodes(graph)
+    values = _Values(graph)
+    for node in list(graph.graph.nodes):
+        if node not in constants or node.op == "get_attr" or is_call(node, DEQUANTIZE):
+            continue
+        if constants.issuperset(node.users) or not isinstance(values.of(node), Tensor):
+            continue
+        with graph.graph.inserting_before(node):
+            held = with_buffer(graph, "constant", values.of(node))
+        held.meta = dict(node.meta)
+        node.replace_all_uses_with(held)
 
 
 def clean(graph: fx.GraphModule) -> None:
@@ -109,7 +125,8 @@ def _constant_nodes(graph: fx.GraphModule) -> set[Node]:
         if node.op == "get_attr":
             constants.add(node)
         elif node.op == "call_function" and constants.issuperset(node.all_input_nodes):
-            constants.add(node)
+            if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+                constants.add(node)
     return constants
 
 
