@@ -45,6 +45,8 @@ _SPLITS = {
 }
 """The same for operators with several results."""
 
+_ASSERTIONS = {_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default}  # noqa: SLF001
+
 
 @torch.no_grad()
 def fold_constant_weights(graph: fx.GraphModule) -> None:
@@ -83,7 +85,10 @@ def _fold_the_rest(graph: fx.GraphModule) -> None:
 
 
 def clean(graph: fx.GraphModule) -> None:
-    """Drop what nothing reads: nodes, parameters and buffers."""
+    """Drop what nothing reads: nodes, parameters and buffers. Assertions of the tracer go, too."""
+    for node in list(graph.graph.nodes):
+        if is_call(node, *_ASSERTIONS):
+            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [*dict(graph.named_parameters()), *dict(graph.named_buffers())]:
