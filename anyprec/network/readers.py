@@ -22,17 +22,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from anyprec.network.calls import storage_of
+from anyprec.network.calls import EXPOSING, METADATA_ONLY, storage_of
 from anyprec.nn.operators import tensors_in
-
-_BLIND = {
-    "empty_like", "full_like", "is_same_size", "new_empty", "new_empty_strided", "new_full",
-    "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like",
-}  # fmt: skip
-"""Functions that take a tensor for its shape and type alone."""
-
-_LEAVING = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
-"""Functions that hand values to what is not torch."""
 
 
 @dataclass
@@ -94,7 +85,7 @@ class Readers(TorchDispatchMode):
         """
         before = self._function, self._is_counted
         self._function, self._is_counted = function_name(func), counted
-        if func in _LEAVING:
+        if func in EXPOSING:
             for path in self._paths_in(arguments):
                 self._note(path, self._function, is_view=False)
         try:
@@ -122,7 +113,7 @@ class Readers(TorchDispatchMode):
                     return result
             result = func(*args, **kwargs)
         name = function_name(func)
-        if name not in _BLIND:
+        if name not in METADATA_ONLY:
             is_view = bool(paths) and _makes_view(func, arguments, result)
             for path in paths:
                 self._note(path, self._function or name, is_view=is_view)
