@@ -24,6 +24,9 @@ from benchmarks.common import records
 _TRAINING = ("drop_rate", "drop_path_rate", "patch_drop_rate", "size")
 """Arguments of the zoo's trials that change nothing here."""
 
+_INTEGER = ("QLinear", "MatMulInteger", "QGemm")
+"""How operators of onnxruntime are named that multiply or add codes."""
+
 
 def networks_of_families(zoo: Path) -> dict[str, str]:
     """The smallest network of each family, by family, from the zoo's results."""
