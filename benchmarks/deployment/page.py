@@ -47,22 +47,22 @@ def families_text(records: Records) -> str:
     lines += [
         f"- `{record['name']}` ({record['family']}): {shortfall(record)}" for record in failed
     ]
-    rows = []
-    for record in sorted(records, key=lambda record: record["family"]):
-        if shortfall(record) is None:
-            rows.append(
-                {
-                    "family": record["family"],
-                    "network": record["name"],
-                    "layers": str(record["layers"]),
-                    "batch": record["batch"],
-                    "difference": f"{record['difference']:.1e}",
-                    "integer operators": str(record["integer_operators"]),
-                    "seconds": f"{record['seconds']:.0f}",
-                }
-            )
+    exported = [record for record in records if shortfall(record) is None]
+    rows = [_family_row(record) for record in sorted(exported, key=lambda record: record["family"])]
     table = pages.markdown(pd.DataFrame(rows), texts=2)
     return "\n".join([*lines, "", table])
+
+
+def _family_row(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "family": record["family"],
+        "network": record["name"],
+        "layers": str(record["layers"]),
+        "batch": record["batch"],
+        "difference": f"{record['difference']:.1e}",
+        "integer operators": str(record["integer_operators"]),
+        "seconds": f"{record['seconds']:.0f}",
+    }
 
 
 def speed_text(records: Records) -> str:
