@@ -118,9 +118,9 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
         source = quantizer_of(node)
         if source is None:
             continue
+        readers = list(node.users)
         with graph.graph.inserting_after(node):
             quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:]))
         quantized.meta = {"val": node.meta.get("val")}
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
-
-
+        for reader in readers:
+            reader.replace_input_with(node, quantized)

@@ -129,10 +129,15 @@ def _constant_nodes(graph: fx.GraphModule) -> set[Node]:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             constants.add(node)
-        elif node.op == "call_function" and constants.issuperset(node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        elif node.op == "call_function":
+            reads_constants = constants.issuperset(node.all_input_nodes)
+            if reads_constants and not _is_random(node):
                 constants.add(node)
     return constants
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _replace_by_codes(
@@ -162,6 +167,7 @@ def _is_dequantized(value: Any) -> bool:
 
 def _move_into_codes(graph: fx.GraphModule, node: Node) -> None:
     """Replace a view of a dequantized weight by the weight of the same view of its codes."""
+
     def view(value: Tensor) -> Tensor:
         function: Any = node.target
         if function is operator.getitem:

@@ -9,25 +9,23 @@ from __future__ import annotations
 import copy
 import io
 import logging
-import os
 import warnings
-from contextlib import contextmanager, redirect_stdout
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import onnx
 import torch
+from onnxscript import opset21 as op
 
 from anyprec.errors import ExportError
-from anyprec.export.extras import require_extra
-from anyprec.export.integers import IntegerGraph
+from anyprec.export.integers import IntegerGraph, to_integers
+from anyprec.export.lowering import Lowered
 from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
 from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
-
-if TYPE_CHECKING:
-    import onnx
 
 OPSET = 21
 """The first opset with codes of four bits."""
@@ -41,16 +39,15 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
         narrowest: Fewest bits that a stored weight may have: 2, 4 or 8. Codes stay as they are.
 
     Raises:
-        ExportError: onnx or onnxscript is missing, or an operator has no ONNX form.
+        ExportError: An operator has no ONNX form.
     """
-    require_extra("onnx", "onnxscript", extra="onnx")
     lowered = network.lowered
     graph = copy.deepcopy(lowered.graph)
     arrange_for_onnx(graph)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if lowered.dynamic_batch else None
     try:
         with torch.no_grad(), _quietly():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 graph,
                 (lowered.example,),
                 dynamo=True,
@@ -64,29 +61,42 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
         lines = str(error).strip().splitlines() or [""]
         msg = f"torch.onnx cannot export this network ({type(error).__name__}: {lines[0]})"
         raise ExportError(msg) from error
-    model = program.model_proto
+    model: onnx.ModelProto = program.model_proto
     merge_pads(model)
     store_narrow_weights(model, narrowest=narrowest)
     return model
 
 
-def write_onnx(model: onnx.ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write an ONNX model; `path` holds the old content or the new one."""
-    import onnx
+def write_onnx_file(lowered: Lowered, path: Path) -> IntegerGraph:
+    """Write the ONNX file of a lowered network.
 
-    target = Path(path)
-    if not target.parent.is_dir():
-        msg = f"cannot write {str(target)!r}: there is no folder {str(target.parent)!r}"
-        raise ExportError(msg)
-    onnx.checker.check_model(model)
-    with replacing(target) as temporary:
-        Path(temporary).write_bytes(model.SerializeToString())
+    Raises:
+        ExportError: as `onnx_model`, or the file cannot be written.
+    """
+    network = to_integers(lowered)
+    write_onnx(onnx_model(network), path)
+    return network
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write a checked ONNX model; `path` holds the old content or the new one.
+
+    Raises:
+        ExportError: It is too large for one file, or cannot be written.
+    """
+    try:
+        onnx.checker.check_model(model)
+        content = model.SerializeToString()
+        with replacing(path) as temporary:
+            Path(temporary).write_bytes(content)
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there "
+        msg += "before is unchanged"
+        raise ExportError(msg) from error
 
 
 def _translations() -> dict[Any, Any]:
     """What ONNX has for our operators."""
-    import onnx
-    from onnxscript import opset21 as op
 
     def scalar(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("value", kind, [], [value]))

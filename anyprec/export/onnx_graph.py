@@ -6,6 +6,8 @@ it is used. Both are arranged here, on the codes, so that no runtime has to move
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
@@ -63,14 +65,18 @@ def _as_matrix_product(graph: fx.GraphModule, linear: Node) -> None:
     floats.
     """
     values, weight, *rest = linear.args
+    weight = cast(Node, weight)
     if not is_call(weight, DEQUANTIZE):
         return
-    codes, scale = (tensor_of(graph, operand) for operand in weight.args[:2])  # type: ignore[union-attr]
+    codes, scale = (tensor_of(graph, operand) for operand in weight.args[:2])
     if scale.ndim == 2:
         scale = scale.t()
     with graph.graph.inserting_before(linear):
-        held = with_buffer(graph, "codes", codes.t().contiguous()), with_buffer(graph, "scale", scale)
-        transposed = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))  # type: ignore[union-attr]
+        held = (
+            with_buffer(graph, "codes", codes.t().contiguous()),
+            with_buffer(graph, "scale", scale),
+        )
+        transposed = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))
         result = graph.graph.call_function(ATEN.matmul.default, (values, transposed))
         if rest and rest[0] is not None:
             bias = _in_floating_point(graph, rest[0])
