@@ -116,7 +116,7 @@ def fused(first: Tensor, second: Tensor, third: Tensor) -> Tensor:
     float32, so that rounding twice is as good as rounding once (Boldo and Melquiond, 2008).
     """
     product = first.double() * second.double()
-    addend = third.double().expand_as(product)
+    product, addend = torch.broadcast_tensors(product, third.double())
     total = product + addend
     # What the sum lost: Knuth's TwoSum.
     virtual = total - product

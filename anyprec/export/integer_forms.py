@@ -19,6 +19,7 @@ from anyprec.export.graphs import (
     Grid,
     Multiplication,
     argument,
+    averages_images,
     grid_of,
     is_call,
     multiplication,
@@ -31,7 +32,7 @@ from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
 from anyprec.nn.channels import rows_of_channels
 
 _PAIRS = {ATEN.add.Tensor: "add", ATEN.mul.Tensor: "multiply"}
-_GLOBAL_POOLS = (ATEN.adaptive_avg_pool1d.default, ATEN.adaptive_avg_pool2d.default)
+_GLOBAL_POOLS = (ATEN.adaptive_avg_pool2d.default, ATEN.mean.dim)
 
 NO_FORM = "it has no integer form"
 _NO_READER = "no quantizer alone reads its result"
@@ -72,7 +73,7 @@ def integer_form(
             return _product_form(graph, product, grids)
         if node.target in _PAIRS:
             return _pair_form(node, grids)
-        if is_call(node, *_GLOBAL_POOLS, ATEN.mean.dim):
+        if is_call(node, *_GLOBAL_POOLS):
             return _global_average_form(node, grids)
         if is_call(node, ATEN.avg_pool2d.default):
             return _window_average_form(node, grids)
@@ -161,29 +162,12 @@ def _pair_form(node: Node, grids: Mapping[Node, Grid]) -> IntegerForm:
 
 def _global_average_form(node: Node, grids: Mapping[Node, Grid]) -> IntegerForm:
     source = _grid(node.args[0], grids, "its input")
-    keepdim = True
-    if is_call(node, ATEN.mean.dim):
-        keepdim = bool(argument(node, 2, "keepdim", default=False))
-        averages_all = _is_spatial(node)
-    else:
-        size = node.args[1]
-        averages_all = all(length == 1 for length in (size if isinstance(size, list) else [size]))
-    if not averages_all:
+    keepdim = averages_images(node)
+    if keepdim is None:
         raise _NoFormError(NO_FORM)
     quantizer = _needed_quantizer(node)
     module = IntegerGlobalAverage(keepdim=keepdim, source=source, target=grid_of(quantizer))
     return IntegerForm(module, (node.args[0],), quantizer)  # type: ignore[arg-type]
-
-
-def _is_spatial(mean: Node) -> bool:
-    """Whether a mean is over all axes but batch and channels of images."""
-    rank = mean.args[0].meta["val"].ndim  # type: ignore[union-attr]
-    axes = {axis % rank for axis in mean.args[1]}  # type: ignore[union-attr, operator, misc]
-    return rank == _IMAGES and axes == set(range(2, rank))
-
-
-_IMAGES = 4
-"""Axes of a batch of images."""
 
 
 def _window_average_form(node: Node, grids: Mapping[Node, Grid]) -> IntegerForm:

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from onnxscript import opset21 as op
 from anyprec.errors import ExportError
 from anyprec.export.integers import IntegerGraph, to_integers
 from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE, arrange_for_onnx
 from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
+
+_LARGEST_WEIGHT = 8
+"""Bits of a weight, at most; biases have more."""
 
 OPSET = 21
 """The first opset with codes of four bits."""
@@ -114,8 +118,15 @@ def _translations() -> dict[Any, Any]:
         return op.DequantizeLinear(codes, step, zero)
 
     def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
-        del bits
-        return op.DequantizeLinear(codes, scale, axis=axis)
+        if bits > _LARGEST_WEIGHT:
+            return op.DequantizeLinear(codes, scale, axis=axis)
+        # onnxruntime runs Linear layers on codes only if their weight has a zero point.
+        shape = list(scale.shape)
+        zeros = onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, shape, [0] * prod(shape))
+        return op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
+
+    def global_average(values: Any) -> Any:
+        return op.GlobalAveragePool(values)
 
     def fake_quantize_weight(operand: Any, scale: Any, bits: int, layer: str) -> Any:
         del layer
@@ -127,6 +138,7 @@ def _translations() -> dict[Any, Any]:
     return {
         FAKE_QUANTIZE: fake_quantize,
         DEQUANTIZE_LINEAR: dequantize_linear,
+        GLOBAL_AVERAGE: global_average,
         FAKE_QUANTIZE_WEIGHT: fake_quantize_weight,
     }
 

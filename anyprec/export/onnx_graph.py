@@ -14,7 +14,14 @@ from torch.fx.node import Node
 
 from anyprec.export.codes import quantize_behind_pools
 from anyprec.export.constants import clean
-from anyprec.export.graphs import ATEN, is_call, multiplication, tensor_of, with_buffer
+from anyprec.export.graphs import (
+    ATEN,
+    averages_images,
+    is_call,
+    multiplication,
+    tensor_of,
+    with_buffer,
+)
 from anyprec.export.operators import DEQUANTIZE
 
 
@@ -41,6 +48,22 @@ def _(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=scale.device)
 
 
+@torch.library.custom_op("anyprec::global_average", mutates_args=())
+def global_average(values: Tensor) -> Tensor:
+    """`GlobalAveragePool` of ONNX, on images: runtimes have it on codes, and no mean.
+
+    Args:
+        values: Of shape `(batch, channels, height, width)`.
+    """
+    return values.mean(dim=(2, 3), keepdim=True)
+
+
+@global_average.register_fake
+def _(values: Tensor) -> Tensor:
+    return values.new_empty(*values.shape[:2], 1, 1)
+
+
+GLOBAL_AVERAGE = torch.ops.anyprec.global_average.default
 DEQUANTIZE_LINEAR = torch.ops.anyprec.dequantize_linear.default
 
 
@@ -48,6 +71,7 @@ DEQUANTIZE_LINEAR = torch.ops.anyprec.dequantize_linear.default
 def arrange_for_onnx(graph: fx.GraphModule) -> None:
     """Bring an integer graph into the form that the writer translates, in place."""
     quantize_behind_pools(graph)
+    _use_global_averages(graph)
     for node in list(graph.graph.nodes):
         product = multiplication(node)
         if product is not None and product.is_linear and node.meta["val"].ndim > 2:
@@ -56,6 +80,20 @@ def arrange_for_onnx(graph: fx.GraphModule) -> None:
         if is_call(node, DEQUANTIZE):
             _with_vector_scale(graph, node)
     clean(graph)
+
+
+def _use_global_averages(graph: fx.GraphModule) -> None:
+    for node in list(graph.graph.nodes):
+        keepdim = averages_images(node)
+        if keepdim is None:
+            continue
+        with graph.graph.inserting_before(node):
+            average = graph.graph.call_function(GLOBAL_AVERAGE, (node.args[0],))
+            if not keepdim:
+                average = graph.graph.call_function(ATEN.flatten.using_ints, (average, 1))
+        average.meta = {"val": node.meta["val"]}
+        node.replace_all_uses_with(average)
+        graph.graph.erase_node(node)
 
 
 def _as_matrix_product(graph: fx.GraphModule, linear: Node) -> None:
