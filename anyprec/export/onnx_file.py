@@ -23,7 +23,7 @@ from onnxscript import opset21 as op
 from anyprec.errors import ExportError
 from anyprec.export.integers import IntegerGraph, to_integers
 from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE, arrange_for_onnx
+from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE, REQUANTIZE, arrange_for_onnx
 from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
@@ -105,17 +105,29 @@ def _translations() -> dict[Any, Any]:
     def scalar(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("value", kind, [], [value]))
 
+    def quantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, *, clip: bool
+    ) -> Any:
+        step = scalar(onnx.TensorProto.FLOAT, scale)
+        zero = scalar(onnx.TensorProto.UINT8, zero_point)
+        codes = op.QuantizeLinear(values, step, zero)
+        if clip:
+            limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
+            codes = op.Clip(codes, *limits)
+        return op.DequantizeLinear(codes, step, zero)
+
     def fake_quantize(
         values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
     ) -> Any:
         del bits, layer
-        step = scalar(onnx.TensorProto.FLOAT, scale)
-        zero = scalar(onnx.TensorProto.UINT8, zero_point)
-        codes = op.QuantizeLinear(values, step, zero)
-        if low > 0 or high < 255:
-            limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
-            codes = op.Clip(codes, *limits)
-        return op.DequantizeLinear(codes, step, zero)
+        return quantize(values, scale, zero_point, low, high, clip=low > 0 or high < 255)
+
+    def requantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    ) -> Any:
+        del bits, layer
+        # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
+        return quantize(values, scale, zero_point, low, high, clip=True)
 
     def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
         if bits > _LARGEST_WEIGHT:
@@ -137,6 +149,7 @@ def _translations() -> dict[Any, Any]:
 
     return {
         FAKE_QUANTIZE: fake_quantize,
+        REQUANTIZE: requantize,
         DEQUANTIZE_LINEAR: dequantize_linear,
         GLOBAL_AVERAGE: global_average,
         FAKE_QUANTIZE_WEIGHT: fake_quantize_weight,

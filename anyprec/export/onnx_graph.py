@@ -17,12 +17,14 @@ from anyprec.export.constants import clean
 from anyprec.export.graphs import (
     ATEN,
     averages_images,
+    grid_of,
     is_call,
     multiplication,
+    quantizer_of,
     tensor_of,
     with_buffer,
 )
-from anyprec.export.operators import DEQUANTIZE
+from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
 
 
 @torch.library.custom_op("anyprec::dequantize_linear", mutates_args=())
@@ -46,6 +48,26 @@ def dequantize_linear(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Ten
 def _(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
     del axis, bits
     return torch.empty(codes.shape, dtype=scale.dtype, device=scale.device)
+
+
+@torch.library.custom_op("anyprec::requantize", mutates_args=())
+def requantize(
+    values: Tensor, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+) -> Tensor:
+    """`fake_quantize` of what is on another grid; the writer marks it for onnxruntime."""
+    result: Tensor = FAKE_QUANTIZE(values, scale, zero_point, low, high, bits, layer)
+    return result
+
+
+@requantize.register_fake
+def _(
+    values: Tensor, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+) -> Tensor:
+    del scale, zero_point, low, high, bits, layer
+    return torch.empty_like(values)
+
+
+REQUANTIZE = torch.ops.anyprec.requantize.default
 
 
 @torch.library.custom_op("anyprec::global_average", mutates_args=())
@@ -77,9 +99,22 @@ def arrange_for_onnx(graph: fx.GraphModule) -> None:
         if product is not None and product.is_linear and node.meta["val"].ndim > 2:
             _as_matrix_product(graph, node)
     for node in list(graph.graph.nodes):
+        if _requantizes(node):
+            node.target = REQUANTIZE
         if is_call(node, DEQUANTIZE):
             _with_vector_scale(graph, node)
     clean(graph)
+
+
+def _requantizes(node: Node) -> bool:
+    """Whether a node quantizes what is on another grid already."""
+    if not is_call(node, FAKE_QUANTIZE):
+        return False
+    before = quantizer_of(node.args[0])
+    if before is None:
+        return False
+    grids = grid_of(node), grid_of(before)
+    return len({(grid.scale, grid.zero_point) for grid in grids}) > 1
 
 
 def _use_global_averages(graph: fx.GraphModule) -> None:
