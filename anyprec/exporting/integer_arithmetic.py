@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from anyprec.export.graphs import Grid
+from anyprec.exporting.graphs import Grid
 from anyprec.nn.channels import Axis, rows_of_channels
 
 EXACT_FLOAT32 = 2**24

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
-from anyprec.export.graphs import (
+from anyprec.exporting.graphs import (
     ATEN,
     Grid,
     Multiplication,
@@ -26,9 +26,9 @@ from anyprec.export.graphs import (
     only_reader,
     tensor_of,
 )
-from anyprec.export.integer_layers import IntegerPair, IntegerProduct
-from anyprec.export.integer_pools import IntegerGlobalAverage, IntegerWindowAverage
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
+from anyprec.exporting.integer_layers import IntegerPair, IntegerProduct
+from anyprec.exporting.integer_pools import IntegerGlobalAverage, IntegerWindowAverage
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 from anyprec.nn.channels import rows_of_channels
 
 _PAIRS = {ATEN.add.Tensor: "add", ATEN.mul.Tensor: "multiply"}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.codes import quantize_behind_pools
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.codes import quantize_behind_pools
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     ATEN,
     averages_images,
     grid_of,
@@ -24,7 +24,7 @@ from anyprec.export.graphs import (
     tensor_of,
     with_buffer,
 )
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 
 
 @torch.library.custom_op("anyprec::dequantize_linear", mutates_args=())

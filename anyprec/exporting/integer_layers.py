@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.errors import ExportError
-from anyprec.export.graphs import Grid
-from anyprec.export.integer_arithmetic import (
+from anyprec.exporting.graphs import Grid
+from anyprec.exporting.integer_arithmetic import (
     CODES,
     EXACT_FLOAT32,
     LARGEST_INT32,

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node
 
 from anyprec.errors import ExportError
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     ARRANGING,
     ATEN,
     MAX_POOLS,
@@ -27,9 +27,9 @@ from anyprec.export.graphs import (
     multiplication,
     only_reader,
 )
-from anyprec.export.integer_forms import IntegerForm, integer_form
-from anyprec.export.integer_layers import Dequantize, Quantize
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
+from anyprec.exporting.integer_forms import IntegerForm, integer_form
+from anyprec.exporting.integer_layers import Dequantize, Quantize
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 
 INTEGERS, FLOATING = "integers", "floating point"
 """What an operator computes with."""

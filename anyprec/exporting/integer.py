@@ -16,15 +16,15 @@ from torch import Tensor, fx, nn
 
 from anyprec.bits import BitConfig
 from anyprec.errors import TrainingError
-from anyprec.export.integer_rewriting import (
+from anyprec.exporting.integer_rewriting import (
     FLOATING,
     INTEGERS,
     OperatorPlace,
     in_codes,
     quantize_before_views,
 )
-from anyprec.export.integers import IntegerGraph, to_integers
-from anyprec.export.lowering import lower
+from anyprec.exporting.integers import IntegerGraph, to_integers
+from anyprec.exporting.lowering import lower
 from anyprec.model.converted import BitsRequest, ConvertedModel
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from anyprec.export.graphs import Grid
-from anyprec.export.integer_arithmetic import codes_of, float32, whole_numbers
-from anyprec.export.integer_layers import described
+from anyprec.exporting.graphs import Grid
+from anyprec.exporting.integer_arithmetic import codes_of, float32, whole_numbers
+from anyprec.exporting.integer_layers import described
 
 
 class IntegerGlobalAverage(nn.Module):
