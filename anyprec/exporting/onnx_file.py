@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from onnxscript import opset21 as op
 from anyprec.errors import ExportError
 from anyprec.exporting.integers import IntegerGraph, to_integers
 from anyprec.exporting.lowering import Lowered
-from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE, REQUANTIZE, arrange_for_onnx
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
+
+_LARGEST_WEIGHT = 8
+"""Bits of a weight, at most; biases have more."""
 
 OPSET = 21
 """The first opset with codes of four bits."""
@@ -115,21 +119,40 @@ def _translations() -> dict[Any, Any]:
     def scalar(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("value", kind, [], [value]))
 
-    def fake_quantize(
-        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    def quantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, *, clip: bool
     ) -> Any:
-        del bits, layer
         step = scalar(onnx.TensorProto.FLOAT, scale)
         zero = scalar(onnx.TensorProto.UINT8, zero_point)
         codes = op.QuantizeLinear(values, step, zero)
-        if low > 0 or high < 255:
+        if clip:
             limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
             codes = op.Clip(codes, *limits)
         return op.DequantizeLinear(codes, step, zero)
 
+    def fake_quantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    ) -> Any:
+        del bits, layer
+        return quantize(values, scale, zero_point, low, high, clip=low > 0 or high < 255)
+
+    def requantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    ) -> Any:
+        del bits, layer
+        # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
+        return quantize(values, scale, zero_point, low, high, clip=True)
+
     def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
-        del bits
-        return op.DequantizeLinear(codes, scale, axis=axis)
+        if bits > _LARGEST_WEIGHT:
+            return op.DequantizeLinear(codes, scale, axis=axis)
+        # onnxruntime runs Linear layers on codes only if their weight has a zero point.
+        shape = list(scale.shape)
+        zeros = onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, shape, [0] * prod(shape))
+        return op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
+
+    def global_average(values: Any) -> Any:
+        return op.GlobalAveragePool(values)
 
     def fake_quantize_weight(operand: Any, scale: Any, bits: int, layer: str) -> Any:
         del layer
@@ -140,7 +163,9 @@ def _translations() -> dict[Any, Any]:
 
     return {
         FAKE_QUANTIZE: fake_quantize,
+        REQUANTIZE: requantize,
         DEQUANTIZE_LINEAR: dequantize_linear,
+        GLOBAL_AVERAGE: global_average,
         FAKE_QUANTIZE_WEIGHT: fake_quantize_weight,
     }
 
