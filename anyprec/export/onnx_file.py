@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import opset21 as op
+from torch import Tensor, fx
 
 from anyprec.errors import ExportError
 from anyprec.export.integers import IntegerGraph, to_integers
@@ -25,6 +26,7 @@ from anyprec.export.lowering import Lowered
 from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
 from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.export.points import codes_name
 from anyprec.runtime.storage import replacing
 
 OPSET = 21
@@ -44,16 +46,38 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     lowered = network.lowered
     graph = copy.deepcopy(lowered.graph)
     arrange_for_onnx(graph)
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if lowered.dynamic_batch else None
+    model = translated(
+        graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
+    )
+    merge_pads(model)
+    store_narrow_weights(model, narrowest=narrowest)
+    return model
+
+
+def translated(
+    graph: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, layers: Container[str] = ()
+) -> onnx.ModelProto:
+    """The ONNX model of a graph, as torch's exporter makes it.
+
+    Args:
+        graph: Of torch's operators, and of ours in the form that ONNX has.
+        example: A batch that it accepts.
+        dynamic_batch: Accept batches of any size.
+        layers: Paths of the quantized layers, after which codes are named.
+
+    Raises:
+        ExportError: An operator has no ONNX form.
+    """
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad(), _quietly():
             program: Any = torch.onnx.export(
                 graph,
-                (lowered.example,),
+                (example,),
                 dynamo=True,
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
-                custom_translation_table=_translations(),
+                custom_translation_table=_translations(layers),
                 input_names=["images"],
                 verbose=False,
             )
@@ -62,8 +86,6 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
         msg = f"torch.onnx cannot export this network ({type(error).__name__}: {lines[0]})"
         raise ExportError(msg) from error
     model: onnx.ModelProto = program.model_proto
-    merge_pads(model)
-    store_narrow_weights(model, narrowest=narrowest)
     return model
 
 
@@ -95,7 +117,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         raise ExportError(msg) from error
 
 
-def _translations() -> dict[Any, Any]:
+def _translations(layers: Container[str]) -> dict[Any, Any]:
     """What ONNX has for our operators."""
 
     def scalar(kind: int, value: float) -> Any:
@@ -104,13 +126,14 @@ def _translations() -> dict[Any, Any]:
     def fake_quantize(
         values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
     ) -> Any:
-        del bits, layer
+        del bits
         step = scalar(onnx.TensorProto.FLOAT, scale)
         zero = scalar(onnx.TensorProto.UINT8, zero_point)
         codes = op.QuantizeLinear(values, step, zero)
         if low > 0 or high < 255:
             limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
             codes = op.Clip(codes, *limits)
+        codes.name = codes_name(layer, layers)
         return op.DequantizeLinear(codes, step, zero)
 
     def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
