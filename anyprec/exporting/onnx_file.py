@@ -21,12 +21,12 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx
 
 from anyprec.errors import ExportError
-from anyprec.export.integers import IntegerGraph, to_integers
-from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
-from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
-from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
-from anyprec.export.points import codes_name
+from anyprec.exporting.integers import IntegerGraph, to_integers
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
+from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.points import codes_name
 from anyprec.runtime.storage import replacing
 
 OPSET = 21

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from anyprec.bits import BitConfig
 from anyprec.errors import BatchError
-from anyprec.export.float_network import write_float_network
-from anyprec.export.integers import to_integers
-from anyprec.export.lowering import Lowered, lower
-from anyprec.export.parity_codes import CodeComparison
-from anyprec.export.parity_images import Piece, pieces_of
-from anyprec.export.parity_logits import Outputs, compare_logits, joined
-from anyprec.export.parity_report import ParityReport, SpeedParity
-from anyprec.export.reference import Reference, first_output
-from anyprec.export.runtimes import Runtime, load_in_runtime
-from anyprec.export.timing import median_times
-from anyprec.export.writing import Exported, size_of
+from anyprec.exporting.float_network import write_float_network
+from anyprec.exporting.integers import to_integers
+from anyprec.exporting.lowering import Lowered, lower
+from anyprec.exporting.parity_codes import CodeComparison
+from anyprec.exporting.parity_images import Piece, pieces_of
+from anyprec.exporting.parity_logits import Outputs, compare_logits, joined
+from anyprec.exporting.parity_report import ParityReport, SpeedParity
+from anyprec.exporting.reference import Reference, first_output
+from anyprec.exporting.runtimes import Runtime, load_in_runtime
+from anyprec.exporting.timing import median_times
+from anyprec.exporting.writing import Exported, size_of
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch
 

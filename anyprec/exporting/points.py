@@ -12,8 +12,8 @@ from collections.abc import Container
 from torch import fx
 from torch.fx.node import Node
 
-from anyprec.export.graphs import is_call
-from anyprec.export.operators import FAKE_QUANTIZE
+from anyprec.exporting.graphs import is_call
+from anyprec.exporting.operators import FAKE_QUANTIZE
 
 _REPEATED = ":"
 """Between a path and the number of the call, from the second one on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import BatchError
-from anyprec.export.parity_report import LogitParity
+from anyprec.exporting.parity_report import LogitParity
 
 _SHOWN = 5000
 """Pairs of logits that a report keeps to plot them."""

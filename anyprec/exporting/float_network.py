@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anyprec.export.extras import require_extra
-from anyprec.export.lowering import traced
+from anyprec.exporting.extras import require_extra
+from anyprec.exporting.lowering import traced
 from anyprec.model.conversion import revert
 from anyprec.model.converted import ConvertedModel
 
@@ -31,7 +31,7 @@ def write_float_network(
         PackedError: It has integer codes only.
     """
     require_extra("onnx", "onnxscript", extra="onnx")
-    from anyprec.export.onnx_file import translated, write_onnx  # noqa: PLC0415 (optional)
+    from anyprec.exporting.onnx_file import translated, write_onnx  # noqa: PLC0415 (optional)
 
     network = copy.deepcopy(model).cpu().eval()
     network.set_bits(None)
@@ -41,7 +41,7 @@ def write_float_network(
     translation = translated(graph, example, dynamic_batch=dynamic_batch)
     if path.suffix == ".xml":
         require_extra("openvino", extra="openvino")
-        from anyprec.export.openvino_file import write_ir  # noqa: PLC0415 (optional)
+        from anyprec.exporting.openvino_file import write_ir  # noqa: PLC0415 (optional)
 
         write_ir(translation, path)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import ExportError
-from anyprec.export.extras import require_extra
+from anyprec.exporting.extras import require_extra
 
 
 class Runtime(ABC):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from anyprec.export.codes import quantize_behind_pools, simplify_quantizers
-from anyprec.export.graphs import Grid, grid_of, is_call
-from anyprec.export.lowering import Lowered
-from anyprec.export.operators import FAKE_QUANTIZE
-from anyprec.export.points import point_of, quantizers_of
+from anyprec.exporting.codes import quantize_behind_pools, simplify_quantizers
+from anyprec.exporting.graphs import Grid, grid_of, is_call
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.operators import FAKE_QUANTIZE
+from anyprec.exporting.points import point_of, quantizers_of
 
 
 @dataclass(frozen=True, eq=False)

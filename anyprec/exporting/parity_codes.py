@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from anyprec.errors import ExportError
-from anyprec.export.graphs import Grid
-from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_codes import (
+from anyprec.exporting.graphs import Grid
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.onnx_codes import (
     given_name,
     read_onnx,
     taking_codes,
     telling_codes,
     values_of,
 )
-from anyprec.export.parity_report import CodeParity
-from anyprec.export.points import codes_name, layer_of
-from anyprec.export.reference import PointValues
-from anyprec.export.runtimes import OnnxRuntime
+from anyprec.exporting.parity_report import CodeParity
+from anyprec.exporting.points import codes_name, layer_of
+from anyprec.exporting.reference import PointValues
+from anyprec.exporting.runtimes import OnnxRuntime
 
 
 class CodeComparison:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from anyprec.bits import BitConfig
-from anyprec.export.biases import RaisedScale
+from anyprec.exporting.biases import RaisedScale
 from anyprec.report.agreement import agreement_plot
 from anyprec.runtime.tables import TableContent
 
