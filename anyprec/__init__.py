@@ -29,6 +29,9 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.parity import check_export
+from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
 from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
@@ -86,6 +89,7 @@ __all__ = [
     "Candidates",
     "CheckpointError",
     "CheckpointInfo",
+    "CodeParity",
     "ConfigNote",
     "ConversionError",
     "ConvertSettings",
@@ -106,6 +110,7 @@ __all__ = [
     "InstabilitySampler",
     "LayerCandidates",
     "LayerCost",
+    "LogitParity",
     "LossTerm",
     "MeasuredConfig",
     "Mixup",
@@ -117,14 +122,17 @@ __all__ = [
     "OneShot",
     "PackedCoding",
     "PackedError",
+    "ParityReport",
     "PrecisionError",
     "QuantizedLayer",
+    "RaisedScale",
     "Recipe",
     "SamplerLike",
     "SandwichSampler",
     "SearchError",
     "SearchNorms",
     "SearchResult",
+    "SpeedParity",
     "StaleNormsWarning",
     "StoredLayer",
     "Summary",
@@ -137,6 +145,7 @@ __all__ = [
     "UserCost",
     "WeightQuantizer",
     "calibrate",
+    "check_export",
     "convert",
     "cost_model",
     "cost_of",

@@ -84,13 +84,13 @@ def export(
         path=file,
         target=target,
         config=lowered.config,
-        size=_size(file),
+        size=size_of(file),
         floating=lowered.floating,
         raised=network.raised,
     )
 
 
-def _size(file: Path) -> int:
+def size_of(file: Path) -> int:
     """Bytes of a file, and of the weights that some formats put beside it."""
     beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else []
     return sum(each.stat().st_size for each in (file, *beside))
