@@ -20,6 +20,7 @@ from anyprec.model.classifier import ConvertedClassifier
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.intact import Structure
+from anyprec.model.kinds import with_kinds
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
 from anyprec.model.precision import ActivePrecision
@@ -132,6 +133,8 @@ def apply_settings(
         ConversionError: A pattern matches nothing, no layer is left to quantize, or a module has
             something of its own under a name that conversion takes. The model is left as it was.
     """
+    if settings.pairs is not None:
+        facts = with_kinds(model, facts)
     coverage = select_layers(model, settings, facts)
     paths = quantized_paths(coverage)
     owners = _functional_uses(model, facts, paths)
@@ -182,12 +185,19 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
         axis = _output_axis(model, facts) if per_channel else None
-        quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
+        quantize_parameter(
+            model.get_submodule(holder), name, candidates, axis=axis, rule=settings.grid_rule
+        )
     else:
         layer = model.get_submodule(facts.path)
         axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
-            layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
+            layer,
+            candidates,
+            nonnegative=facts.nonnegative,
+            axis=axis,
+            dynamic=facts.dynamic,
+            rule=settings.grid_rule,
         )
 
 
