@@ -164,9 +164,7 @@ def revert(model: nn.Module) -> None:
     A float model is left as it is.
     """
     if isinstance(model, ConvertedModel):
-        for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
-            vars(model).pop(name, None)
-        despecialize(model)
+        restore_class(model)
     for module in list(model.modules()):
         # A module may be an owner and a quantized layer; it was made an owner last.
         if isinstance(module, FunctionalOwner):
@@ -177,6 +175,13 @@ def revert(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, QuantizedParameter):
             restore_parameters(module.holder)
+
+
+def restore_class(model: ConvertedModel) -> None:
+    """Give a converted model its own class back, in place; its layers and norms stay converted."""
+    for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
+        vars(model).pop(name, None)
+    despecialize(model)
 
 
 def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) -> None:

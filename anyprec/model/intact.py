@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -21,6 +21,8 @@ from anyprec.nn.owners import FunctionalOwner
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
     from anyprec.model.record import ConversionRecord
+
+_Part = TypeVar("_Part", QuantizedLayer, SwitchableNorm, FunctionalOwner)
 
 _Slot = tuple[dict[str, Any], str, nn.Module]
 """Children of a module, the name of one, and the module that it was."""
@@ -114,26 +116,27 @@ def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+_REMEDY_FOR_LAYERS = (
+    "merge branches and replace layers before anyprec.convert, or use the model's reset_classifier"
+)
+
+_REMEDY_FOR_NORMS = (
+    "convert norms (SyncBatchNorm, frozen norms) and merge branches before anyprec.convert"
+)
+
+
 def _look_through(model: ConvertedModel) -> Parts:
     record = model.anyprec_record
     layers: dict[str, QuantizedLayer] = {}
     norms: dict[str, SwitchableNorm] = {}
     slots: dict[tuple[int, str], _Slot] = {}
     for path in record.quantized:
-        layer = submodule_or_none(model, path)
-        if not isinstance(layer, QuantizedLayer):
-            remedy = "merge branches and replace layers before anyprec.convert, or use the model's "
-            remedy += "reset_classifier"
-            _refuse(f"layer {path!r}", layer, remedy)
-        layers[path] = layer
+        layers[path] = _required(
+            model, path, QuantizedLayer, noun="layer", remedy=_REMEDY_FOR_LAYERS
+        )
         _require_owner(model, path)
     for path in record.norms:
-        norm = submodule_or_none(model, path)
-        if not isinstance(norm, SwitchableNorm):
-            remedy = "convert norms (SyncBatchNorm, frozen norms) and merge branches before "
-            remedy += "anyprec.convert"
-            _refuse(f"norm {path!r}", norm, remedy)
-        norms[path] = norm
+        norms[path] = _required(model, path, SwitchableNorm, noun="norm", remedy=_REMEDY_FOR_NORMS)
     for path in (*layers, *norms):
         _note_slots(model, path, slots)
     return Parts(layers, norms, record, model._modules, list(slots.values()))  # noqa: SLF001
@@ -142,17 +145,24 @@ def _look_through(model: ConvertedModel) -> Parts:
 def _require_owner(model: ConvertedModel, path: str) -> None:
     """Require that a weight used without a call is still used by the module that quantizes it."""
     owner_path = model.anyprec_record.facts.layers[path].owner
-    if owner_path is None:
-        return
-    owner = submodule_or_none(model, owner_path)
-    if not isinstance(owner, FunctionalOwner):
+    if owner_path is not None:
         remedy = f"it quantized the layer {path!r}: replace modules before anyprec.convert"
-        _refuse(f"module {owner_path!r}", owner, remedy)
+        _required(model, owner_path, FunctionalOwner, noun="module", remedy=remedy)
 
 
-def _refuse(subject: str, present: nn.Module | None, remedy: str) -> NoReturn:
-    change = "removed" if present is None else f"replaced by a {type(present).__name__}"
-    msg = f"{subject} was {change} after conversion: {remedy}"
+def _required(
+    model: ConvertedModel, path: str, kind: type[_Part], *, noun: str, remedy: str
+) -> _Part:
+    """The module at `path`, which conversion gave this class.
+
+    Raises:
+        ConversionError: It was replaced or removed.
+    """
+    module = submodule_or_none(model, path)
+    if isinstance(module, kind):
+        return module
+    change = "removed" if module is None else f"replaced by a {type(module).__name__}"
+    msg = f"{noun} {path!r} was {change} after conversion: {remedy}"
     raise ConversionError(msg)
 
 
