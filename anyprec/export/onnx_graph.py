@@ -69,7 +69,10 @@ def _as_matrix_product(graph: fx.GraphModule, linear: Node) -> None:
     if scale.ndim == 2:
         scale = scale.t()
     with graph.graph.inserting_before(linear):
-        held = with_buffer(graph, "codes", codes.t().contiguous()), with_buffer(graph, "scale", scale)
+        held = (
+            with_buffer(graph, "codes", codes.t().contiguous()),
+            with_buffer(graph, "scale", scale),
+        )
         transposed = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))  # type: ignore[union-attr]
         result = graph.graph.call_function(ATEN.matmul.default, (values, transposed))
         if rest and rest[0] is not None:

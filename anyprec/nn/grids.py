@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 ActivationGrid = Literal["affine", "symmetric", "signed"]
 """Where real zero may lie among the codes of an input.
@@ -19,6 +19,12 @@ negative, in the middle of the others' codes. `"signed"`: in the middle of all.
 
 ActivationScale = Literal["any", "power-of-two"]
 """Which step sizes an input may have."""
+
+ACTIVATION_GRIDS: tuple[ActivationGrid, ...] = get_args(ActivationGrid)
+"""The loosest first: a target that takes one takes those after it."""
+
+ACTIVATION_SCALES: tuple[ActivationScale, ...] = get_args(ActivationScale)
+"""As `ACTIVATION_GRIDS`."""
 
 
 @dataclass(frozen=True)
