@@ -19,7 +19,7 @@ import torch
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
-from anyprec.bits import BitConfig, Bits
+from anyprec.bits import BitConfig
 from anyprec.checkpoint.entries import (
     MAX_INTEGER,
     Count,
@@ -251,11 +251,6 @@ def _from_json(expected: type, raw: Any) -> Any:
             msg = "expected an object of precisions such as 'W4A6'"
             raise TypeError(msg)
         return BitConfig(raw)
-    if expected is Bits:
-        if not isinstance(raw, str):
-            msg = "expected a precision such as 'W4A6'"
-            raise TypeError(msg)
-        return Bits.parse(raw)
     if not isinstance(raw, str) or raw not in _DTYPES:
         msg = f"{raw!r:.40} is no dtype of a checkpoint, expected one of {', '.join(_DTYPES)}"
         raise ValueError(msg)
@@ -265,8 +260,6 @@ def _from_json(expected: type, raw: Any) -> Any:
 def _to_json(value: Any) -> Any:
     if isinstance(value, BitConfig):
         return value.to_json()
-    if isinstance(value, Bits):
-        return str(value)
     return str(value).removeprefix("torch.")
 
 

@@ -29,6 +29,8 @@ Length = Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
 _BitWidth = Annotated[int, Meta(ge=MIN_BITS, le=MAX_BITS)]
 _BitWidths = Annotated[tuple[_BitWidth, ...], Meta(min_length=1)]
 
+_Precision = Annotated[str, Meta(pattern=r"^W[2-8]A[2-8]$")]
+
 
 class Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """A JSON object with exactly the fields of its class."""
@@ -37,10 +39,10 @@ class Entry(Struct, frozen=True, forbid_unknown_fields=True):
 class PairsEntry(Entry, frozen=True):
     """The fields of `LayerPairs`."""
 
-    convolution: tuple[Bits, ...]
-    depthwise: tuple[Bits, ...]
-    linear: tuple[Bits, ...]
-    other: tuple[Bits, ...]
+    convolution: tuple[_Precision, ...]
+    depthwise: tuple[_Precision, ...]
+    linear: tuple[_Precision, ...]
+    other: tuple[_Precision, ...]
 
 
 class SettingsEntry(Entry, frozen=True, kw_only=True, omit_defaults=True):
@@ -95,7 +97,8 @@ def settings_entry(settings: ConvertSettings) -> SettingsEntry:
     """The entry of these settings."""
     fields = dict(vars(settings))
     if settings.pairs is not None:
-        fields["pairs"] = PairsEntry(**vars(settings.pairs))
+        pairs = vars(settings.pairs)
+        fields["pairs"] = PairsEntry(**{kind: tuple(map(str, pairs[kind])) for kind in pairs})
     return SettingsEntry(**fields)
 
 
@@ -103,7 +106,10 @@ def settings_of(entry: SettingsEntry) -> ConvertSettings:
     """The settings of an entry."""
     fields = asdict(entry)
     if entry.pairs is not None:
-        fields["pairs"] = LayerPairs(**asdict(entry.pairs))
+        pairs = asdict(entry.pairs)
+        fields["pairs"] = LayerPairs(
+            **{kind: tuple(map(Bits.parse, pairs[kind])) for kind in pairs}
+        )
     return ConvertSettings(**fields)
 
 
