@@ -106,8 +106,8 @@ def hardware(name: str) -> Hardware:
 
     Example:
         >>> target = hardware("litert")
-        >>> [str(bits) for bits in target.pairs.convolution]
-        ['W4A8', 'W8A8']
+        >>> print(*target.pairs.convolution)
+        W4A8 W8A8
         >>> target.unavailable["depthwise"]
         ('W8A16',)
     """

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from anyprec.errors import BitsError, ConversionError, HardwareError
 from anyprec.model import presets
 from anyprec.model.hardware import read_table
 from anyprec.model.pairs import nearest_pair
+from benchmarks.hardware import page
 
 ENTRY = """
 [chip]
@@ -133,6 +135,18 @@ def test_an_unknown_target_is_named_with_the_closest_one() -> None:
 
 def test_the_table_is_part_of_the_package() -> None:
     assert resources.files("anyprec.model").joinpath("hardware.toml").is_file()
+
+
+def test_the_documentation_shows_the_table_as_it_is() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.in_page(text) == page.rendered(), "run python -m benchmarks.hardware.page"
+    for name in anyprec.hardware_names():
+        target = anyprec.hardware(name)
+        for part in (target.title, target.route, target.notes, target.unchecked, target.evidence):
+            assert part in text
+        for source in target.sources:
+            assert f"[{source.title}]({source.url})" in text
+    assert "| [`litert`](#litert) | W4/8 A8 | W8 A8 | W4/8 A8 | W8 A8 | per-channel |" in text
 
 
 def test_the_nearest_pair_is_the_higher_of_equals() -> None:
@@ -335,6 +349,21 @@ def test_kinds_of_layers_are_read_off_their_class() -> None:
         "recurrent.matrices.weight_hh_l0": "other",
         "fc": "linear",
     }
+
+
+def test_a_new_classifier_keeps_rule_and_kind() -> None:
+    model = anyprec.convert(
+        timm.create_model("test_resnet", num_classes=5).eval(),
+        hardware="imx500",
+        example_input=torch.randn(1, 3, 64, 64),
+    )
+    model.reset_classifier(7)
+    assert model.fc.input_quantizer.rule == anyprec.GridRule("symmetric", "power-of-two")
+    assert model.anyprec_record.facts.layers["fc"].kind == "linear"
+    images = torch.randn(2, 3, 64, 64)
+    anyprec.calibrate(model, [images])
+    assert anyprec.grid_problems(model, "imx500") == {}
+    assert model(images).shape == (2, 7)
 
 
 # --- Problems
