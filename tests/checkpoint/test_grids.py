@@ -64,8 +64,16 @@ def test_loading_keeps_rules_pairs_and_results(
     assert [row.reason for row in loaded.coverage] == [row.reason for row in powers.coverage]
 
 
-def test_what_has_its_default_is_not_written(model: anyprec.ConvertedModel, path: Path) -> None:
-    _, text = read_file(path)
+def test_what_has_its_default_is_not_written(
+    plain: Callable[[], nn.Module], batch: Tensor, tmp_path: Path
+) -> None:
+    # Another string object than the default of the class.
+    any_grid, any_scale = "".join(("aff", "ine")), "".join(("a", "ny"))
+    model = anyprec.convert(
+        plain(), activation_grid=any_grid, activation_scale=any_scale, example_input=batch
+    )
+    anyprec.save(model, tmp_path / "net")
+    _, text = read_file(tmp_path / "net")
     document = json.loads(text)
     assert not {"activation_grid", "activation_scale", "hardware", "pairs"} & set(
         document["settings"]

@@ -335,9 +335,12 @@ def test_kinds_of_layers_are_read_off_their_class() -> None:
         Kinds().eval(),
         bits=(4,),
         first_last_bits=None,
+        activation_grid="signed",
         example_input=torch.randn(1, 4, 4, 4),
     )
     anyprec.calibrate(model, [torch.randn(2, 4, 4, 4)])
+    for layer in model.quantized_layers.values():  # bare parameters among them
+        assert layer.input_quantizer.rule.grid == layer.input_quantizer.kind == "signed"
     problems = anyprec.hardware_problems(model, 4, "litert")
     assert {path: problem.kind for path, problem in problems.items()} == {
         "grouped": "convolution",
