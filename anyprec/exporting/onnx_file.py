@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from anyprec.errors import ExportError
-from anyprec.export.extras import require_extra
-from anyprec.export.integers import IntegerGraph
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
-from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
-from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.extras import require_extra
+from anyprec.exporting.integers import IntegerGraph
+from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
+from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
 
 if TYPE_CHECKING:

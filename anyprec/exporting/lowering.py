@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
-from anyprec.export.constants import fold_constant_weights
-from anyprec.export.deployed import deployed_copy
+from anyprec.exporting.constants import fold_constant_weights
+from anyprec.exporting.deployed import deployed_copy
 from anyprec.model.checks import require_values
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 
@@ -63,7 +63,7 @@ def lower(
 
     Example:
         >>> import timm, torch, anyprec
-        >>> from anyprec.export.lowering import lower
+        >>> from anyprec.exporting.lowering import lower
         >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
         >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
         >>> lowered = lower(model, 4)
