@@ -19,6 +19,7 @@ from anyprec.errors import (
     CheckpointError,
     ConversionError,
     ExportError,
+    HardwareError,
     InputSizeWarning,
     NegativeInputWarning,
     NotCalibratedError,
@@ -37,10 +38,24 @@ from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
 from anyprec.model.costing import cost_model, cost_of
+from anyprec.model.fitting import HardwareProblem, grid_problems, hardware_problems
+from anyprec.model.hardware import (
+    Evidence,
+    ExportTarget,
+    Hardware,
+    HardwareSource,
+    Placement,
+    WeightGranularity,
+    hardware,
+    hardware_names,
+)
+from anyprec.model.pairs import LayerPairs
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
 from anyprec.model.trust import trust_weights
+from anyprec.network.facts import LayerKind
 from anyprec.nn.channels import GroupedAxis
+from anyprec.nn.grids import ActivationGrid, ActivationScale, GridRule
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -71,6 +86,8 @@ from anyprec.training.training_path import Criterion, LossTerm, TrainingPath
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationGrid",
+    "ActivationScale",
     "AllowedBits",
     "AnyprecError",
     "Architecture",
@@ -100,16 +117,25 @@ __all__ = [
     "Coverage",
     "Criterion",
     "EpochRecord",
+    "Evidence",
     "ExportError",
+    "ExportTarget",
     "Exported",
     "FeaturePoint",
+    "GridRule",
     "GroupedAxis",
+    "Hardware",
+    "HardwareError",
+    "HardwareProblem",
+    "HardwareSource",
     "InputQuantizer",
     "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
     "LayerCandidates",
     "LayerCost",
+    "LayerKind",
+    "LayerPairs",
     "LogitParity",
     "LossTerm",
     "MeasuredConfig",
@@ -123,6 +149,7 @@ __all__ = [
     "PackedCoding",
     "PackedError",
     "ParityReport",
+    "Placement",
     "PrecisionError",
     "QuantizedLayer",
     "RaisedScale",
@@ -143,6 +170,7 @@ __all__ = [
     "Uncounted",
     "UniformSampler",
     "UserCost",
+    "WeightGranularity",
     "WeightQuantizer",
     "calibrate",
     "check_export",
@@ -151,6 +179,10 @@ __all__ = [
     "cost_of",
     "export",
     "fit",
+    "grid_problems",
+    "hardware",
+    "hardware_names",
+    "hardware_problems",
     "inspect",
     "load",
     "param_groups",
