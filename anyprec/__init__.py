@@ -29,6 +29,8 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
+from anyprec.export.integer import IntegerNetwork, integer
+from anyprec.export.integer_rewriting import OperatorPlace
 from anyprec.export.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
@@ -104,6 +106,7 @@ __all__ = [
     "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
+    "IntegerNetwork",
     "LayerCandidates",
     "LayerCost",
     "LossTerm",
@@ -115,6 +118,7 @@ __all__ = [
     "NotCalibratedError",
     "Objective",
     "OneShot",
+    "OperatorPlace",
     "PackedCoding",
     "PackedError",
     "PrecisionError",
@@ -143,6 +147,7 @@ __all__ = [
     "export",
     "fit",
     "inspect",
+    "integer",
     "load",
     "param_groups",
     "save",

@@ -270,8 +270,10 @@ class _Rewriter:
 
     def _is_within(self, name: str) -> bool:
         """Whether a name lies within a module that was added, or one that was added in it."""
-        return any(f"{used}.".startswith(f"{name}.") or f"{name}.".startswith(f"{used}.")
-                   for used in self._names)
+        return any(
+            f"{used}.".startswith(f"{name}.") or f"{name}.".startswith(f"{used}.")
+            for used in self._names
+        )
 
     def _path(self, node: Node) -> str:
         """Path of the layer that a node is, or of the module that calls it."""

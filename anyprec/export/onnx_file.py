@@ -23,7 +23,12 @@ from onnxscript import opset21 as op
 from anyprec.errors import ExportError
 from anyprec.export.integers import IntegerGraph, to_integers
 from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, GLOBAL_AVERAGE, REQUANTIZE, arrange_for_onnx
+from anyprec.export.onnx_graph import (
+    DEQUANTIZE_LINEAR,
+    GLOBAL_AVERAGE,
+    REQUANTIZE,
+    arrange_for_onnx,
+)
 from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
