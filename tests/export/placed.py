@@ -7,7 +7,7 @@ import dataclasses
 import operator
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import Node
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import anyprec
@@ -168,7 +168,7 @@ def test_outputs_are_nested_as_those_of_the_network() -> None:
 def test_it_can_be_pickled_copied_and_loaded(mixed: IntegerGraph) -> None:
     made = integer_network(mixed)
     expected = made(images())
-    assert torch.equal(pickle.loads(pickle.dumps(made))(images()), expected)  # noqa: S301
+    assert torch.equal(pickle.loads(pickle.dumps(made))(images()), expected)
     copied = copy.deepcopy(made)
     state = made.state_dict()
     for tensor in copied.state_dict().values():

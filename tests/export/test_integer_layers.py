@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from anyprec.errors import ExportError
@@ -125,7 +125,7 @@ def test_quantize_and_dequantize_are_fake_quantization() -> None:
 
 
 @pytest.mark.parametrize("keepdim", [True, False])
-def test_global_averages_keep_the_mean(keepdim: bool) -> None:  # noqa: FBT001
+def test_global_averages_keep_the_mean(keepdim: bool) -> None:
     inputs = images(3, 6, 5, 7)
     layer = IntegerGlobalAverage(keepdim=keepdim, source=SOURCE, target=Grid(0.01, 128, 0, 255, 8))
     mean = ((inputs.double() - 100) * 0.02).mean(dim=(2, 3), keepdim=keepdim)
@@ -144,7 +144,7 @@ def test_window_averages_are_those_of_torch(
     size: tuple[int, int],
     kernel: int,
     stride: int,
-    padding: int,  # noqa: FBT001
+    padding: int,
 ) -> None:
     inputs = images(2, 3, *size)
     layer = IntegerWindowAverage(
