@@ -29,9 +29,9 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
-from anyprec.export.integer import IntegerNetwork, integer
-from anyprec.export.integer_rewriting import OperatorPlace
-from anyprec.export.writing import Exported, export
+from anyprec.exporting.integer import IntegerNetwork, integer
+from anyprec.exporting.integer_rewriting import OperatorPlace
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
