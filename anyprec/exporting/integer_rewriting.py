@@ -89,17 +89,19 @@ def quantize_before_views(graph: fx.GraphModule) -> None:
     Rounding does not depend on where a value stands, so the graph computes the same.
     """
     for node in reversed(list(graph.graph.nodes)):
-        if not is_call(node, FAKE_QUANTIZE):
-            continue
-        view = node.args[0]
-        while is_call(view, *_MOVED) and only_reader(view) is node:
-            source = view.args[0]
-            view.replace_all_uses_with(source)
-            node.replace_all_uses_with(view)
-            view.update_arg(0, node)
-            node.append(view)
-            view = source
+        if is_call(node, FAKE_QUANTIZE):
+            while is_call(node.args[0], *_MOVED) and only_reader(node.args[0]) is node:
+                _move_before(node, node.args[0])
     clean(graph)
+
+
+def _move_before(quantizer: Node, view: Node) -> None:
+    source: Any = view.args[0]
+    view.replace_all_uses_with(source)
+    quantizer.replace_all_uses_with(view)
+    view.update_arg(0, quantizer)
+    quantizer.append(view)
+    quantizer.meta = {"val": source.meta.get("val")}
 
 
 def in_codes(
@@ -184,8 +186,8 @@ class _Rewriter:
         source: Any = node.args[0]
         grid = self._grids[source]
         if is_zero_pad(node):
-            arguments = (self._codes[source], node.args[1], grid.zero_point)
-            padded = self.made.call_function(ATEN.constant_pad_nd.default, arguments)
+            padding = (self._codes[source], node.args[1], grid.zero_point)
+            padded = self.made.call_function(ATEN.constant_pad_nd.default, padding)
             low, high = min(grid.low, grid.zero_point), max(grid.high, grid.zero_point)
             self._hold(node, padded, Grid(grid.scale, grid.zero_point, low, high, grid.bits))
             return

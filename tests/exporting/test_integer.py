@@ -39,7 +39,7 @@ def in_onnxruntime(network: IntegerGraph, folder: Path) -> tuple[Tensor, Counter
     """What onnxruntime computes from the network's file, and the operators that it runs."""
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    from anyprec.exporting.onnx_file import onnx_model
+    from anyprec.exporting.onnx_file import onnx_model  # noqa: PLC0415 (needs onnx)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
