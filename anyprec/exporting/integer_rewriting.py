@@ -89,9 +89,13 @@ def quantize_before_views(graph: fx.GraphModule) -> None:
     Rounding does not depend on where a value stands, so the graph computes the same.
     """
     for node in reversed(list(graph.graph.nodes)):
-        if is_call(node, FAKE_QUANTIZE):
-            while is_call(node.args[0], *_MOVED) and only_reader(node.args[0]) is node:
-                _move_before(node, node.args[0])
+        if not is_call(node, FAKE_QUANTIZE):
+            continue
+        view: Any = node.args[0]
+        while is_call(view, *_MOVED) and only_reader(view) is node:
+            source = view.args[0]
+            _move_before(node, view)
+            view = source
     clean(graph)
 
 
@@ -283,8 +287,9 @@ class _Rewriter:
         if product is not None and is_call(product.weight, DEQUANTIZE):
             return product.layer
         stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values() if path]
-        return paths[-1] if paths else node.name
+        # The network is an attribute of what was traced (`lowering.py`).
+        paths = [path.partition(".")[2] for path, _ in stack.values()]
+        return (paths[-1] if paths else "") or node.name
 
 
 def _name(node: Node) -> str:
