@@ -31,6 +31,8 @@ from anyprec.errors import (
     TrainingError,
 )
 from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.integer import IntegerNetwork, integer
+from anyprec.exporting.integer_rewriting import OperatorPlace
 from anyprec.exporting.parity import check_export
 from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
 from anyprec.exporting.writing import Exported, export
@@ -132,6 +134,7 @@ __all__ = [
     "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
+    "IntegerNetwork",
     "LayerCandidates",
     "LayerCost",
     "LayerKind",
@@ -146,6 +149,7 @@ __all__ = [
     "NotCalibratedError",
     "Objective",
     "OneShot",
+    "OperatorPlace",
     "PackedCoding",
     "PackedError",
     "ParityReport",
@@ -184,6 +188,7 @@ __all__ = [
     "hardware_names",
     "hardware_problems",
     "inspect",
+    "integer",
     "load",
     "param_groups",
     "save",
