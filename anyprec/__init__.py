@@ -29,10 +29,10 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
-from anyprec.export.biases import RaisedScale
-from anyprec.export.parity import check_export
-from anyprec.export.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
-from anyprec.export.writing import Exported, export
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.parity import check_export
+from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost

@@ -18,10 +18,10 @@ from anyprec.bits import BitConfig
 from anyprec.checkpoint.inspection import inspect as inspect_file
 from anyprec.checkpoint.loading import load
 from anyprec.errors import AnyprecError, ExportError
-from anyprec.export.parity import check_export
-from anyprec.export.targets import target_of
-from anyprec.export.writing import Exported
-from anyprec.export.writing import export as export_model
+from anyprec.exporting.parity import check_export
+from anyprec.exporting.targets import target_of
+from anyprec.exporting.writing import Exported
+from anyprec.exporting.writing import export as export_model
 from anyprec.integrations.image_files import read_images
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
