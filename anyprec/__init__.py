@@ -18,6 +18,7 @@ from anyprec.errors import (
     CalibrationError,
     CheckpointError,
     ConversionError,
+    ExportError,
     HardwareError,
     InputSizeWarning,
     NegativeInputWarning,
@@ -29,6 +30,10 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.parity import check_export
+from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
@@ -101,6 +106,7 @@ __all__ = [
     "Candidates",
     "CheckpointError",
     "CheckpointInfo",
+    "CodeParity",
     "ConfigNote",
     "ConversionError",
     "ConvertSettings",
@@ -112,7 +118,9 @@ __all__ = [
     "Criterion",
     "EpochRecord",
     "Evidence",
+    "ExportError",
     "ExportTarget",
+    "Exported",
     "FeaturePoint",
     "GridRule",
     "GroupedAxis",
@@ -128,6 +136,7 @@ __all__ = [
     "LayerCost",
     "LayerKind",
     "LayerPairs",
+    "LogitParity",
     "LossTerm",
     "MeasuredConfig",
     "Mixup",
@@ -139,15 +148,18 @@ __all__ = [
     "OneShot",
     "PackedCoding",
     "PackedError",
+    "ParityReport",
     "Placement",
     "PrecisionError",
     "QuantizedLayer",
+    "RaisedScale",
     "Recipe",
     "SamplerLike",
     "SandwichSampler",
     "SearchError",
     "SearchNorms",
     "SearchResult",
+    "SpeedParity",
     "StaleNormsWarning",
     "StoredLayer",
     "Summary",
@@ -161,9 +173,11 @@ __all__ = [
     "WeightGranularity",
     "WeightQuantizer",
     "calibrate",
+    "check_export",
     "convert",
     "cost_model",
     "cost_of",
+    "export",
     "fit",
     "grid_problems",
     "hardware",

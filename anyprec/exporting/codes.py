@@ -6,12 +6,14 @@ their own grid.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import fx
 from torch.fx.node import Node
 
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     MAX_POOLS,
     clamp_of,
     grid_of,
@@ -19,7 +21,8 @@ from anyprec.export.graphs import (
     is_zero_pad,
     quantizer_of,
 )
-from anyprec.export.operators import FAKE_QUANTIZE
+from anyprec.exporting.operators import FAKE_QUANTIZE
+from anyprec.exporting.points import point_of
 
 
 def simplify_quantizers(graph: fx.GraphModule) -> None:
@@ -112,13 +115,18 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
 
     Runtimes that look for a quantizer on both sides of an operator then run it on codes.
     """
+    pools: Counter[str] = Counter()
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node.target not in MAX_POOLS:
             continue
         source = quantizer_of(node)
         if source is None:
             continue
+        readers = list(node.users)
+        pools[point_of(source)] += 1
+        name = f"{point_of(source)}.pooled_{pools[point_of(source)]}"
         with graph.graph.inserting_after(node):
-            quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:]))
+            quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:6], name))
         quantized.meta = {"val": node.meta.get("val")}
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+        for reader in readers:
+            reader.replace_input_with(node, quantized)

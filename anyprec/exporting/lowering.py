@@ -9,14 +9,16 @@ changed (norms in scales, clamps in codes) is done to it by the passes of `foldi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
-from anyprec.export.constants import fold_constant_weights
-from anyprec.export.deployed import deployed_copy
+from anyprec.exporting.constants import fold_constant_weights
+from anyprec.exporting.deployed import deployed_copy
+from anyprec.exporting.points import name_points
 from anyprec.model.checks import require_values
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 
@@ -63,7 +65,7 @@ def lower(
 
     Example:
         >>> import timm, torch, anyprec
-        >>> from anyprec.export.lowering import lower
+        >>> from anyprec.exporting.lowering import lower
         >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
         >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
         >>> lowered = lower(model, 4)
@@ -74,8 +76,9 @@ def lower(
     _require_float32(model)
     example = _example(model, example_input, dynamic_batch=dynamic_batch)
     network = deployed_copy(model, config)
-    graph = _traced(network, example, dynamic_batch=dynamic_batch)
+    graph = traced(network, example, dynamic_batch=dynamic_batch)
     fold_constant_weights(graph)
+    name_points(graph)
     floating = {row.path: row.reason for row in model.coverage if row.status != "quantized"}
     return Lowered(graph, config, example, floating, dynamic_batch)
 
@@ -110,11 +113,34 @@ def _example(model: ConvertedModel, example_input: Tensor | None, *, dynamic_bat
     return example
 
 
-def _traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.GraphModule:
+class _OfImages(nn.Module):
+    """Calls a network with one argument, whatever its own forward says that it takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+
+def traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.GraphModule:
+    """The graph of a network in eval mode, of torch's operators.
+
+    Args:
+        network: Any network of one input.
+        example: A batch that it accepts; of at least two images if its size is to be dynamic.
+        dynamic_batch: Accept batches of any size.
+
+    Raises:
+        ExportError: `torch.export` cannot trace it.
+    """
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad():
-            program = torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                _OfImages(network), (example,), dynamic_shapes=shapes, strict=False
+            )
             # Nothing is decomposed but what changes tensors in place.
             module = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:

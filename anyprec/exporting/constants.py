@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.graphs import is_call, tensor_of, with_buffer
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
+from anyprec.exporting.graphs import is_call, tensor_of, with_buffer
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
 
 _ATEN = torch.ops.aten
 _VIEWS = {
@@ -129,10 +129,15 @@ def _constant_nodes(graph: fx.GraphModule) -> set[Node]:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             constants.add(node)
-        elif node.op == "call_function" and constants.issuperset(node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        elif node.op == "call_function":
+            reads_constants = constants.issuperset(node.all_input_nodes)
+            if reads_constants and not _is_random(node):
                 constants.add(node)
     return constants
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _replace_by_codes(
