@@ -18,6 +18,7 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import opset21 as op
+from torch import Tensor, fx
 
 from anyprec.errors import ExportError
 from anyprec.export.integers import IntegerGraph, to_integers
@@ -44,16 +45,48 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     lowered = network.lowered
     graph = copy.deepcopy(lowered.graph)
     arrange_for_onnx(graph)
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if lowered.dynamic_batch else None
+    model = translated(
+        graph,
+        lowered.example,
+        opset=OPSET,
+        translations=_translations(),
+        dynamic_batch=lowered.dynamic_batch,
+    )
+    merge_pads(model)
+    store_narrow_weights(model, narrowest=narrowest)
+    return model
+
+
+def translated(
+    graph: fx.GraphModule,
+    example: Tensor,
+    *,
+    opset: int,
+    translations: dict[Any, Any],
+    dynamic_batch: bool,
+) -> onnx.ModelProto:
+    """The ONNX model of a graph, by torch's exporter.
+
+    Args:
+        graph: The graph; not changed.
+        example: An input that it accepts.
+        opset: Version of ONNX's operators.
+        translations: What ONNX has for operators of ours.
+        dynamic_batch: Accept batches of any size, not only of the example's.
+
+    Raises:
+        ExportError: An operator has no ONNX form.
+    """
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad(), _quietly():
             program: Any = torch.onnx.export(
                 graph,
-                (lowered.example,),
+                (example,),
                 dynamo=True,
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
-                custom_translation_table=_translations(),
+                opset_version=opset,
+                custom_translation_table=translations,
                 input_names=["images"],
                 verbose=False,
             )
@@ -62,8 +95,6 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
         msg = f"torch.onnx cannot export this network ({type(error).__name__}: {lines[0]})"
         raise ExportError(msg) from error
     model: onnx.ModelProto = program.model_proto
-    merge_pads(model)
-    store_narrow_weights(model, narrowest=narrowest)
     return model
 
 

@@ -73,6 +73,14 @@ _TARGETS = (
         needs=("onnx", "onnxscript", "openvino"),
         extra="openvino",
     ),
+    Target(
+        "qonnx",
+        "QONNX, for FINN and hls4ml",
+        ".onnx",
+        ("qonnx_file", "write_qonnx"),
+        needs=("onnx", "onnxscript"),
+        extra="onnx",
+    ),
 )
 
 TARGETS = {target.name: target for target in _TARGETS}

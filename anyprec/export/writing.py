@@ -27,6 +27,7 @@ class Exported:
         size: Bytes of the file, with those of files beside it.
         floating: Layers that stay in floating point, with the reason.
         raised: Layers with channels of another weight scale, so that their bias fits into int32.
+        notes: What the target's tools may not take, in words.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Exported:
     size: int
     floating: dict[str, str]
     raised: tuple[RaisedScale, ...]
+    notes: tuple[str, ...]
 
 
 def export(
@@ -52,7 +54,8 @@ def export(
         model: A calibrated network in float32; not changed.
         path: Where to write; its folder must exist. The old content stays if anything fails.
         bits: As `set_bits` takes it; None is the precision that is set.
-        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX) or `"openvino"` (IR).
+        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX), `"openvino"` (IR) or
+            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one).
         example_input: A batch that the network accepts, by default of the size that it was
             converted on.
         dynamic_batch: Accept batches of any size; False fixes it to that of the example.
@@ -87,6 +90,7 @@ def export(
         size=_size(file),
         floating=lowered.floating,
         raised=network.raised,
+        notes=network.notes,
     )
 
 
