@@ -29,7 +29,7 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
-from anyprec.export.writing import Exported, export
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     MAX_POOLS,
     clamp_of,
     grid_of,
@@ -19,7 +19,7 @@ from anyprec.export.graphs import (
     is_zero_pad,
     quantizer_of,
 )
-from anyprec.export.operators import FAKE_QUANTIZE
+from anyprec.exporting.operators import FAKE_QUANTIZE
 
 
 def simplify_quantizers(graph: fx.GraphModule) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 from anyprec.nn.channels import Axis, output_axis
 
 ATEN = torch.ops.aten

@@ -10,10 +10,10 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 
-from anyprec.export.biases import RaisedScale, quantize_biases
-from anyprec.export.codes import simplify_quantizers
-from anyprec.export.lowering import Lowered
-from anyprec.export.norms import fold_norms
+from anyprec.exporting.biases import RaisedScale, quantize_biases
+from anyprec.exporting.codes import simplify_quantizers
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.norms import fold_norms
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
-from anyprec.export.operators import (
+from anyprec.exporting.operators import (
     DEQUANTIZE,
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_WEIGHT,

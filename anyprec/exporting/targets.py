@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from anyprec.errors import ExportError
-from anyprec.export.extras import require_extra
-from anyprec.export.integers import IntegerGraph
-from anyprec.export.lowering import Lowered
+from anyprec.exporting.extras import require_extra
+from anyprec.exporting.integers import IntegerGraph
+from anyprec.exporting.lowering import Lowered
 
 Writer = Callable[[Lowered, Path], IntegerGraph]
 """Writes a network and returns the integer network that the file holds."""
@@ -51,7 +51,7 @@ class Target:
         """
         require_extra(*self.needs, extra=self.extra)
         module, function = self.writer
-        writer: Any = getattr(import_module(f"anyprec.export.{module}"), function)
+        writer: Any = getattr(import_module(f"anyprec.exporting.{module}"), function)
         network: IntegerGraph = writer(lowered, path)
         return network
 

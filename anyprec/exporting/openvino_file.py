@@ -8,9 +8,9 @@ from pathlib import Path
 import openvino
 
 from anyprec.errors import ExportError
-from anyprec.export.integers import IntegerGraph, to_integers
-from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_file import onnx_model, write_onnx
+from anyprec.exporting.integers import IntegerGraph, to_integers
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.onnx_file import onnx_model, write_onnx
 from anyprec.runtime.storage import replacing
 
 

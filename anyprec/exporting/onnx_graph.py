@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.codes import quantize_behind_pools
-from anyprec.export.constants import clean
-from anyprec.export.graphs import ATEN, is_call, multiplication, tensor_of, with_buffer
-from anyprec.export.operators import DEQUANTIZE
+from anyprec.exporting.codes import quantize_behind_pools
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import ATEN, is_call, multiplication, tensor_of, with_buffer
+from anyprec.exporting.operators import DEQUANTIZE
 
 
 @torch.library.custom_op("anyprec::dequantize_linear", mutates_args=())

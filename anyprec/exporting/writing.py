@@ -10,9 +10,9 @@ from torch import Tensor
 
 from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
-from anyprec.export.biases import RaisedScale
-from anyprec.export.lowering import lower
-from anyprec.export.targets import target_of
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.lowering import lower
+from anyprec.exporting.targets import target_of
 from anyprec.model.converted import BitsRequest, ConvertedModel
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.graphs import is_call, tensor_of, with_buffer
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
+from anyprec.exporting.graphs import is_call, tensor_of, with_buffer
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
 
 _ATEN = torch.ops.aten
 _VIEWS = {

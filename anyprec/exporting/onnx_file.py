@@ -21,15 +21,17 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx
 
 from anyprec.errors import ExportError
-from anyprec.export.integers import IntegerGraph, to_integers
-from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
-from anyprec.export.onnx_storage import merge_pads, store_narrow_weights
-from anyprec.export.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.integers import IntegerGraph, to_integers
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
+from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.runtime.storage import replacing
 
 OPSET = 21
 """The first opset with codes of four bits."""
+
+_AT_NODE = "Error when translating node"
 
 
 def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
@@ -91,8 +93,9 @@ def translated(
                 verbose=False,
             )
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        msg = f"torch.onnx cannot export this network ({type(error).__name__}: {lines[0]})"
+        msg = f"torch.onnx cannot export this network: {_reason(error)}"
+        if lowered.dynamic_batch:
+            msg += "; if that depends on the size of the batch, pass dynamic_batch=False"
         raise ExportError(msg) from error
     model: onnx.ModelProto = program.model_proto
     return model
@@ -124,6 +127,17 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there "
         msg += "before is unchanged"
         raise ExportError(msg) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the exporter says of the operator that it failed at, or its first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        lines = str(cause).strip().splitlines() or [""]
+        if lines[0].startswith(_AT_NODE):
+            return lines[0]
+        cause = cause.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _translations() -> dict[Any, Any]:
