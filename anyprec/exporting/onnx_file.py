@@ -94,7 +94,7 @@ def translated(
             )
     except Exception as error:
         msg = f"torch.onnx cannot export this network: {_reason(error)}"
-        if lowered.dynamic_batch:
+        if dynamic_batch:
             msg += "; if that depends on the size of the batch, pass dynamic_batch=False"
         raise ExportError(msg) from error
     model: onnx.ModelProto = program.model_proto

@@ -18,14 +18,14 @@ from onnxscript import opset18 as op
 from onnxscript import values
 from torch import fx
 
-from anyprec.export.codes import drop_repeated_quantizers, share_quantizers
-from anyprec.export.constants import clean
-from anyprec.export.graphs import grid_of, is_call, tensor_of, with_buffer
-from anyprec.export.integers import IntegerGraph
-from anyprec.export.lowering import Lowered
-from anyprec.export.onnx_file import translated, write_onnx
-from anyprec.export.onnx_graph import with_matrix_products
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.codes import drop_repeated_quantizers, share_quantizers
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import grid_of, is_call, tensor_of, with_buffer
+from anyprec.exporting.integers import IntegerGraph
+from anyprec.exporting.lowering import Lowered
+from anyprec.exporting.onnx_file import translated, write_onnx
+from anyprec.exporting.onnx_graph import with_matrix_products
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 
 OPSET = 18
 """The opset of everything but Quant; tools for FPGAs know no much later one."""

@@ -54,8 +54,9 @@ def export(
         model: A calibrated network in float32; not changed.
         path: Where to write; its folder must exist. The old content stays if anything fails.
         bits: As `set_bits` takes it; None is the precision that is set.
-        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX), `"openvino"` (IR) or
-            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one).
+        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX), `"openvino"` (IR),
+            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one) or `"encodings"` (float
+            ONNX with AIMET's encodings beside it, for Qualcomm).
         example_input: A batch that the network accepts, by default of the size that it was
             converted on.
         dynamic_batch: Accept batches of any size; False fixes it to that of the example.
@@ -87,14 +88,14 @@ def export(
         path=file,
         target=target,
         config=lowered.config,
-        size=_size(file),
+        size=_size(file, chosen.beside),
         floating=lowered.floating,
         raised=network.raised,
         notes=network.notes,
     )
 
 
-def _size(file: Path) -> int:
-    """Bytes of a file, and of the weights that some formats put beside it."""
-    beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else []
-    return sum(each.stat().st_size for each in (file, *beside))
+def _size(file: Path, beside: tuple[str, ...]) -> int:
+    """Bytes of a file, and of those that its target has beside it."""
+    files = [file, *(file.with_suffix(suffix) for suffix in beside)]
+    return sum(each.stat().st_size for each in files)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import anyprec
-from anyprec.export.lowering import lower
-from anyprec.export.operators import FAKE_QUANTIZE
+from anyprec.exporting.lowering import lower
+from anyprec.exporting.operators import FAKE_QUANTIZE
 from tests.conftest import SmallNet
 
 qonnx_cleanup = pytest.importorskip("qonnx.util.cleanup")
