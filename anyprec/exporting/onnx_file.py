@@ -10,8 +10,9 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, redirect_stdout
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,19 @@ from torch import Tensor, fx
 from anyprec.errors import ExportError
 from anyprec.exporting.integers import IntegerGraph, to_integers
 from anyprec.exporting.lowering import Lowered
-from anyprec.exporting.onnx_graph import DEQUANTIZE_LINEAR, arrange_for_onnx
+from anyprec.exporting.onnx_graph import (
+    DEQUANTIZE_LINEAR,
+    GLOBAL_AVERAGE,
+    REQUANTIZE,
+    arrange_for_onnx,
+)
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.points import codes_name
 from anyprec.runtime.storage import replacing
+
+_LARGEST_WEIGHT = 8
+"""Bits of a weight, at most; biases have more."""
 
 OPSET = 21
 """The first opset with codes of four bits."""
@@ -48,11 +58,7 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     graph = copy.deepcopy(lowered.graph)
     arrange_for_onnx(graph)
     model = translated(
-        graph,
-        lowered.example,
-        opset=OPSET,
-        translations=_translations(),
-        dynamic_batch=lowered.dynamic_batch,
+        graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
     )
     merge_pads(model)
     store_narrow_weights(model, narrowest=narrowest)
@@ -63,18 +69,20 @@ def translated(
     graph: fx.GraphModule,
     example: Tensor,
     *,
-    opset: int,
-    translations: dict[Any, Any],
     dynamic_batch: bool,
+    layers: Container[str] = (),
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
 ) -> onnx.ModelProto:
-    """The ONNX model of a graph, by torch's exporter.
+    """The ONNX model of a graph, as torch's exporter makes it.
 
     Args:
-        graph: The graph; not changed.
-        example: An input that it accepts.
+        graph: Of torch's operators, and of ours in the form that ONNX has.
+        example: A batch that it accepts.
+        dynamic_batch: Accept batches of any size.
+        layers: Paths of the quantized layers, after which codes are named.
         opset: Version of ONNX's operators.
-        translations: What ONNX has for operators of ours.
-        dynamic_batch: Accept batches of any size, not only of the example's.
+        translations: What becomes of operators of ours; QuantizeLinear and the like by default.
 
     Raises:
         ExportError: An operator has no ONNX form.
@@ -88,7 +96,7 @@ def translated(
                 dynamo=True,
                 dynamic_shapes=shapes,
                 opset_version=opset,
-                custom_translation_table=translations,
+                custom_translation_table=translations or _translations(layers),
                 input_names=["images"],
                 verbose=False,
             )
@@ -140,27 +148,55 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _translations() -> dict[Any, Any]:
+def _translations(layers: Container[str]) -> dict[Any, Any]:
     """What ONNX has for our operators."""
 
     def scalar(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("value", kind, [], [value]))
 
-    def fake_quantize(
-        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    def quantize(
+        values: Any,
+        scale: float,
+        zero_point: int,
+        low: int,
+        high: int,
+        layer: str,
+        *,
+        clip: bool,
     ) -> Any:
-        del bits, layer
         step = scalar(onnx.TensorProto.FLOAT, scale)
         zero = scalar(onnx.TensorProto.UINT8, zero_point)
         codes = op.QuantizeLinear(values, step, zero)
-        if low > 0 or high < 255:
+        if clip:
             limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
             codes = op.Clip(codes, *limits)
+        codes.name = codes_name(layer, layers)
         return op.DequantizeLinear(codes, step, zero)
 
-    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
+    def fake_quantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    ) -> Any:
         del bits
-        return op.DequantizeLinear(codes, scale, axis=axis)
+        clip = low > 0 or high < 255
+        return quantize(values, scale, zero_point, low, high, layer, clip=clip)
+
+    def requantize(
+        values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+    ) -> Any:
+        del bits
+        # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
+        return quantize(values, scale, zero_point, low, high, layer, clip=True)
+
+    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
+        if bits > _LARGEST_WEIGHT:
+            return op.DequantizeLinear(codes, scale, axis=axis)
+        # onnxruntime runs Linear layers on codes only if their weight has a zero point.
+        shape = list(scale.shape)
+        zeros = onnx.helper.make_tensor("zero", onnx.TensorProto.INT8, shape, [0] * prod(shape))
+        return op.DequantizeLinear(codes, scale, op.Constant(value=zeros), axis=axis)
+
+    def global_average(values: Any) -> Any:
+        return op.GlobalAveragePool(values)
 
     def fake_quantize_weight(operand: Any, scale: Any, bits: int, layer: str) -> Any:
         del layer
@@ -171,7 +207,9 @@ def _translations() -> dict[Any, Any]:
 
     return {
         FAKE_QUANTIZE: fake_quantize,
+        REQUANTIZE: requantize,
         DEQUANTIZE_LINEAR: dequantize_linear,
+        GLOBAL_AVERAGE: global_average,
         FAKE_QUANTIZE_WEIGHT: fake_quantize_weight,
     }
 

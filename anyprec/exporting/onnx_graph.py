@@ -14,8 +14,17 @@ from torch.fx.node import Node
 
 from anyprec.exporting.codes import quantize_behind_pools
 from anyprec.exporting.constants import clean
-from anyprec.exporting.graphs import ATEN, is_call, multiplication, tensor_of, with_buffer
-from anyprec.exporting.operators import DEQUANTIZE
+from anyprec.exporting.graphs import (
+    ATEN,
+    averages_images,
+    grid_of,
+    is_call,
+    multiplication,
+    quantizer_of,
+    tensor_of,
+    with_buffer,
+)
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 
 
 @torch.library.custom_op("anyprec::dequantize_linear", mutates_args=())
@@ -41,6 +50,42 @@ def _(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
     return torch.empty(codes.shape, dtype=scale.dtype, device=scale.device)
 
 
+@torch.library.custom_op("anyprec::requantize", mutates_args=())
+def requantize(
+    values: Tensor, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+) -> Tensor:
+    """`fake_quantize` of what is on another grid; the writer marks it for onnxruntime."""
+    result: Tensor = FAKE_QUANTIZE(values, scale, zero_point, low, high, bits, layer)
+    return result
+
+
+@requantize.register_fake
+def _(
+    values: Tensor, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
+) -> Tensor:
+    del scale, zero_point, low, high, bits, layer
+    return torch.empty_like(values)
+
+
+REQUANTIZE = torch.ops.anyprec.requantize.default
+
+
+@torch.library.custom_op("anyprec::global_average", mutates_args=())
+def global_average(values: Tensor) -> Tensor:
+    """`GlobalAveragePool` of ONNX, on images: runtimes have it on codes, and no mean.
+
+    Args:
+        values: Of shape `(batch, channels, height, width)`.
+    """
+    return values.mean(dim=(2, 3), keepdim=True)
+
+
+@global_average.register_fake
+def _(values: Tensor) -> Tensor:
+    return values.new_empty(*values.shape[:2], 1, 1)
+
+
+GLOBAL_AVERAGE = torch.ops.anyprec.global_average.default
 DEQUANTIZE_LINEAR = torch.ops.anyprec.dequantize_linear.default
 
 
@@ -48,8 +93,11 @@ DEQUANTIZE_LINEAR = torch.ops.anyprec.dequantize_linear.default
 def arrange_for_onnx(graph: fx.GraphModule) -> None:
     """Bring an integer graph into the form that the writer translates, in place."""
     quantize_behind_pools(graph)
+    _use_global_averages(graph)
     with_matrix_products(graph)
     for node in list(graph.graph.nodes):
+        if _requantizes(node):
+            node.target = REQUANTIZE
         if is_call(node, DEQUANTIZE):
             _with_vector_scale(graph, node)
     clean(graph)
@@ -61,6 +109,31 @@ def with_matrix_products(graph: fx.GraphModule) -> None:
         product = multiplication(node)
         if product is not None and product.is_linear and node.meta["val"].ndim > 2:
             _as_matrix_product(graph, node)
+
+
+def _requantizes(node: Node) -> bool:
+    """Whether a node quantizes what is on another grid already."""
+    if not is_call(node, FAKE_QUANTIZE):
+        return False
+    before = quantizer_of(node.args[0])
+    if before is None:
+        return False
+    grids = grid_of(node), grid_of(before)
+    return len({(grid.scale, grid.zero_point) for grid in grids}) > 1
+
+
+def _use_global_averages(graph: fx.GraphModule) -> None:
+    for node in list(graph.graph.nodes):
+        keepdim = averages_images(node)
+        if keepdim is None:
+            continue
+        with graph.graph.inserting_before(node):
+            average = graph.graph.call_function(GLOBAL_AVERAGE, (node.args[0],))
+            if not keepdim:
+                average = graph.graph.call_function(ATEN.flatten.using_ints, (average, 1))
+        average.meta = {"val": node.meta["val"]}
+        node.replace_all_uses_with(average)
+        graph.graph.erase_node(node)
 
 
 def _as_matrix_product(graph: fx.GraphModule, linear: Node) -> None:

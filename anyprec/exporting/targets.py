@@ -33,7 +33,7 @@ class Target:
         writer: Module and function that write it.
         needs: Libraries that the writer imports.
         extra: The extra of anyprec that installs them.
-        beside: How the names of files end that are written with it, beside it.
+        beside: How the names of other files end that are written with it.
     """
 
     name: str
@@ -74,7 +74,6 @@ _TARGETS = (
         ("openvino_file", "write_openvino"),
         needs=("onnx", "onnxscript", "openvino"),
         extra="openvino",
-        beside=(".bin",),
     ),
     Target(
         "qonnx",

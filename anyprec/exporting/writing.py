@@ -88,14 +88,20 @@ def export(
         path=file,
         target=target,
         config=lowered.config,
-        size=_size(file, chosen.beside),
+        size=size_of(file, chosen.beside),
         floating=lowered.floating,
         raised=network.raised,
         notes=network.notes,
     )
 
 
-def _size(file: Path, beside: tuple[str, ...]) -> int:
-    """Bytes of a file, and of those that its target has beside it."""
-    files = [file, *(file.with_suffix(suffix) for suffix in beside)]
+def size_of(file: Path, beside: tuple[str, ...] = ()) -> int:
+    """Bytes of a file, and of those that some formats put beside it.
+
+    Args:
+        file: The file; OpenVINO's operators have their weights beside them.
+        beside: How the names of more files end.
+    """
+    weights = (".bin",) if file.suffix == ".xml" else ()
+    files = [file, *(file.with_suffix(suffix) for suffix in (*weights, *beside))]
     return sum(each.stat().st_size for each in files)
