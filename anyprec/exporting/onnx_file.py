@@ -69,7 +69,13 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
 
 
 def translated(
-    graph: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, layers: Container[str] = ()
+    graph: fx.GraphModule,
+    example: Tensor,
+    *,
+    dynamic_batch: bool,
+    layers: Container[str] = (),
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a graph, as torch's exporter makes it.
 
@@ -78,6 +84,8 @@ def translated(
         example: A batch that it accepts.
         dynamic_batch: Accept batches of any size.
         layers: Paths of the quantized layers, after which codes are named.
+        opset: Version of ONNX's operators.
+        translations: What becomes of operators of ours; QuantizeLinear and the like by default.
 
     Raises:
         ExportError: An operator has no ONNX form.
@@ -90,8 +98,8 @@ def translated(
                 (example,),
                 dynamo=True,
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
-                custom_translation_table=_translations(layers),
+                opset_version=opset,
+                custom_translation_table=translations or _translations(layers),
                 input_names=["images"],
                 verbose=False,
             )

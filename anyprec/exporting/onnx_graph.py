@@ -95,16 +95,21 @@ def arrange_for_onnx(graph: fx.GraphModule) -> None:
     """Bring an integer graph into the form that the writer translates, in place."""
     quantize_behind_pools(graph)
     _use_global_averages(graph)
-    for node in list(graph.graph.nodes):
-        product = multiplication(node)
-        if product is not None and product.is_linear and node.meta["val"].ndim > 2:
-            _as_matrix_product(graph, node)
+    with_matrix_products(graph)
     for node in list(graph.graph.nodes):
         if _requantizes(node):
             node.target = REQUANTIZE
         if is_call(node, DEQUANTIZE):
             _with_vector_scale(graph, node)
     clean(graph)
+
+
+def with_matrix_products(graph: fx.GraphModule) -> None:
+    """Write the Linear layers on sequences as what ONNX has for them, in place."""
+    for node in list(graph.graph.nodes):
+        product = multiplication(node)
+        if product is not None and product.is_linear and node.meta["val"].ndim > 2:
+            _as_matrix_product(graph, node)
 
 
 def _requantizes(node: Node) -> bool:
