@@ -50,7 +50,7 @@ def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 
 def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tensor]:
-    """Step sizes and zero points of least squared error for every candidate.
+    """Step sizes and zero points of least squared error for every candidate of its own.
 
     An input that may be negative gets the better of a symmetric grid and one placed on the sample's
     range.
@@ -60,14 +60,16 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
         quantizer: Knows the candidates and whether the input is known to be never negative.
 
     Shape:
-        Each result is `(len(candidates),)`.
+        Each result is `(len(own_candidates),)`.
     """
     row = sample.float().reshape(1, -1)
+    if not quantizer.own_candidates:
+        return row.new_empty(0), torch.empty(0, dtype=torch.int32)
     # As in `_least_squares`: the errors of grids are compared, too.
     scale = power_of_two(row.abs().amax())
     row = row / scale
     steps, zeros = [], []
-    for bits in quantizer.candidates:
+    for bits in quantizer.own_candidates:
         choices = [0] if quantizer.nonnegative else _zero_points(row, bits)
         grids = [_grid_at(zero, row, bits) for zero in choices]
         best = min(grids, key=lambda grid: grid.squared_error)

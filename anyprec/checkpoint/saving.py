@@ -158,7 +158,7 @@ def _check_arguments(
         msg += "or leave it out"
         raise ValueError(msg)
     if packed:
-        require_calibrated(model.quantized_layers)
+        require_calibrated(model)
     else:
         require_latents(model, purpose="save(..., packed=False)")
 

@@ -22,6 +22,7 @@ from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.intact import Structure
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.placement import Placement, add_outputs, place_outputs, trunk_of
 from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.restoring import restored_on_error
@@ -33,6 +34,7 @@ from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, r
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.nn.operators import LAYER_TYPES, channel_axis
+from anyprec.nn.outputs import OutputQuantizer, restore_outputs
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 from anyprec.nn.staleness import TrainedNetwork
@@ -49,6 +51,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
     depthwise_min_bits: int = 3,
     per_channel: bool = True,
     norm: NormSharing = "shared-affine",
+    placement: Placement = "layers",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     example_input: Tensor | None = None,
@@ -75,6 +78,10 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
             layer before it, with one scale and shift for all. `"per-pair"`: a whole copy per pair
             (the paper's). `"shared"`: a single one, with the quantized weights of the layer before
             it corrected to the latent weight's mean and spread per channel (EMQNet).
+        placement: Where activations are quantized. `"layers"`: at the inputs of layers (the
+            paper's). `"integer"`: also at the outputs of layers, sums of two activations and
+            averages over space, at 8 bits and behind the norm and the clamp that follow, so that
+            8-bit runtimes can compute with integers throughout.
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it
@@ -91,7 +98,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
             the example input, a pattern matches nothing, or a module has something of its own
             under a name that conversion needs. The model is left as it was.
         BitsError: A bit-width is not supported.
-        ValueError: `norm` is none of these.
+        ValueError: `norm` or `placement` is none of these.
 
     Example:
         >>> import timm, anyprec
@@ -102,6 +109,9 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
     _refuse_unfit(model)
     if norm not in get_args(NormSharing):
         msg = f"norm={norm!r} is not known: use one of {get_args(NormSharing)}"
+        raise ValueError(msg)
+    if placement not in get_args(Placement):
+        msg = f"placement={placement!r} is not known: use one of {get_args(Placement)}"
         raise ValueError(msg)
     if activation_bits is None:
         activation_bits = bits
@@ -116,10 +126,13 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         include=None if include is None else _as_patterns(include),
         exclude=_as_patterns(exclude),
         norm=norm,
+        placement=placement,
     )
     if not inplace:
         model = copy.deepcopy(model)
-    facts = analyze_on_example(model, example_input)
+    facts = analyze_on_example(model, example_input, outputs=placement == "integer")
+    if placement == "integer":
+        facts = place_outputs(facts, quantized_paths(select_layers(model, settings, facts)))
     return apply_settings(model, settings, facts)
 
 
@@ -140,8 +153,10 @@ def apply_settings(
     mixin = ConvertedClassifier if has_classifier else ConvertedModel
     require_free_names(model, facts, paths=paths, owners=owners, norms=norm_paths, mixin=mixin)
     with restored_on_error(model):
+        # First, so that all else can be taken back without them.
+        outputs = add_outputs(model, facts)
         for path in paths:
-            _quantize(model, facts.layers[path], settings)
+            _quantize(model, facts.layers[path], settings, trunk_of(path, facts, outputs))
         for owner, children in owners.items():
             intercept_in_owner(model.get_submodule(owner), children)
         norms = _make_norms_switchable(model, settings, facts, norm_paths, paths)
@@ -172,6 +187,7 @@ def revert(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, QuantizedParameter):
             restore_parameters(module.holder)
+    restore_outputs(model)
 
 
 def restore_class(model: ConvertedModel) -> None:
@@ -181,18 +197,28 @@ def restore_class(model: ConvertedModel) -> None:
     despecialize(model)
 
 
-def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) -> None:
+def _quantize(
+    model: nn.Module,
+    facts: LayerFacts,
+    settings: ConvertSettings,
+    trunk: OutputQuantizer | None,
+) -> None:
     candidates = layer_candidates(facts, settings)
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
         axis = _output_axis(model, facts) if per_channel else None
-        quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
+        quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis, trunk=trunk)
     else:
         layer = model.get_submodule(facts.path)
         axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
-            layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
+            layer,
+            candidates,
+            nonnegative=facts.nonnegative,
+            axis=axis,
+            dynamic=facts.dynamic,
+            trunk=trunk,
         )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from anyprec.errors import ConversionError
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.outputs import OutputOwner, OutputQuantizer
 from anyprec.nn.owners import FunctionalOwner
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Parts:
     Attributes:
         layers: Every quantized layer by path, in network order.
         norms: Every switchable norm by path.
+        outputs: Every output quantizer by path.
+        owners: The modules that let them quantize.
         record: The record that names them.
         root: The children of the network itself.
         slots: Where each of them stands, and all modules around it.
@@ -40,6 +43,8 @@ class Parts:
 
     layers: dict[str, QuantizedLayer]
     norms: dict[str, SwitchableNorm]
+    outputs: dict[str, OutputQuantizer]
+    owners: list[OutputOwner]
     record: ConversionRecord
     root: dict[str, Any]
     slots: list[_Slot] = field(repr=False)
@@ -67,7 +72,7 @@ class Structure:
 
 
 def parts_of(model: ConvertedModel) -> Parts:
-    """The quantized layers and switchable norms of a converted network.
+    """The quantized layers, switchable norms and output quantizers of a converted network.
 
     Raises:
         ConversionError: One of them was replaced or removed after conversion.
@@ -87,6 +92,15 @@ def switchable_norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNor
         ConversionError: as `parts_of`.
     """
     yield from parts_of(model).norms.items()
+
+
+def output_quantizers(model: ConvertedModel) -> dict[str, OutputQuantizer]:
+    """The quantizers of values between layers, by path; none unless `placement="integer"`.
+
+    Raises:
+        ConversionError: as `parts_of`.
+    """
+    return dict(parts_of(model).outputs)
 
 
 def require_intact(model: ConvertedModel) -> None:
@@ -134,9 +148,29 @@ def _look_through(model: ConvertedModel) -> Parts:
             remedy += "anyprec.convert"
             _refuse(f"norm {path!r}", norm, remedy)
         norms[path] = norm
-    for path in (*layers, *norms):
+    outputs, owners = _outputs(model)
+    owner_paths = (output.owner for output in record.facts.outputs)
+    for path in (*layers, *norms, *outputs, *owner_paths):
         _note_slots(model, path, slots)
-    return Parts(layers, norms, record, model._modules, list(slots.values()))  # noqa: SLF001
+    root = model._modules  # noqa: SLF001
+    return Parts(layers, norms, outputs, owners, record, root, list(slots.values()))
+
+
+def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], list[OutputOwner]]:
+    """Output quantizers by path, and their owners."""
+    quantizers: dict[str, OutputQuantizer] = {}
+    owners: dict[str, OutputOwner] = {}
+    for output in model.anyprec_record.facts.outputs:
+        quantizer = submodule_or_none(model, output.path)
+        owner = submodule_or_none(model, output.owner)
+        remedy = "replace modules before anyprec.convert"
+        if not isinstance(quantizer, OutputQuantizer):
+            _refuse(f"output quantizer {output.path!r}", quantizer, remedy)
+        if not isinstance(owner, OutputOwner):
+            remedy = f"it quantized the output of {output.source!r}: {remedy}"
+            _refuse(f"module {output.owner!r}", owner, remedy)
+        quantizers[output.path], owners[output.owner] = quantizer, owner
+    return quantizers, list(owners.values())
 
 
 def _require_owner(model: ConvertedModel, path: str) -> None:
@@ -158,7 +192,7 @@ def _refuse(subject: str, present: nn.Module | None, remedy: str) -> NoReturn:
 
 def _note_slots(model: nn.Module, path: str, slots: dict[tuple[int, str], _Slot]) -> None:
     module = model
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         children: Any = module._modules  # noqa: SLF001
         module = children[name]
         slots[id(children), name] = children, name, module

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyprec.bits import BitConfig, Bits
+from anyprec.model.placement import Placement
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
@@ -48,6 +49,7 @@ class ConvertSettings:
     exclude: tuple[str, ...]
     norm: NormSharing = "per-pair"
     only: BitConfig | None = None
+    placement: Placement = "layers"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import parts_of, switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
@@ -38,6 +38,8 @@ def switch(
         layer.switch(chosen)
         if chosen is not None:
             active[path] = chosen
+    for owner in parts_of(model).owners:
+        owner.switch_outputs(active=bool(active))
     if active:
         _switch_norms(model, layers, active)
     else:

@@ -162,8 +162,8 @@ class InputQuantizer(_Switchable):
         nonnegative: The input is known to be never negative, so the zero point is 0.
 
     Attributes:
-        step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated.
-        zero_point: Integer zero points, shape `(len(candidates),)`.
+        step: Learned step sizes, shape `(len(own_candidates),)`; NaN until calibrated.
+        zero_point: Integer zero points, shape `(len(own_candidates),)`.
         calibrated: Whether step sizes have been set.
     """
 
@@ -173,19 +173,29 @@ class InputQuantizer(_Switchable):
         super().__init__(candidates)
         self.nonnegative = nonnegative
         self.calibrated = False
-        self.step = unknown_steps(len(candidates))
-        symmetric = [2 ** (bits - 1) for bits in candidates]
-        start = [0] * len(candidates) if nonnegative else symmetric
+        own = self.own_candidates
+        self.step = unknown_steps(len(own))
+        symmetric = [2 ** (bits - 1) for bits in own]
+        start = [0] * len(own) if nonnegative else symmetric
         self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
         # The same as Python numbers: reading the buffer would stall a GPU.
         self._zero_points = tuple(start)
+
+    @property
+    def own_candidates(self) -> tuple[int, ...]:
+        """The candidates with a step size of this quantizer: all, unless a grid is shared."""
+        return self.candidates
+
+    def grid(self, index: int) -> tuple[Tensor, int]:
+        """Step size, shape `()`, and zero point of the candidate at `index`."""
+        return self.step[index], self._zero_points[index]
 
     @property
     def kind(self) -> str:
         """`"unsigned"`, `"signed"` or `"affine"`, which the zero points determine."""
         if not any(self._zero_points):
             return "unsigned"
-        if self._zero_points == tuple(2 ** (bits - 1) for bits in self.candidates):
+        if self._zero_points == tuple(2 ** (bits - 1) for bits in self.own_candidates):
             return "signed"
         return "affine"
 
@@ -217,7 +227,7 @@ class InputQuantizer(_Switchable):
 
     @torch.no_grad()
     def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:
-        """Take over calibrated step sizes and zero points, each of shape `(len(candidates),)`."""
+        """Take over calibrated step sizes and zero points, one for each own candidate."""
         self.step.copy_(steps)
         self.zero_point.copy_(zero_points)
         self._refresh()

@@ -24,6 +24,7 @@ from anyprec.network.activations import function_is_identity, is_activation
 from anyprec.network.tracing import trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NORM_TYPES
+from anyprec.nn.outputs import OutputOwner
 from anyprec.nn.owners import FunctionalOwner
 from anyprec.runtime.modes import evaluating
 
@@ -79,7 +80,7 @@ def _sources_after_activations(
         of_norms: Path of a norm to that of its layer.
     """
     with evaluating(model):
-        graph, _ = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
+        graph, _ = trace(model, opaque=(QuantizedLayer, FunctionalOwner, OutputOwner))
     if graph is None:
         return {}
     once = _modules_called_once(graph)
