@@ -25,6 +25,7 @@ from anyprec.calibration.passes import (
 from anyprec.errors import BitsError, CalibrationError
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.intact import switchable_norms
+from anyprec.nn.counting import uncounted
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch
@@ -443,9 +444,10 @@ def _watch_norms(
     statistics = {path: _RunningStatistics() for path in norms}
 
     def watch(path: str, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics[path].add(args[0])
-        if not statistics[path].is_empty:
-            before_norm(path, statistics[path])
+        with uncounted():
+            statistics[path].add(args[0])
+            if not statistics[path].is_empty:
+                before_norm(path, statistics[path])
 
     hooks = []
     for path, norm in norms.items():

@@ -191,7 +191,8 @@ class _Sampler:
             extremes = torch.stack((flat.amin(), flat.amax()))
             flat = torch.cat((flat[index.to(flat.device)], extremes))
         if flat.numel():  # a batch may have no rows for this layer
-            self._samples.append(flat.float())
+            # A copy, since the network may change the tensor in place.
+            self._samples.append(flat.float().clone())
 
     def sample(self, path: str) -> Tensor:
         """The values of all batches and processes, flat; `path` names the layer in errors."""

@@ -9,6 +9,7 @@ type cannot express. Whether a document fits a network is checked in `matching.p
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections import Counter
 from functools import cached_property
@@ -21,9 +22,11 @@ from msgspec.structs import asdict
 
 from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
 from anyprec.errors import CheckpointError
+from anyprec.model.placement import Placement
 from anyprec.model.record import ConfigNote, ConvertSettings
-from anyprec.network.facts import LayerFacts, NetworkFacts
+from anyprec.network.facts import LayerFacts, NetworkFacts, OutputFacts
 from anyprec.nn.norms import NormSharing
+from anyprec.nn.outputs import OUTPUTS
 
 FORMAT_VERSION = 2
 """The one format that is written and read."""
@@ -33,7 +36,7 @@ PackedCoding = Literal["fixed", "zstd"]
 
 _MAX_DEPTH = 16
 _MAX_INTEGER = 2**63 - 1
-_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing"}
+_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing", "outputs", "apart"}
 """Fields of the document that are left out where they are empty."""
 
 _DTYPES = {
@@ -102,6 +105,7 @@ class SettingsEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
     exclude: tuple[str, ...]
     norm: NormSharing = "per-pair"
     only: BitConfig | None = None
+    placement: Placement = "layers"
 
     def __post_init__(self) -> None:
         for name, widths in (("bits", self.bits), ("activation_bits", self.activation_bits)):
@@ -131,6 +135,33 @@ class LayerEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
     last: bool
     constant: bool
     problem: str | None
+    reads: str | None = None
+
+
+class OutputEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
+    """The fields of `OutputFacts`; those with a default are left out where they have it."""
+
+    path: str
+    source: str
+    owner: str
+    function: str
+    index: _Count
+    counts: Annotated[tuple[_Count, ...], Meta(min_length=1)]
+    nonnegative: bool = False
+    layers: tuple[str, ...] = ()
+    other_readers: bool = False
+    output: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(rf"(.+\.)?{OUTPUTS}\.[0-9]+", self.path, re.ASCII):
+            msg = f"output {self.path!r:.80} is no path of an output quantizer"
+            raise ValueError(msg)
+        if self.owner and not self.path.startswith(f"{self.owner}."):
+            msg = f"output {self.path!r:.80} is not inside its owner {self.owner!r:.80}"
+            raise ValueError(msg)
+        if self.index >= max(self.counts):
+            msg = f"output {self.path!r:.80} has index {self.index} of {max(self.counts)} calls"
+            raise ValueError(msg)
 
 
 class NoteEntry(_Object, frozen=True):
@@ -155,6 +186,8 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
         uncounted: Operators that are no layer, with calls and MACs.
         example_shape: Shape of the input that MACs are counted for.
         untraceable: Why torch.fx could not trace the network, or None.
+        outputs: Values between layers that have a quantizer.
+        apart: Modules whose calls are not counted for the modules around them.
         configs: Named configurations.
         frozen: Lowest precision in use of layers with frozen candidates.
         statistics: Configurations with norm statistics of their own; their tensors are numbered in
@@ -176,6 +209,8 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
     uncounted: dict[str, tuple[_Count, _Count]]
     example_shape: Annotated[tuple[_Length, ...], Meta(min_length=1)]
     untraceable: str | None
+    outputs: tuple[OutputEntry, ...] = ()
+    apart: tuple[str, ...] = ()
     configs: dict[str, BitConfig]
     frozen: BitConfig = msgspec.field(name="floors", default=BitConfig({}))
     statistics: tuple[BitConfig, ...] = ()
@@ -186,6 +221,14 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
+        outputs = {output.path for output in self.outputs}
+        if len(outputs) < len(self.outputs):
+            msg = "outputs lists a path twice"
+            raise ValueError(msg)
+        for entry in self.layers:
+            if entry.reads is not None and entry.reads not in outputs:
+                msg = f"{entry.path!r:.80} reads {entry.reads!r:.80}, which outputs does not list"
+                raise ValueError(msg)
         paths = Counter(layer.path for layer in self.layers)
         for path, count in paths.items():
             if count > 1:
@@ -205,6 +248,8 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
             uncounted=self.uncounted,
             example_shape=self.example_shape,
             untraceable=self.untraceable,
+            outputs=tuple(OutputFacts(**asdict(entry)) for entry in self.outputs),
+            apart=self.apart,
         )
 
     @cached_property
@@ -226,6 +271,8 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
         # msgspec leaves out a default string only if it is the very object of the class.
         if self.settings.norm == "per-pair":
             document["settings"].pop("norm", None)
+        if self.settings.placement == "layers":
+            document["settings"].pop("placement", None)
         return json.dumps(document)
 
     @classmethod

@@ -122,5 +122,3 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
             quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:]))
         quantized.meta = {"val": node.meta.get("val")}
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
-
-

@@ -157,6 +157,7 @@ def _is_dequantized(value: Any) -> bool:
 
 def _move_into_codes(graph: fx.GraphModule, node: Node) -> None:
     """Replace a view of a dequantized weight by the weight of the same view of its codes."""
+
     def view(value: Tensor) -> Tensor:
         function: Any = node.target
         if function is operator.getitem:

@@ -96,9 +96,7 @@ def _require_float32(model: nn.Module) -> None:
             raise ExportError(msg)
 
 
-def _example(
-    model: ConvertedModel, example_input: Tensor | None, *, dynamic_batch: bool
-) -> Tensor:
+def _example(model: ConvertedModel, example_input: Tensor | None, *, dynamic_batch: bool) -> Tensor:
     if example_input is None:
         _, *shape = model.anyprec_record.facts.example_shape
         return torch.zeros(2 if dynamic_batch else 1, *shape)
@@ -116,9 +114,7 @@ def _traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.G
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                network, (example,), dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
             # Nothing is decomposed but what changes tensors in place.
             module = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:

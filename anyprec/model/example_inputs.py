@@ -48,9 +48,7 @@ def analyze_on_example(
     return analyze(model, example_input.to(device), outputs=outputs)
 
 
-def _analyze_on_guess(
-    model: nn.Module, device: torch.device, *, outputs: bool
-) -> NetworkFacts:
+def _analyze_on_guess(model: nn.Module, device: torch.device, *, outputs: bool) -> NetworkFacts:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
     first_error: ConversionError | None = None

@@ -45,13 +45,12 @@ def place_outputs(facts: NetworkFacts, quantized: Collection[str]) -> NetworkFac
     )
 
 
-def _needs_quantizer(
-    output: OutputFacts, facts: NetworkFacts, quantized: Collection[str]
-) -> bool:
+def _needs_quantizer(output: OutputFacts, facts: NetworkFacts, quantized: Collection[str]) -> bool:
     source = facts.layers.get(output.source)
     if source is not None:
         # A layer in floating point has no use for it, and logits are compared, not computed with.
-        if source.path not in quantized or (source.last and output.output):
+        makes_logits = source.last and output.output
+        if makes_logits or source.path not in quantized:
             return False
     readers = set(output.layers)
     if output.other_readers or output.output or not readers <= set(quantized):
@@ -76,7 +75,7 @@ def _apart(facts: NetworkFacts, chosen: list[OutputFacts]) -> tuple[str, ...]:
 
 def owners_of(facts: NetworkFacts) -> dict[str, tuple[OutputPoint, ...]]:
     """Path of each module that is made an owner of outputs, to its points."""
-    owners: dict[str, tuple[OutputPoint, ...]] = {path: () for path in facts.apart}
+    owners: dict[str, tuple[OutputPoint, ...]] = dict.fromkeys(facts.apart, ())
     for output in facts.outputs:
         prefix = f"{output.owner}." if output.owner else ""
         point = OutputPoint(

@@ -26,9 +26,7 @@ from anyprec.nn.operators import LAYER_TYPES, MATRICES, transposed_groups
 from anyprec.runtime.modes import evaluating
 
 
-def analyze(
-    model: nn.Module, example_input: Tensor, *, outputs: bool = False
-) -> NetworkFacts:
+def analyze(model: nn.Module, example_input: Tensor, *, outputs: bool = False) -> NetworkFacts:
     """Find the facts of `model`. It is left as it was, with all that its forward remembers.
 
     Args:

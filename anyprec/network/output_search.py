@@ -30,6 +30,7 @@ class Frame:
 
     @property
     def is_leaf(self) -> bool:
+        """Whether the module has no others inside."""
         return next(self.module.children(), None) is None
 
 

@@ -23,6 +23,7 @@ from anyprec.network.values import ValueTracker, fills_its_storage
 from anyprec.nn.counting import CLAMPS, POOLINGS, SUMS, counted_name
 from anyprec.nn.operators import tensors_in
 
+
 class OutputTracker:
     """Watches values between layers during one forward pass.
 
@@ -59,10 +60,10 @@ class OutputTracker:
         self._bodies -= 1
 
     def function_starts(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Note that a function is called."""
-        name = None if self._bodies or not self._frames else counted_name(func)
+        name = None if self._bodies or not self._frames else counted_name(func, args, kwargs)
         function = Function(name, tuple(self._frames))
         tensors = list(tensors_in((*args, *kwargs.values())))
         if name is not None and tensors:
@@ -104,14 +105,13 @@ class OutputTracker:
                 place.
         """
         last = {self._trail.number(tensor) for tensor in tensors_anywhere(output)}
-        return OutputSearch(self._functions, self._trail, self._calls, self._modules, last).outputs()
+        return OutputSearch(
+            self._functions, self._trail, self._calls, self._modules, last
+        ).outputs()
 
     def _adds(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
         """Whether two activations are added as they are."""
-        if len(tensors) != 2 or kwargs.get("alpha", 1) != 1:
-            return False
-        are_real = all(tensor.is_floating_point() for tensor in tensors)
-        return are_real and all(map(self._values.varies, tensors))
+        return kwargs.get("alpha", 1) == 1 and all(map(self._values.varies, tensors))
 
 
 def _is_over_space(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from anyprec.nn.operators import OPERATORS
@@ -54,7 +55,7 @@ class uncounted:  # noqa: N801 (used like a function)
 
     def __enter__(self) -> None:
         # torch has no public name for the modes that are active.
-        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = _get_current_function_mode_stack()
         self._modes = [mode for mode in modes if isinstance(mode, CountingMode)]
         for mode in self._modes:
             mode.pauses += 1
@@ -64,14 +65,29 @@ class uncounted:  # noqa: N801 (used like a function)
             mode.pauses -= 1
 
 
-def counted_name(func: Callable[..., Any]) -> str | None:
-    """What a function is counted as: one name for all its forms; None if it is not counted.
+def counted_name(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
+) -> str | None:
+    """What a call is counted as: one name for all forms of a function; None if it is not counted.
 
-    `torch.relu_`, `F.relu` and `Tensor.relu` are `"relu"`.
+    `torch.relu_`, `F.relu` and `Tensor.relu` are `"relu"`. Sums are counted where both summands are
+    real tensors: a norm counts its batches in training mode alone.
     """
     name = str(getattr(func, "__name__", "")).partition(".")[0].strip("_")
     name = _ARITHMETIC.get(name, name)
-    return name if name in _COUNTED else None
+    if name not in _COUNTED:
+        return None
+    if name in SUMS and not _are_two_real((*args, *(kwargs or {}).values())):
+        return None
+    return name
+
+
+def _are_two_real(summands: tuple[Any, ...]) -> bool:
+    number = 0
+    for summand in summands:
+        if isinstance(summand, Tensor) and summand.is_floating_point():
+            number += 1
+    return number == 2
 
 
 def _names_of_multiplications() -> frozenset[str]:

@@ -49,7 +49,7 @@ class OutputQuantizer(InputQuantizer):
         self.observers = Observers()
         self.register_buffer("first", torch.zeros(1, dtype=torch.int64), persistent=False)
 
-    def forward(self, values: Tensor, index: int = 0) -> Tensor:  # type: ignore[override]  # as its base's
+    def forward(self, values: Tensor, index: int = 0) -> Tensor:
         """Fake-quantize `values`; differentiable in both values and step size."""
         if torch.compiler.is_compiling():
             return self.forward_selected(values, self.first)
@@ -103,6 +103,11 @@ class OutputOwner(Specialized):
     # Compiled networks read it: true at whatever bits.
     _quantizes_outputs: bool
 
+    @property
+    def quantizes_outputs(self) -> bool:
+        """Whether the outputs are quantized at present."""
+        return self._quantizes_outputs
+
     def switch_outputs(self, *, active: bool) -> None:
         """Quantize the outputs, or leave them in floating point."""
         # Past nn.Module.__setattr__, as layers do.
@@ -116,9 +121,7 @@ class OutputOwner(Specialized):
         """
         follow_precision(self)
         with uncounted():
-            quantizers: list[OutputQuantizer] = []
-            for point in self.output_points:
-                quantizers.append(self.get_submodule(point.quantizer))  # type: ignore[arg-type]
+            quantizers = [self._quantizer(point) for point in self.output_points]
             is_observed = any(quantizer.observers for quantizer in quantizers)
             if not quantizers or not (self._quantizes_outputs or is_observed):
                 return super().forward(*args, **kwargs)
@@ -127,6 +130,9 @@ class OutputOwner(Specialized):
                 result = super().forward(*args, **kwargs)
             mode.require_all_calls()
             return result
+
+    def _quantizer(self, point: OutputPoint) -> OutputQuantizer:
+        return self.get_submodule(point.quantizer)  # type: ignore[return-value]
 
 
 class _OutputMode(CountingMode):
@@ -140,7 +146,7 @@ class _OutputMode(CountingMode):
     def __init__(self, owner: OutputOwner, quantizers: Sequence[OutputQuantizer]) -> None:
         super().__init__()
         self._kind = owner.original_class.__name__
-        self._is_active = owner._quantizes_outputs  # noqa: SLF001 (same file)
+        self._is_active = owner.quantizes_outputs
         self._counts: dict[str, int] = {}
         self._expected: dict[str, tuple[int, ...]] = {}
         self._quantizers: dict[tuple[str, int], OutputQuantizer] = {}
@@ -157,7 +163,7 @@ class _OutputMode(CountingMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = counted_name(func)
+        name = counted_name(func, args, kwargs)
         if self.pauses or name is None or name not in self._counts:
             return result
         number = self._counts[name]
@@ -186,7 +192,8 @@ class _OutputMode(CountingMode):
         msg = f"{self._kind} calls {name!r} {self._counts[name]} times or more in this forward "
         msg += f"pass, but {expected} times when the network was converted, so it is not known "
         msg += "which values are to be quantized: convert it on an example_input that takes the "
-        msg += 'same way through its forward, or with placement="layers"'
+        msg += "same way through its forward, set hooks that compute before that, or convert it "
+        msg += 'with placement="layers"'
         raise ConversionError(msg)
 
 

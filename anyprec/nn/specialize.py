@@ -59,6 +59,11 @@ def despecialize(module: Specialized) -> None:
     module.__class__ = cls
 
 
+def user_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The user's own class below every mixin, or `kind` itself."""
+    return kind.original_class if issubclass(kind, Specialized) else kind
+
+
 def names_of(mixin: type[Specialized]) -> frozenset[str]:
     """Every name that `mixin` takes on a module, in its class or on the object.
 
@@ -89,12 +94,11 @@ def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> ty
 
 @functools.cache
 def _make_class(mixin: Any, original: Any) -> Any:
-    user_class, mixins = original, (mixin,)
+    mixins = (mixin,)
     if issubclass(original, Specialized):
-        user_class = original.original_class
         mixins += original._anyprec_mixins  # noqa: SLF001 (same file)
     body = {
-        "original_class": user_class,
+        "original_class": user_class(original),
         "_anyprec_class_before": original,
         "_anyprec_mixins": mixins,
         "__module__": mixin.__module__,

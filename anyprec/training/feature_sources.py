@@ -20,11 +20,11 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.switching import outputs_in_float
 from anyprec.network.activations import function_is_identity, is_activation
 from anyprec.network.tracing import trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NORM_TYPES
-from anyprec.nn.outputs import OutputOwner
 from anyprec.nn.owners import FunctionalOwner
 from anyprec.runtime.modes import evaluating
 
@@ -79,8 +79,8 @@ def _sources_after_activations(
         model: A converted model.
         of_norms: Path of a norm to that of its layer.
     """
-    with evaluating(model):
-        graph, _ = trace(model, opaque=(QuantizedLayer, FunctionalOwner, OutputOwner))
+    with evaluating(model), outputs_in_float(model):
+        graph, _ = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
     if graph is None:
         return {}
     once = _modules_called_once(graph)

@@ -20,7 +20,7 @@ from torch import nn
 from anyprec.calibration.norm_statistics import hand_over_affine, update_norms
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
-from anyprec.model.checks import require_latents, uncalibrated, require_values
+from anyprec.model.checks import require_latents, require_values, uncalibrated
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
