@@ -134,9 +134,11 @@ def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) ->
     try:
         for path, lowest in refuted.items():
             quantizers[path].nonnegative = False
-            what = f"the input of layer {path!r}" if path in record.facts.layers else f"{path!r}"
-            msg = f"{what} is as low as {lowest:.4g}, though what the network does before it seemed to exclude negative numbers: it is calibrated as signed. "
-            msg += "Check that the network computes the same in every eval-mode forward pass"
+            is_input = path in record.facts.layers
+            what = f"the input of layer {path!r}" if is_input else f"what {path!r} quantizes"
+            msg = f"{what} is as low as {lowest:.4g}, though what the network does before it "
+            msg += "seemed to exclude negative numbers: it is calibrated as signed. Check that the "
+            msg += "network computes the same in every eval-mode forward pass"
             warnings.warn(msg, NegativeInputWarning, stacklevel=4)
         known = _with_signs(record.facts, refuted)
         vars(model)["anyprec_record"] = dataclasses.replace(record, facts=known)

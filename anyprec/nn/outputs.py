@@ -43,6 +43,8 @@ class OutputQuantizer(InputQuantizer):
     """
 
     first: Tensor
+    # The network may go on in place.
+    _keeps_result = False
 
     def __init__(self, *, nonnegative: bool) -> None:
         super().__init__((OUTPUT_BITS,), nonnegative=nonnegative)

@@ -168,6 +168,8 @@ class InputQuantizer(_Switchable):
     """
 
     zero_point: Tensor
+    # Nobody but the layer's operator sees the result.
+    _keeps_result: bool = True
 
     def __init__(self, candidates: tuple[int, ...], *, nonnegative: bool) -> None:
         super().__init__(candidates)
@@ -207,8 +209,14 @@ class InputQuantizer(_Switchable):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
-        scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
-        return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
+        return fake_quantize(
+            values,
+            self.step[index],
+            qmin=qmin,
+            qmax=qmax,
+            gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
+            keep_result=self._keeps_result,
+        )
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""

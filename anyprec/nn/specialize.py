@@ -15,6 +15,10 @@ from typing import Any, ClassVar
 from torch import nn
 
 
+ORIGINAL_FORWARD = "_anyprec_original_forward"
+"""Name of the forward of the user's own class, which a mixin's may hide."""
+
+
 class Specialized(nn.Module):
     """Base of the mixins: knows the class that an object had before, and how to pickle it."""
 
@@ -79,7 +83,7 @@ def names_of(mixin: type[Specialized]) -> frozenset[str]:
         if cls not in nn.Module.__mro__:
             names.update(vars(cls))
     # What `_make_class` writes into the body of the class.
-    names |= {"original_class", "_anyprec_class_before", "_anyprec_mixins"}
+    names |= {"original_class", "_anyprec_class_before", "_anyprec_mixins", ORIGINAL_FORWARD}
     names -= extended | set(dir(nn.Module))
     return frozenset(name for name in names if not name.startswith("__"))
 
@@ -100,6 +104,7 @@ def _make_class(mixin: Any, original: Any) -> Any:
     body = {
         "original_class": user_class(original),
         "_anyprec_class_before": original,
+        ORIGINAL_FORWARD: user_class(original).forward,
         "_anyprec_mixins": mixins,
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,
