@@ -7,13 +7,16 @@ be left out: see `uncounted`.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from anyprec.nn.operators import OPERATORS
+from anyprec.nn.operators import OPERATORS, aten_forms
 from anyprec.nn.products import PRODUCTS
 
 SUMS = frozenset({"add"})
@@ -31,9 +34,6 @@ CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "
 """Functions that limit each number, and change no other."""
 
 NORM = "batch_norm"
-
-_ARITHMETIC = {"iadd": "add", "radd": "add", "rmatmul": "matmul"}
-"""The forms that Python's operators have."""
 
 
 class CountingMode(TorchFunctionMode):
@@ -65,6 +65,28 @@ class uncounted:  # noqa: N801 (used like a function)
             mode.pauses -= 1
 
 
+def run_body(
+    mode: TorchFunctionMode,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run a function operator by operator, seen by `mode` alone: to others it is one call."""
+    with uncounted():
+        return _run_under(mode, body, args, kwargs)
+
+
+def _run_under(
+    mode: TorchFunctionMode,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    # A function of its own, since the compiler takes no block inside another one.
+    with mode:
+        return body(*args, **kwargs)
+
+
 def counted_name(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None
 ) -> str | None:
@@ -73,11 +95,8 @@ def counted_name(
     `torch.relu_`, `F.relu` and `Tensor.relu` are `"relu"`. Sums are counted where both summands are
     real tensors: a norm counts its batches in training mode alone.
     """
-    name = str(getattr(func, "__name__", "")).partition(".")[0].strip("_")
-    name = _ARITHMETIC.get(name, name)
-    if name not in _COUNTED:
-        return None
-    if name in SUMS and not _are_two_real((*args, *(kwargs or {}).values())):
+    name = _NAMES.get(func)
+    if name is not None and name in SUMS and not _are_two_real((*args, *(kwargs or {}).values())):
         return None
     return name
 
@@ -90,12 +109,22 @@ def _are_two_real(summands: tuple[Any, ...]) -> bool:
     return number == 2
 
 
-def _names_of_multiplications() -> frozenset[str]:
-    names = set()
+def _names() -> dict[Callable[..., Any], str]:
+    """What each form of a counted function is counted as."""
+    names: dict[Callable[..., Any], str] = {}
+    for name in (*SUMS, *POOLINGS, *CLAMPS, NORM):
+        for holder in (torch, F, Tensor):
+            for attribute in (name, f"{name}_"):
+                form = getattr(holder, attribute, None)
+                if form is not None:
+                    names[form] = name
+        for form in (*aten_forms(name), *aten_forms(f"{name}_")):
+            names[form] = name
+    for form in (Tensor.__add__, Tensor.__radd__, Tensor.__iadd__, operator.add, operator.iadd):
+        names[form] = "add"
     for func in (*OPERATORS, *PRODUCTS):
-        name = str(getattr(func, "__name__", "")).partition(".")[0].strip("_")
-        names.add(_ARITHMETIC.get(name, name))
-    return frozenset(names)
+        names[func] = str(func.__name__).partition(".")[0].strip("_").replace("rmatmul", "matmul")
+    return names
 
 
-_COUNTED = SUMS | POOLINGS | CLAMPS | {NORM, "deform_conv2d"} | _names_of_multiplications()
+_NAMES = _names()

@@ -27,7 +27,7 @@ from anyprec.nn.backward import BackwardGuard, follow_precision
 from anyprec.nn.bodies import body_of
 from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
-from anyprec.nn.counting import uncounted
+from anyprec.nn.counting import run_body, uncounted
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.outputs import OUTPUTS, OutputQuantizer
@@ -242,8 +242,7 @@ class _LayerInterceptor(TorchFunctionMode):
             if not _is_foreign(weight, self.layer):
                 return self.layer.run_operator(func, args, kwargs, input_, weight)
         elif (body := body_of(func, args, kwargs)) is not None:
-            with uncounted(), self:
-                return body(*args, **kwargs)
+            return run_body(self, body, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ Which values these are is found in `network/outputs.py`. How calls are told apar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -122,19 +122,30 @@ class OutputOwner(Specialized):
             ConversionError: It makes other calls than when the network was converted.
         """
         follow_precision(self)
+        quantizers: dict[OutputPoint, OutputQuantizer] = {}
+        for point in self.output_points:
+            quantizers[point] = self.get_submodule(point.quantizer)  # type: ignore[assignment]
+        is_observed = any(bool(quantizer.observers) for quantizer in quantizers.values())
         with uncounted():
-            quantizers = [self._quantizer(point) for point in self.output_points]
-            is_observed = any(quantizer.observers for quantizer in quantizers)
-            if not quantizers or not (self._quantizes_outputs or is_observed):
-                return super().forward(*args, **kwargs)
-            mode = _OutputMode(self, quantizers)
-            with mode:
+            if self._quantizes_outputs or is_observed:
+                result = self._forward_with(quantizers, args, kwargs)
+            else:
                 result = super().forward(*args, **kwargs)
-            mode.require_all_calls()
-            return result
+        return result
 
-    def _quantizer(self, point: OutputPoint) -> OutputQuantizer:
-        return self.get_submodule(point.quantizer)  # type: ignore[return-value]
+    def _forward_with(
+        self,
+        quantizers: dict[OutputPoint, OutputQuantizer],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The original forward, while these watch it."""
+        # A function of its own: the compiler takes no block inside another one.
+        mode = _OutputMode(self, quantizers)
+        with mode:
+            result = super().forward(*args, **kwargs)
+        mode.require_all_calls()
+        return result
 
 
 class _OutputMode(CountingMode):
@@ -142,17 +153,17 @@ class _OutputMode(CountingMode):
 
     Args:
         owner: The owner.
-        quantizers: Those of its points, in their order.
+        quantizers: Those of its points.
     """
 
-    def __init__(self, owner: OutputOwner, quantizers: Sequence[OutputQuantizer]) -> None:
+    def __init__(self, owner: OutputOwner, quantizers: dict[OutputPoint, OutputQuantizer]) -> None:
         super().__init__()
         self._kind = owner.original_class.__name__
         self._is_active = owner.quantizes_outputs
         self._counts: dict[str, int] = {}
         self._expected: dict[str, tuple[int, ...]] = {}
         self._quantizers: dict[tuple[str, int], OutputQuantizer] = {}
-        for point, quantizer in zip(owner.output_points, quantizers, strict=True):
+        for point, quantizer in quantizers.items():
             self._counts[point.function] = 0
             self._expected[point.function] = point.counts
             self._quantizers[point.function, point.index] = quantizer

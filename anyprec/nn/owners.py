@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from anyprec.errors import ConversionError
 from anyprec.nn.backward import follow_precision
 from anyprec.nn.bodies import body_of
-from anyprec.nn.counting import uncounted
+from anyprec.nn.counting import run_body
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.operators import operands, operator_of
 from anyprec.nn.products import PRODUCTS, product_operands
@@ -85,8 +85,7 @@ class _OwnerInterceptor(TorchFunctionMode):
             body = body_of(func, args, kwargs)
             if body is not None:
                 # torch switched this mode off for the call: on again, to see the operators inside.
-                with uncounted(), self:
-                    return body(*args, **kwargs)
+                return run_body(self, body, args, kwargs)
         return func(*args, **kwargs)
 
     def _run_product(

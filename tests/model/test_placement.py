@@ -482,9 +482,7 @@ def test_costs_count_a_step_size_for_each_output(float_net: nn.Module, images: T
         ("test_vit", 160, None, None),
     ],
 )
-def test_networks_of_timm(
-    name: str, size: int, outputs: int | None, shared: int | None
-) -> None:
+def test_networks_of_timm(name: str, size: int, outputs: int | None, shared: int | None) -> None:
     images = torch.randn(2, 3, size, size)
     float_net = timm.create_model(name).eval()
     net = _convert(float_net, images)
