@@ -18,6 +18,7 @@ from anyprec.errors import (
     CalibrationError,
     CheckpointError,
     ConversionError,
+    ExportError,
     InputSizeWarning,
     NegativeInputWarning,
     NotCalibratedError,
@@ -28,6 +29,7 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
@@ -94,6 +96,8 @@ __all__ = [
     "Coverage",
     "Criterion",
     "EpochRecord",
+    "ExportError",
+    "Exported",
     "FeaturePoint",
     "GroupedAxis",
     "InputQuantizer",
@@ -136,6 +140,7 @@ __all__ = [
     "convert",
     "cost_model",
     "cost_of",
+    "export",
     "fit",
     "inspect",
     "load",

@@ -1,24 +1,25 @@
 """Every exception that anyprec raises on purpose.
 
-    AnyprecError |-- BitsError (ValueError)            a bit-width, `Bits` or configuration that
-    does not fit |-- ConversionError (ValueError)      a network or pattern that `convert` cannot
-    take |-- CalibrationError (ValueError)     calibration data that no step size can come from |--
-    NotCalibratedError (RuntimeError) low precision asked of a network without step sizes |--
-    TrainingError (RuntimeError)      the training hooks used out of order |-- BudgetError
-    (ValueError)          a budget that cannot be read, or that nothing fits |-- SearchError
-    (ValueError)          a search that cannot be made, or a search file of another one |--
-    PrecisionError (RuntimeError)     the precision of somebody else's block or backward pass |--
-    PackedError (RuntimeError)        latent weights asked of a network that holds integer codes
-    only `-- CheckpointError (ValueError)      a file that is damaged, foreign or does not match
-    |-- BatchError (ValueError, TypeError)     images or labels that a network cannot take
-    |-- NoValuesError (RuntimeError)           values asked of a network on the meta device
+    AnyprecError
+    |-- BitsError (ValueError)              a bit-width, `Bits` or configuration that does not fit
+    |-- ConversionError (ValueError)        a network or pattern that `convert` cannot take
+    |-- CalibrationError (ValueError)       calibration data that gives no step size
+    |-- NotCalibratedError (RuntimeError)   low precision without step sizes
+    |-- TrainingError (RuntimeError)        the training hooks used out of order
+    |-- BudgetError (ValueError)            a budget that is unreadable, or that nothing fits
+    |-- SearchError (ValueError)            a search that cannot be made, or a wrong search file
+    |-- PrecisionError (RuntimeError)       a precision that another thread or pass has set
+    |-- PackedError (RuntimeError)          latent weights asked of integer codes
+    |-- CheckpointError (ValueError)        a file that is damaged, foreign or does not match
+    |-- BatchError (ValueError, TypeError)  images or labels that a network cannot take
+    `-- NoValuesError (RuntimeError)        values asked of a network on the meta device
 
-    StaleNormsWarning (UserWarning)       evaluation on norm statistics of earlier weights
-    InputSizeWarning (UserWarning)        costs counted at another input size than that in use
-    NegativeInputWarning (UserWarning)    an input that was never to be negative, and is
+    StaleNormsWarning (UserWarning)         evaluation on norm statistics of earlier weights
+    InputSizeWarning (UserWarning)          costs counted at another input size
+    NegativeInputWarning (UserWarning)      an input that was never to be negative, and is
 
-Each also derives from the built-in that people would expect, so `except ValueError` keeps working.
-Messages name the value that was found, what is allowed, and the remedy.
+Each error also derives from the built-in that people would expect, so `except ValueError` keeps
+working. Messages name the value that was found, what is allowed, and the remedy.
 """
 
 

@@ -126,10 +126,8 @@ def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         return dict(json.loads(json.dumps(arguments, allow_nan=False)))
     except (TypeError, ValueError) as error:
-        msg = (
-            f"model_args={arguments} cannot be written as JSON ({error}): name classes by strings, "
-        )
-        msg += "as timm allows, or pass rebuildable=False"
+        msg = f"model_args={arguments} cannot be written as JSON ({error}): name classes by "
+        msg += "strings, as timm allows, or pass rebuildable=False"
         raise CheckpointError(msg) from error
 
 

@@ -109,10 +109,8 @@ class Content:
             shape = None if weight is None else tuple(weight.shape)
             is_weight = record.dtype.is_floating_point and math.prod(record.shape) > 0
             if shape != record.shape or not is_weight:
-                msg = (
-                    f"the checkpoint holds codes of layer {path!r:.80} for a weight {record.shape} "
-                )
-                msg += f"{record.dtype}, the network's is {shape}"
+                msg = f"the checkpoint holds codes of layer {path!r:.80} for a weight "
+                msg += f"{record.shape} {record.dtype}, the network's is {shape}"
                 raise CheckpointError(msg)
         return names_of_weights(network, facts, self._packing.layers)
 
@@ -146,10 +144,8 @@ def _stored_names(file: StoredFile, document: Document, *, within: str) -> dict[
     for name, target in document.aliases.items():
         if name.startswith(within):
             if target not in names or name in names:
-                msg = (
-                    f"the checkpoint says that {name!r:.80} is stored as {target!r:.80}, which is "
-                )
-                msg += "not so"
+                msg = f"the checkpoint says that {name!r:.80} is stored as {target!r:.80}, "
+                msg += "which is not so"
                 raise CheckpointError(msg)
             aliases[name] = target
     return {**names, **aliases}

@@ -311,9 +311,8 @@ def _require_format(version: int) -> None:
     remedy = "save the network again with this anyprec"
     if version > FORMAT_VERSION:
         remedy = "update anyprec"
-    msg = (
-        f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}: {remedy}"
-    )
+    msg = f"the checkpoint has format {version}, this anyprec reads format {FORMAT_VERSION}: "
+    msg += remedy
     raise CheckpointError(msg)
 
 

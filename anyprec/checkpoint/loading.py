@@ -109,10 +109,8 @@ def _require_loadable(model: Any, bits: BitsRequest) -> None:
         msg = f"load takes a torch.nn.Module to load into, got {type(model).__name__}"
         raise CheckpointError(msg)
     if isinstance(model, ConvertedModel) and model.is_packed:
-        msg = (
-            "load takes a network with latent weights to load into, got a packed one: pass a float "
-        )
-        msg += "network, or none"
+        msg = "load takes a network with latent weights to load into, got a packed one: "
+        msg += "pass a float network, or none"
         raise CheckpointError(msg)
     if isinstance(model, ConvertedModel) and bits is not None:
         msg = "load takes a float network, or none, when bits are given: a converted one has other "

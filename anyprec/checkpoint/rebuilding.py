@@ -60,10 +60,8 @@ def create(architecture: Architecture) -> nn.Module:
         raise CheckpointError(msg)
     forbidden = FORBIDDEN_ARGUMENTS & architecture.arguments.keys()
     if forbidden:
-        msg = (
-            f"{min(forbidden)!r} is no argument that a network is rebuilt with: it names a source "
-        )
-        msg += "of weights, or sets a switch of the whole process. Leave it out"
+        msg = f"{min(forbidden)!r} is no argument that a network is rebuilt with: it names a "
+        msg += "source of weights, or sets a switch of the whole process. Leave it out"
         raise CheckpointError(msg)
     with torch.random.fork_rng(devices=[]):
         try:

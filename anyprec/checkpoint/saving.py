@@ -155,10 +155,8 @@ def _check_arguments(
         msg = f"coding={coding!r} is not known: use 'zstd' or 'fixed'"
         raise ValueError(msg)
     if latents not in {None, torch.bfloat16, torch.float16} or (packed and latents is not None):
-        msg = (
-            f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, with packed=False, "
-        )
-        msg += "or leave it out"
+        msg = f"latents={latents} cannot be: use torch.bfloat16 or torch.float16, "
+        msg += "with packed=False, or leave it out"
         raise ValueError(msg)
     if packed:
         require_calibrated(model)

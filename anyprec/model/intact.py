@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,10 @@ from anyprec.nn.owners import FunctionalOwner
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
     from anyprec.model.record import ConversionRecord
+
+_Part = TypeVar(
+    "_Part", QuantizedLayer, SwitchableNorm, FunctionalOwner, OutputOwner, OutputQuantizer
+)
 
 _Slot = tuple[dict[str, Any], str, nn.Module]
 """Children of a module, the name of one, and the module that it was."""
@@ -128,26 +132,27 @@ def submodule_or_none(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+_REMEDY_FOR_LAYERS = (
+    "merge branches and replace layers before anyprec.convert, or use the model's reset_classifier"
+)
+
+_REMEDY_FOR_NORMS = (
+    "convert norms (SyncBatchNorm, frozen norms) and merge branches before anyprec.convert"
+)
+
+
 def _look_through(model: ConvertedModel) -> Parts:
     record = model.anyprec_record
     layers: dict[str, QuantizedLayer] = {}
     norms: dict[str, SwitchableNorm] = {}
     slots: dict[tuple[int, str], _Slot] = {}
     for path in record.quantized:
-        layer = submodule_or_none(model, path)
-        if not isinstance(layer, QuantizedLayer):
-            remedy = "merge branches and replace layers before anyprec.convert, or use the model's "
-            remedy += "reset_classifier"
-            _refuse(f"layer {path!r}", layer, remedy)
-        layers[path] = layer
+        layers[path] = _required(
+            model, path, QuantizedLayer, noun="layer", remedy=_REMEDY_FOR_LAYERS
+        )
         _require_owner(model, path)
     for path in record.norms:
-        norm = submodule_or_none(model, path)
-        if not isinstance(norm, SwitchableNorm):
-            remedy = "convert norms (SyncBatchNorm, frozen norms) and merge branches before "
-            remedy += "anyprec.convert"
-            _refuse(f"norm {path!r}", norm, remedy)
-        norms[path] = norm
+        norms[path] = _required(model, path, SwitchableNorm, noun="norm", remedy=_REMEDY_FOR_NORMS)
     outputs, owners = _outputs(model)
     owner_paths = (output.owner for output in record.facts.outputs)
     for path in (*layers, *norms, *outputs, *owner_paths):
@@ -161,32 +166,38 @@ def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], list[Ou
     quantizers: dict[str, OutputQuantizer] = {}
     owners: dict[str, OutputOwner] = {}
     for output in model.anyprec_record.facts.outputs:
-        quantizer = submodule_or_none(model, output.path)
-        owner = submodule_or_none(model, output.owner)
         remedy = "replace modules before anyprec.convert"
-        if not isinstance(quantizer, OutputQuantizer):
-            _refuse(f"output quantizer {output.path!r}", quantizer, remedy)
-        if not isinstance(owner, OutputOwner):
-            remedy = f"it quantized the output of {output.source!r}: {remedy}"
-            _refuse(f"module {output.owner!r}", owner, remedy)
-        quantizers[output.path], owners[output.owner] = quantizer, owner
+        quantizers[output.path] = _required(
+            model, output.path, OutputQuantizer, noun="output quantizer", remedy=remedy
+        )
+        remedy = f"it quantized the output of {output.source!r}: {remedy}"
+        owners[output.owner] = _required(
+            model, output.owner, OutputOwner, noun="module", remedy=remedy
+        )
     return quantizers, list(owners.values())
 
 
 def _require_owner(model: ConvertedModel, path: str) -> None:
     """Require that a weight used without a call is still used by the module that quantizes it."""
     owner_path = model.anyprec_record.facts.layers[path].owner
-    if owner_path is None:
-        return
-    owner = submodule_or_none(model, owner_path)
-    if not isinstance(owner, FunctionalOwner):
+    if owner_path is not None:
         remedy = f"it quantized the layer {path!r}: replace modules before anyprec.convert"
-        _refuse(f"module {owner_path!r}", owner, remedy)
+        _required(model, owner_path, FunctionalOwner, noun="module", remedy=remedy)
 
 
-def _refuse(subject: str, present: nn.Module | None, remedy: str) -> NoReturn:
-    change = "removed" if present is None else f"replaced by a {type(present).__name__}"
-    msg = f"{subject} was {change} after conversion: {remedy}"
+def _required(
+    model: ConvertedModel, path: str, kind: type[_Part], *, noun: str, remedy: str
+) -> _Part:
+    """The module at `path`, which conversion gave this class.
+
+    Raises:
+        ConversionError: It was replaced or removed.
+    """
+    module = submodule_or_none(model, path)
+    if isinstance(module, kind):
+        return module
+    change = "removed" if module is None else f"replaced by a {type(module).__name__}"
+    msg = f"{noun} {path!r} was {change} after conversion: {remedy}"
     raise ConversionError(msg)
 
 

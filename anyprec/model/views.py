@@ -18,13 +18,14 @@ from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from anyprec.errors import ConversionError
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.operators import tensors_in
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.weights import LatentWeight
@@ -94,20 +95,7 @@ def _shared_of(module: nn.Module) -> Iterator[Any]:
         yield module.weight_source
     if isinstance(module, SwitchableNorm):
         yield module.selection
-    for value in attributes.values():
-        yield from _tensors_in(value)
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a plain attribute, however deep in collections."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for entry in value.values():
-            yield from _tensors_in(entry)
-    elif isinstance(value, (list, tuple, set)):
-        for entry in value:
-            yield from _tensors_in(entry)
+    yield from tensors_in(attributes.values())
 
 
 def _refuse_functions_with_layers(model: ConvertedModel) -> None:

@@ -12,9 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from anyprec.nn.operators import tensors_in
 
-_METADATA_ONLY = {
+METADATA_ONLY = {
     "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "randint_like",
-    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "is_same_size",
 }  # fmt: skip
 """Operations that read no numbers of a tensor, only its shape and dtype."""
 
@@ -93,7 +93,7 @@ class Call:
 
     def sources(self) -> Iterator[Tensor]:
         """The tensors whose numbers the result depends on."""
-        if self.operation in _METADATA_ONLY:
+        if self.operation in METADATA_ONLY:
             return
         outputs = set(map(id, tensors_in(self._output_only)))
         for tensor in self.tensors():

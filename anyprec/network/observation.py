@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError
 from anyprec.network.flow import Flow, FlowTracker
@@ -27,6 +26,7 @@ from anyprec.network.readers import Readers, Reading, is_transformed, unwrapped
 from anyprec.network.weights import Weights, named_layers
 from anyprec.nn.bodies import BODIES, HIDING, body_of
 from anyprec.nn.channels import Axis
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.operators import (
     LAYER_TYPES,
     Operator,
@@ -145,7 +145,7 @@ def _watching_modules(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
             hook.remove()
 
 
-class _Watcher(TorchFunctionMode):
+class _Watcher(FunctionMode):
     """Records every operator of one forward pass, with the module that it runs in."""
 
     def __init__(self, model: nn.Module, example_input: Tensor, *, outputs: bool) -> None:
@@ -159,14 +159,8 @@ class _Watcher(TorchFunctionMode):
         self.flow = FlowTracker(model, example_input)
         self.outputs = OutputTracker(model, self.flow.values) if outputs else None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `func`, or what hides in it, and record what it does."""
         arguments = (*args, *kwargs.values())
         is_hidden = any(map(is_transformed, tensors_in(arguments)))
         body = body_of(func, args, kwargs)

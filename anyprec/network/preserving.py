@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyprec.network.calls import EXPOSING, Call, reference_to, storage_of
 from anyprec.network.memory import Memory
+from anyprec.nn.modes import FunctionMode, OperationMode
 
 
 @contextmanager
@@ -75,46 +74,30 @@ class _Values:
             storage.copy_(copy)
 
 
-class _WriteGuard(TorchDispatchMode):
+class _WriteGuard(OperationMode):
     """Copies what an operation is about to write to."""
 
-    supports_higher_order_operators = True
-
     def __init__(self, values: _Values) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._values = values
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 (torch has no public name for it)
-            for tensor in Call(func, args, kwargs).written():
-                self._values.save(tensor)
-            return func(*args, **kwargs)
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for tensor in Call(func, args, kwargs).written():
+            self._values.save(tensor)
+        return func(*args, **kwargs)
 
 
-class _ExposureGuard(TorchFunctionMode):
+class _ExposureGuard(FunctionMode):
     """Copies what a function gives to code outside of torch (`numpy()`), which may write to it."""
 
     def __init__(self, values: _Values) -> None:
         super().__init__()
         self._values = values
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in EXPOSING and isinstance(args[0], Tensor):
             self._values.save(args[0])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextmanager

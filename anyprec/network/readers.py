@@ -14,25 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._ops import OpOverload
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from anyprec.network.calls import storage_of
+from anyprec.network.calls import EXPOSING, METADATA_ONLY, storage_of
+from anyprec.nn.modes import OperationMode
 from anyprec.nn.operators import tensors_in
-
-_BLIND = {
-    "empty_like", "full_like", "is_same_size", "new_empty", "new_empty_strided", "new_full",
-    "new_ones", "new_zeros", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like",
-}  # fmt: skip
-"""Functions that take a tensor for its shape and type alone."""
-
-_LEAVING = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr}
-"""Functions that hand values to what is not torch."""
 
 
 @dataclass
@@ -52,7 +42,7 @@ class Reading:
     macs: int = 0
 
 
-class Readers(TorchDispatchMode):
+class Readers(OperationMode):
     """Notes what reads parameters while it is active.
 
     Args:
@@ -64,11 +54,8 @@ class Readers(TorchDispatchMode):
             and MACs of the whole batch.
     """
 
-    # Operations of higher order (flex attention) would otherwise refuse to run under a mode.
-    supports_higher_order_operators = True
-
     def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.readings: dict[str, Reading] = {}
         self.uncounted: dict[str, tuple[int, int]] = {}
         # By storage, since a view, `detach` and `data` make other tensors. A storage can hold
@@ -94,7 +81,7 @@ class Readers(TorchDispatchMode):
         """
         before = self._function, self._is_counted
         self._function, self._is_counted = function_name(func), counted
-        if func in _LEAVING:
+        if func in EXPOSING:
             for path in self._paths_in(arguments):
                 self._note(path, self._function, is_view=False)
         try:
@@ -102,27 +89,13 @@ class Readers(TorchDispatchMode):
         finally:
             self._function, self._is_counted = before
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and note which parameters it has read."""
         arguments = (*args, *kwargs.values())
         paths = self._paths_in(arguments)
-        # This call is no function that the network's own code calls.
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 (as torch's documentation has it)
-            if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):
-                # Only there do operations arrive that consist of others.
-                with self:
-                    result = func.decompose(*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         name = function_name(func)
-        if name not in _BLIND:
+        if name not in METADATA_ONLY:
             is_view = bool(paths) and _makes_view(func, arguments, result)
             for path in paths:
                 self._note(path, self._function or name, is_view=is_view)

@@ -1,7 +1,8 @@
 """The torch.fx graph of a network, or the reason why it has none.
 
-Tracing follows timm's own lists of modules and functions that must not be traced through. What the
-graph says of a network is read in `flow.py`.
+Tracing follows timm's own lists of modules and functions that must not be traced through. Partial
+execution runs the graph, and training finds the features of layers in it. The facts of a network
+need none: they come from an observed forward pass (`analysis.py`).
 """
 
 from __future__ import annotations

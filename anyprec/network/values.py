@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload  # torch has no public name for it
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from anyprec.network.calls import Call, reference_to, storage_of
 from anyprec.network.signs import is_known_number, returns_no_negative
+from anyprec.nn.modes import OperationMode
 from anyprec.nn.operators import tensors_in
 
 
@@ -61,7 +60,7 @@ class _Storage:
         self.exposed = False
 
 
-class ValueTracker(TorchDispatchMode):
+class ValueTracker(OperationMode):
     """Follows every value of one forward pass.
 
     Args:
@@ -74,11 +73,8 @@ class ValueTracker(TorchDispatchMode):
         listener: Called after every operation, with its result; None is nobody.
     """
 
-    # Operations of higher order (flex attention) would otherwise refuse to run under a mode.
-    supports_higher_order_operators = True
-
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         # A weak reference as key keeps a storage's address from being used again.
         self._storages: dict[StorageWeakRef | None, _Storage] = {}
         self.numbers_left = False
@@ -121,28 +117,15 @@ class ValueTracker(TorchDispatchMode):
         if writable and storage is not None:
             storage.exposed = True
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():  # noqa: SLF001 (torch has no public name for it)
-            if torch.is_inference_mode_enabled() and isinstance(func, OpOverload):
-                # Only there do operations arrive that consist of others.
-                with self:
-                    result = func.decompose(*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            call = Call(func, args, kwargs)
-            facts = self._facts_of(call)
-            result = func(*args, **kwargs)
-            self._note(call, facts, result)
-            if self.listener is not None:
-                self.listener(call, result)
-            return result
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, and note what is known of its results."""
+        call = Call(func, args, kwargs)
+        facts = self._facts_of(call)
+        result = func(*args, **kwargs)
+        self._note(call, facts, result)
+        if self.listener is not None:
+            self.listener(call, result)
+        return result
 
     def _facts_of(self, call: Call) -> ValueFacts:
         """The facts of what a call will compute, whatever it writes them to."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import _get_current_function_mode_stack
 
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.operators import OPERATORS, aten_forms
 from anyprec.nn.products import PRODUCTS
 
@@ -36,7 +37,7 @@ CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clip", "clamp_min", "
 NORM = "batch_norm"
 
 
-class CountingMode(TorchFunctionMode):
+class CountingMode(FunctionMode):
     """A mode that counts calls, unless it is told not to.
 
     Attributes:
@@ -66,7 +67,7 @@ class uncounted:  # noqa: N801 (used like a function)
 
 
 def run_body(
-    mode: TorchFunctionMode,
+    mode: FunctionMode,
     body: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -77,7 +78,7 @@ def run_body(
 
 
 def _run_under(
-    mode: TorchFunctionMode,
+    mode: FunctionMode,
     body: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],

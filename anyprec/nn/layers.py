@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from anyprec.bits import Bits, LayerCandidates
 from anyprec.nn.backward import BackwardGuard, follow_precision
@@ -28,6 +27,7 @@ from anyprec.nn.bodies import body_of
 from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.counting import run_body, uncounted
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.outputs import OUTPUTS, OutputQuantizer
@@ -222,21 +222,14 @@ class QuantizedModule(QuantizedLayer, Specialized):
             return super().forward(*args, **kwargs)
 
 
-class _LayerInterceptor(TorchFunctionMode):
+class _LayerInterceptor(FunctionMode):
     """Hands the operator in a layer's forward to the layer."""
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.layer = layer
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in OPERATORS:
             input_, weight = operands(args, kwargs)
             if not _is_foreign(weight, self.layer):

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError, TrainingError
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 
 _Store = dict[str, Tensor | None]
@@ -135,7 +135,7 @@ def _take_over_tensors(store: _Store, before: _Store, after: _Store) -> None:
             value.copy_(tensor)
 
 
-class OutputWatch(TorchFunctionMode):
+class OutputWatch(FunctionMode):
     """Calls observers with every result of `F.batch_norm`, and changes nothing."""
 
     def __init__(self, observers: Observers) -> None:
@@ -143,14 +143,9 @@ class OutputWatch(TorchFunctionMode):
         self.observers = observers
         self.has_notified = False
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `func`, and the observers with what `F.batch_norm` returns."""
+        result = func(*args, **kwargs)
         if func is F.batch_norm:
             self.observers.notify(result)
             self.has_notified = True

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import TrainingError
 from anyprec.nn.backward import BackwardGuard, follow_precision
 from anyprec.nn.chosen import Chosen
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.norm_bank import AFFINE, STATISTICS, NormBank, Statistics
 from anyprec.nn.norm_stand_ins import (
     OutputWatch,
@@ -238,28 +238,22 @@ class SwitchableNorm(Specialized):
         return self.bank.statistics(self.row, self.uniform)
 
 
-class _NormInterceptor(TorchFunctionMode):
+class _NormInterceptor(FunctionMode):
     """Runs a norm's `F.batch_norm` with the values that are selected."""
 
     def __init__(self, norm: SwitchableNorm) -> None:
         super().__init__()
         self.norm = norm
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        result = self._run(_batch_norm_arguments(args, kwargs))
+            return func(*args, **kwargs)
+        result = self._normalise(_batch_norm_arguments(args, kwargs))
         if self.norm.output_observers:
             self.norm.output_observers.notify(result)
         return result
 
-    def _run(self, arguments: dict[str, Any]) -> Tensor:
+    def _normalise(self, arguments: dict[str, Any]) -> Tensor:
         selection, training = self.norm.selection, bool(arguments.get("training"))
         names = [name for name in (*STATISTICS, *AFFINE) if arguments.get(name) is not None]
         if selection.has_row:
@@ -296,18 +290,13 @@ class _NormInterceptor(TorchFunctionMode):
                 getattr(bank, name).index_copy_(0, chosen.row, arguments[name][None])
 
 
-class normalising_by_batch(TorchFunctionMode):  # noqa: N801 (used like a function)
+class normalising_by_batch(FunctionMode):  # noqa: N801 (used like a function)
     """In the block, every BatchNorm takes its batch's statistics and keeps its own unchanged."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `func`, which takes its statistics from its input if it is `F.batch_norm`."""
         if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         arguments = _batch_norm_arguments(args, kwargs)
         arguments |= {"running_mean": None, "running_var": None, "training": True}
         return func(**arguments)
@@ -367,6 +356,6 @@ _BATCH_NORM_ARGUMENTS = (
 )
 
 
-def _batch_norm_arguments(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
+def _batch_norm_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `F.batch_norm`, by name, however they were passed."""
-    return {**dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)), **(kwargs or {})}
+    return {**dict(zip(_BATCH_NORM_ARGUMENTS, args, strict=False)), **kwargs}

@@ -136,9 +136,11 @@ def operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Ten
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among `values`, and inside its tuples and lists."""
+    """The tensors among `values`, however deep in tuples, lists, dictionaries and sets."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, (tuple, list)):
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())
+        elif isinstance(value, (tuple, list, set)):
             yield from tensors_in(value)

@@ -168,14 +168,9 @@ class _OutputMode(CountingMode):
             self._expected[point.function] = point.counts
             self._quantizers[point.function, point.index] = quantizer
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call, quantized if it is one of those."""
+        result = func(*args, **kwargs)
         name = counted_name(func, args, kwargs)
         if self.pauses or name is None or name not in self._counts:
             return result

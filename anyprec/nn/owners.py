@@ -13,13 +13,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from anyprec.errors import ConversionError
 from anyprec.nn.backward import follow_precision
 from anyprec.nn.bodies import body_of
 from anyprec.nn.counting import run_body
 from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.modes import FunctionMode
 from anyprec.nn.operators import operands, operator_of
 from anyprec.nn.products import PRODUCTS, product_operands
 from anyprec.nn.specialize import Specialized, despecialize, specialize
@@ -55,7 +55,7 @@ class FunctionalOwner(Specialized):
             return super().forward(*args, **kwargs)
 
 
-class _OwnerInterceptor(TorchFunctionMode):
+class _OwnerInterceptor(FunctionMode):
     """Hands every operator that multiplies a layer's weight to that layer.
 
     Args:
@@ -66,14 +66,7 @@ class _OwnerInterceptor(TorchFunctionMode):
         super().__init__()
         self.layers = layers
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if operator_of(func) is not None:
             input_, weight = operands(args, kwargs)
             layer = self._layer_of(weight)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-
 ORIGINAL_FORWARD = "_anyprec_original_forward"
 """Name of the forward of the user's own class, which a mixin's may hide."""
 

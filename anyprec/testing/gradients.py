@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from anyprec.bits import BitConfig, Bits, uniform
 from anyprec.model.converted import ConvertedModel
 from anyprec.nn.layers import QuantizedLayer
-from anyprec.testing.outputs import require, restoring_buffers, tensors
+from anyprec.nn.operators import tensors_in
+from anyprec.testing.outputs import require, restoring_buffers
 from anyprec.testing.report import Report
 from anyprec.testing.trial import Trial
 
@@ -169,7 +170,7 @@ def _restoring(model: ConvertedModel) -> Iterator[dict[str, Tensor]]:
 
 def _run_backward(model: nn.Module, images: Tensor) -> None:
     loss = torch.zeros((), device=images.device)
-    for output in tensors(model(images)):
+    for output in tensors_in([model(images)]):
         loss = loss + output.float().square().mean()
     loss.backward()
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.model.checks import uncalibrated
 from anyprec.model.converted import ConvertedModel
-from anyprec.testing.outputs import are_equal, require, require_finite, require_same, run, tensors
+from anyprec.nn.operators import tensors_in
+from anyprec.testing.outputs import are_equal, require, require_finite, require_same, run
 from anyprec.testing.report import Report
 from anyprec.testing.trial import Trial
 
@@ -72,7 +73,8 @@ def check_methods(trial: Trial, report: Report) -> None:
     network: Any = trial.model
     if hasattr(network, "forward_features"):
         with report.check("forward_features"), network.using_bits(trial.lowest), torch.no_grad():
-            require_finite(tensors(network.eval().forward_features(trial.images)))
+            features = network.eval().forward_features(trial.images)
+            require_finite(list(tensors_in([features])))
     if hasattr(network, "reset_classifier"):
         with report.check("reset_classifier"):
             _require_new_classifier(network, trial)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anyprec.nn.operators import tensors_in
 from anyprec.testing.report import BrokenPromiseError
 
 _SEED = 5
@@ -23,7 +23,7 @@ def run(model: nn.Module, images: Tensor, *, train: bool = False) -> list[Tensor
     model.train(train)
     torch.manual_seed(_SEED)
     with restoring_buffers(model), torch.no_grad():
-        outputs = tensors(model(images))
+        outputs = list(tensors_in([model(images)]))
     model.eval()
     return outputs
 
@@ -38,19 +38,6 @@ def restoring_buffers(model: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for name, buffer in saved.items():
             model.get_buffer(name).copy_(buffer)
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Every tensor of an output, however it is nested."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, dict):
-        return tensors(list(output.values()))
-    collected: list[Tensor] = []
-    if isinstance(output, (tuple, list)):
-        for item in output:
-            collected += tensors(item)
-    return collected
 
 
 def are_equal(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anyprec.calibration.norm_statistics import hand_over_affine, update_norms
+from anyprec.calibration.norm_statistics import update_norms
+from anyprec.calibration.norm_updates import hand_over_affine
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
 from anyprec.model.checks import require_latents, require_values, uncalibrated

@@ -459,12 +459,13 @@ def test_skipped_parameters_survive_a_file(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), expected)
 
 
-def test_what_hands_values_to_other_code_reads_them_without_an_operation() -> None:
+@pytest.mark.parametrize("function", [Tensor.tolist, Tensor.untyped_storage])
+def test_what_hands_values_to_other_code_reads_them_without_an_operation(function: Any) -> None:
     weight = torch.randn(SQUARE)
     readers = Readers([("row", weight)])
-    with readers, readers.within(Tensor.tolist, (weight[0],), counted=False):
-        weight[0].tolist()
-    assert list(readers.readings["row"].functions) == ["tolist"]
+    with readers, readers.within(function, (weight[0],), counted=False):
+        function(weight[0])
+    assert list(readers.readings["row"].functions) == [function.__name__]
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,9 @@ def unreachable(budget: Budget, ranges: Mapping[str, tuple[float, float]]) -> Bu
     for name, (low, high) in ranges.items():
         shown.append(f"{_show(name, low, rounding=ROUND_CEILING)} to {_show(name, high)}")
     each = " (each by itself)" if len(shown) > 1 else ""
-    msg = (
-        f"no configuration fits the budget {budget}: achievable are {' and '.join(shown)}{each}, "
-        "every layer at its cheapest to every layer at its highest option; raise the budget, "
-        "or offer lower candidate bit-widths"
-    )
+    msg = f"no configuration fits the budget {budget}: achievable are {' and '.join(shown)}{each}, "
+    msg += "every layer at its cheapest to every layer at its highest option; raise the budget, "
+    msg += "or offer lower candidate bit-widths"
     return BudgetError(msg)
 
 

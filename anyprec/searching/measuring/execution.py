@@ -20,6 +20,7 @@ from anyprec.model.converted import ConvertedModel
 from anyprec.network.tracing import graph_module, trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.operators import tensors_in
 from anyprec.nn.outputs import OutputOwner
 from anyprec.nn.owners import FunctionalOwner
 
@@ -231,7 +232,7 @@ class PartialExecution:
         """Store small results first: most of a network is before them, little before large ones."""
         sizes = {}
         for node, value in self._stored[index].items():
-            tensors = _tensors(value)
+            tensors = tensors_in([value])
             sizes[node] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         room = self._memory
         for node in sorted(sizes, key=lambda node: sizes[node]):
@@ -257,19 +258,7 @@ def _switching_modules(model: ConvertedModel, node: fx.Node) -> list[_Switching]
     return [module for module in modules if isinstance(module, _Switching)]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    tensors: list[Tensor] = []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            tensors += _tensors(item)
-    return tensors
-
-
 def _versions(value: Any) -> list[int]:
     """How often each tensor was changed in place."""
     # torch has no public name for it.
-    return [tensor._version for tensor in _tensors(value)]  # noqa: SLF001
+    return [tensor._version for tensor in tensors_in([value])]  # noqa: SLF001

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 from anyprec.nn.channels import Axis, output_axis
 
 ATEN = torch.ops.aten
@@ -176,6 +176,22 @@ def is_zero_pad(node: Any) -> bool:
         mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value")
         return mode == "constant" and not value
     return is_call(node, ATEN.constant_pad_nd.default) and not argument(node, 2, "value", 0)
+
+
+def averages_images(node: Any) -> bool | None:
+    """Whether a node that averages all positions of images keeps their axes.
+
+    None if it does something else.
+    """
+    if is_call(node, ATEN.adaptive_avg_pool2d.default):
+        return True if all(size == 1 for size in node.args[1]) else None
+    if not is_call(node, ATEN.mean.dim):
+        return None
+    rank = node.args[0].meta["val"].ndim
+    axes = {axis % rank for axis in argument(node, 1, "dim")}
+    if rank != 4 or axes != {2, 3}:
+        return None
+    return bool(argument(node, 2, "keepdim", default=False))
 
 
 def clamp_of(node: Any) -> tuple[float | None, float | None] | None:

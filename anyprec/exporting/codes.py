@@ -10,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     MAX_POOLS,
     clamp_of,
     grid_of,
@@ -19,7 +19,7 @@ from anyprec.export.graphs import (
     is_zero_pad,
     quantizer_of,
 )
-from anyprec.export.operators import FAKE_QUANTIZE
+from anyprec.exporting.operators import FAKE_QUANTIZE
 
 
 def simplify_quantizers(graph: fx.GraphModule) -> None:
@@ -118,7 +118,9 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
         source = quantizer_of(node)
         if source is None:
             continue
+        readers = list(node.users)
         with graph.graph.inserting_after(node):
             quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:]))
         quantized.meta = {"val": node.meta.get("val")}
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user: user is not quantized)
+        for reader in readers:
+            reader.replace_input_with(node, quantized)

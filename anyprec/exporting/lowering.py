@@ -9,14 +9,15 @@ changed (norms in scales, clamps in codes) is done to it by the passes of `foldi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
-from anyprec.export.constants import fold_constant_weights
-from anyprec.export.deployed import deployed_copy
+from anyprec.exporting.constants import fold_constant_weights
+from anyprec.exporting.deployed import deployed_copy
 from anyprec.model.checks import require_values
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 
@@ -63,7 +64,7 @@ def lower(
 
     Example:
         >>> import timm, torch, anyprec
-        >>> from anyprec.export.lowering import lower
+        >>> from anyprec.exporting.lowering import lower
         >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
         >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
         >>> lowered = lower(model, 4)
@@ -110,11 +111,24 @@ def _example(model: ConvertedModel, example_input: Tensor | None, *, dynamic_bat
     return example
 
 
+class _OfImages(nn.Module):
+    """Calls a network with one argument, whatever its own forward says that it takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+
 def _traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.GraphModule:
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad():
-            program = torch.export.export(network, (example,), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                _OfImages(network), (example,), dynamic_shapes=shapes, strict=False
+            )
             # Nothing is decomposed but what changes tensors in place.
             module = program.run_decompositions({}).module(check_guards=False)
     except Exception as error:

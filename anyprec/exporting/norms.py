@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     ATEN,
     Multiplication,
     argument,
@@ -24,7 +24,7 @@ from anyprec.export.graphs import (
     tensor_of,
     with_buffer,
 )
-from anyprec.export.operators import DEQUANTIZE
+from anyprec.exporting.operators import DEQUANTIZE
 from anyprec.nn.channels import along
 
 _NORMS = (ATEN._native_batch_norm_legit_no_training.default, ATEN.batch_norm.default)  # noqa: SLF001

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.constants import clean
-from anyprec.export.graphs import (
+from anyprec.exporting.constants import clean
+from anyprec.exporting.graphs import (
     Multiplication,
     grid_of,
     is_call,
@@ -23,7 +23,7 @@ from anyprec.export.graphs import (
     tensor_of,
     with_buffer,
 )
-from anyprec.export.operators import DEQUANTIZE
+from anyprec.exporting.operators import DEQUANTIZE
 from anyprec.nn.channels import along, rows_of_channels
 
 LARGEST_BIAS = 2**30

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.export.graphs import is_call, tensor_of, with_buffer
-from anyprec.export.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
+from anyprec.exporting.graphs import is_call, tensor_of, with_buffer
+from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
 
 _ATEN = torch.ops.aten
 _VIEWS = {
@@ -44,6 +44,8 @@ _SPLITS = {
     _ATEN.unbind.int,
 }
 """The same for operators with several results."""
+
+_ASSERTIONS = {_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default}  # noqa: SLF001
 
 
 @torch.no_grad()
@@ -83,7 +85,10 @@ def _fold_the_rest(graph: fx.GraphModule) -> None:
 
 
 def clean(graph: fx.GraphModule) -> None:
-    """Drop what nothing reads: nodes, parameters and buffers."""
+    """Drop what nothing reads: nodes, parameters and buffers. Assertions of the tracer go, too."""
+    for node in list(graph.graph.nodes):
+        if is_call(node, *_ASSERTIONS):
+            graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     read = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
     for name in [*dict(graph.named_parameters()), *dict(graph.named_buffers())]:
@@ -124,10 +129,15 @@ def _constant_nodes(graph: fx.GraphModule) -> set[Node]:
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             constants.add(node)
-        elif node.op == "call_function" and constants.issuperset(node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        elif node.op == "call_function":
+            reads_constants = constants.issuperset(node.all_input_nodes)
+            if reads_constants and not _is_random(node):
                 constants.add(node)
     return constants
+
+
+def _is_random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _replace_by_codes(

@@ -1,0 +1,96 @@
+"""`export`: a network at one configuration to a file that a runtime accepts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from anyprec.bits import BitConfig
+from anyprec.errors import ExportError
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.lowering import lower
+from anyprec.exporting.targets import target_of
+from anyprec.model.converted import BitsRequest, ConvertedModel
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        path: The file.
+        target: What it was made for.
+        config: Precision of each layer.
+        size: Bytes of the file, with those of files beside it.
+        floating: Layers that stay in floating point, with the reason.
+        raised: Layers with channels of another weight scale, so that their bias fits into int32.
+    """
+
+    path: Path
+    target: str
+    config: BitConfig
+    size: int
+    floating: dict[str, str]
+    raised: tuple[RaisedScale, ...]
+
+
+def export(
+    model: ConvertedModel,
+    path: str | os.PathLike[str],
+    *,
+    bits: BitsRequest = None,
+    target: str = "onnx",
+    example_input: Tensor | None = None,
+    dynamic_batch: bool = True,
+) -> Exported:
+    """Write a network at one configuration as a file of integers for a runtime.
+
+    Args:
+        model: A calibrated network in float32; not changed.
+        path: Where to write; its folder must exist. The old content stays if anything fails.
+        bits: As `set_bits` takes it; None is the precision that is set.
+        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX) or `"openvino"` (IR).
+        example_input: A batch that the network accepts, by default of the size that it was
+            converted on.
+        dynamic_batch: Accept batches of any size; False fixes it to that of the example.
+
+    Raises:
+        ExportError: No precision is set, the target or the file's name is not known, the network
+            has no such form, a library is missing, or the file cannot be written.
+        BitsError, NotCalibratedError: as `set_bits`.
+
+    Example:
+        >>> import timm, torch, anyprec
+        >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
+        >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+        >>> exported = anyprec.export(model, "network.onnx", bits=(4, 8))
+        >>> exported.target
+        'onnx'
+    """
+    chosen, file = target_of(target), Path(path)
+    if file.suffix != chosen.suffix:
+        msg = f"a file for target {target!r} ends with {chosen.suffix!r}, got {file.name!r}"
+        raise ExportError(msg)
+    if not file.parent.is_dir():
+        msg = f"cannot write {str(file)!r}: there is no folder {str(file.parent)!r}; create it "
+        msg += "first"
+        raise ExportError(msg)
+    lowered = lower(model, bits, example_input=example_input, dynamic_batch=dynamic_batch)
+    network = chosen.write(lowered, file)
+    return Exported(
+        path=file,
+        target=target,
+        config=lowered.config,
+        size=_size(file),
+        floating=lowered.floating,
+        raised=network.raised,
+    )
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file, and of the weights that some formats put beside it."""
+    beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else []
+    return sum(each.stat().st_size for each in (file, *beside))
