@@ -74,11 +74,12 @@ def require_state_fit(
     _require_same_tensors(_without(model.state_dict(), omitted), state)
     _require_same_ties(model, state)
     for path, layer in model.quantized_layers.items():
+        rule = layer.input_quantizer.rule
         zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
         for zero, bits in zip(zeros, layer.candidates.activation, strict=True):
-            if not 0 <= zero < 2**bits:
+            if not rule.permits(zero, bits):
                 msg = f"the checkpoint gives layer {path!r} the zero point {zero} at {bits} bits, "
-                msg += f"expected 0 to {2**bits - 1}"
+                msg += f"expected {rule.permitted(bits)}"
                 raise CheckpointError(msg)
 
 

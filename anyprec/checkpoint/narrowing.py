@@ -58,7 +58,9 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     new_weight = new_weight.to(weight.step)
     new_weight.step.copy_(weight.step[index : index + 1])
     new_weight.step.requires_grad_(weight.step.requires_grad)
-    new_input = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
+    new_input = InputQuantizer(
+        (bits.activation,), nonnegative=input_.nonnegative, rule=input_.rule
+    ).to(input_.step)
     row = slice(input_index, input_index + 1)
     new_input.set_grid(input_.step[row], input_.zero_point[row])
     layer.weight_quantizer = new_weight.train(layer.training)

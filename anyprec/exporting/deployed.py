@@ -69,7 +69,7 @@ class _DeployedInput(nn.Module):
     def __init__(self, quantizer: InputQuantizer, index: int, layer: str) -> None:
         super().__init__()
         self.bits = quantizer.candidates[index]
-        self.scale = float(effective_step(quantizer.step[index]))
+        self.scale = float(quantizer.step_in_use(index))
         self.zero_point = -quantizer.limits(index)[0]
         self.layer = layer
 

@@ -123,6 +123,12 @@ def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
 
 def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
     nonnegative = old.input_quantizer.nonnegative
-    quantize_layer(new, old.candidates, nonnegative=nonnegative, axis=old.weight_quantizer.axis)
+    quantize_layer(
+        new,
+        old.candidates,
+        nonnegative=nonnegative,
+        axis=old.weight_quantizer.axis,
+        rule=old.input_quantizer.rule,
+    )
     if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
         new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())

@@ -26,6 +26,7 @@ from anyprec.nn.backward import BackwardGuard, follow_precision
 from anyprec.nn.bodies import body_of
 from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
+from anyprec.nn.grids import GridRule
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
@@ -243,6 +244,7 @@ def quantize_layer(
     nonnegative: bool,
     axis: Axis | None,
     dynamic: bool = False,
+    rule: GridRule | None = None,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
 
@@ -253,10 +255,11 @@ def quantize_layer(
         nonnegative: Its input cannot be negative.
         axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
+        rule: What is allowed of the input's grid; None is any.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
     source = LatentWeight(dynamic=dynamic or not isinstance(layer, LAYER_TYPES))
-    add_precision(layer, candidates, source, nonnegative=nonnegative, axis=axis)
+    add_precision(layer, candidates, source, nonnegative=nonnegative, axis=axis, rule=rule)
     specialize(layer, QuantizedModule)
 
 
@@ -267,6 +270,7 @@ def add_precision(
     *,
     nonnegative: bool,
     axis: Axis | None,
+    rule: GridRule | None = None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -276,7 +280,7 @@ def add_precision(
         channels = channel_count(weight.shape, axis)
         weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
-    input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
+    input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative, rule=rule)
     layer.weight_quantizer = weight_quantizer.train(layer.training)
     layer.input_quantizer = input_quantizer.to(weight.device).train(layer.training)
     chosen = Chosen("weight", "input", device=weight.device)
