@@ -29,7 +29,9 @@ from anyprec.exporting.onnx_graph import (
     GLOBAL_AVERAGE,
     REQUANTIZE,
     arrange_for_onnx,
+    layers_of_codes,
 )
+from anyprec.exporting.onnx_names import name_layers
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.exporting.points import codes_name
@@ -60,13 +62,20 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     model = translated(
         graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
     )
+    name_layers(model, layers_of_codes(graph))
     merge_pads(model)
     store_narrow_weights(model, narrowest=narrowest)
     return model
 
 
 def translated(
-    graph: fx.GraphModule, example: Tensor, *, dynamic_batch: bool, layers: Container[str] = ()
+    graph: fx.GraphModule,
+    example: Tensor,
+    *,
+    dynamic_batch: bool,
+    layers: Container[str] = (),
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of a graph, as torch's exporter makes it.
 
@@ -75,6 +84,8 @@ def translated(
         example: A batch that it accepts.
         dynamic_batch: Accept batches of any size.
         layers: Paths of the quantized layers, after which codes are named.
+        opset: Version of ONNX's operators.
+        translations: What becomes of operators of ours; QuantizeLinear and the like by default.
 
     Raises:
         ExportError: An operator has no ONNX form.
@@ -87,8 +98,8 @@ def translated(
                 (example,),
                 dynamo=True,
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
-                custom_translation_table=_translations(layers),
+                opset_version=opset,
+                custom_translation_table=translations or _translations(layers),
                 input_names=["images"],
                 verbose=False,
             )
@@ -179,7 +190,8 @@ def _translations(layers: Container[str]) -> dict[Any, Any]:
         # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
         return quantize(values, scale, zero_point, low, high, layer, clip=True)
 
-    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
+    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int, layer: str) -> Any:
+        del layer
         if bits > _LARGEST_WEIGHT:
             return op.DequantizeLinear(codes, scale, axis=axis)
         # onnxruntime runs Linear layers on codes only if their weight has a zero point.

@@ -27,6 +27,7 @@ class Exported:
         size: Bytes of the file, with those of files beside it.
         floating: Layers that stay in floating point, with the reason.
         raised: Layers with channels of another weight scale, so that their bias fits into int32.
+        notes: What the target's tools may not take, in words.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Exported:
     size: int
     floating: dict[str, str]
     raised: tuple[RaisedScale, ...]
+    notes: tuple[str, ...]
 
 
 def export(
@@ -52,7 +54,9 @@ def export(
         model: A calibrated network in float32; not changed.
         path: Where to write; its folder must exist. The old content stays if anything fails.
         bits: As `set_bits` takes it; None is the precision that is set.
-        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX) or `"openvino"` (IR).
+        target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX), `"openvino"` (IR),
+            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one) or `"encodings"` (float
+            ONNX with AIMET's encodings beside it, for Qualcomm).
         example_input: A batch that the network accepts, by default of the size that it was
             converted on.
         dynamic_batch: Accept batches of any size; False fixes it to that of the example.
@@ -84,13 +88,20 @@ def export(
         path=file,
         target=target,
         config=lowered.config,
-        size=size_of(file),
+        size=size_of(file, chosen.beside),
         floating=lowered.floating,
         raised=network.raised,
+        notes=network.notes,
     )
 
 
-def size_of(file: Path) -> int:
-    """Bytes of a file, and of the weights that some formats put beside it."""
-    beside = [file.with_suffix(".bin")] if file.suffix == ".xml" else []
-    return sum(each.stat().st_size for each in (file, *beside))
+def size_of(file: Path, beside: tuple[str, ...] = ()) -> int:
+    """Bytes of a file, and of those that some formats put beside it.
+
+    Args:
+        file: The file; OpenVINO's operators have their weights beside them.
+        beside: How the names of more files end.
+    """
+    weights = (".bin",) if file.suffix == ".xml" else ()
+    files = [file, *(file.with_suffix(suffix) for suffix in (*weights, *beside))]
+    return sum(each.stat().st_size for each in files)
