@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyprec.bits import BitConfig
-from anyprec.errors import BatchError
+from anyprec.errors import BatchError, ExportError
 from anyprec.exporting.float_network import write_float_network
 from anyprec.exporting.integers import to_integers
 from anyprec.exporting.lowering import Lowered, lower
@@ -27,6 +27,9 @@ from anyprec.exporting.timing import median_times
 from anyprec.exporting.writing import Exported, size_of
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch
+
+CHECKED_TARGETS = ("onnx", "openvino")
+"""Targets whose files a runtime here runs as integers."""
 
 
 def check_export(
@@ -75,7 +78,7 @@ def check_export(
         100.0
     """
     require_converted(model, purpose="check_export")
-    file = exported.path if isinstance(exported, Exported) else Path(exported)
+    file = _file_of(exported)
     runtime = load_in_runtime(file, threads=threads)
     pieces = pieces_of(images, batch_size=runtime.batch_size)
     first = next(pieces, None)
@@ -108,6 +111,16 @@ def check_export(
         floating=lowered.floating,
         raised=raised,
     )
+
+
+def _file_of(exported: Exported | str | os.PathLike[str]) -> Path:
+    if not isinstance(exported, Exported):
+        return Path(exported)
+    if exported.target not in CHECKED_TARGETS:
+        msg = f"a file for target {exported.target!r} has no runtime here: one for "
+        msg += f"{' or '.join(map(repr, CHECKED_TARGETS))} can be compared with the network"
+        raise ExportError(msg)
+    return exported.path
 
 
 class _Comparison:
