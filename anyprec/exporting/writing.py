@@ -55,8 +55,9 @@ def export(
         path: Where to write; its folder must exist. The old content stays if anything fails.
         bits: As `set_bits` takes it; None is the precision that is set.
         target: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX), `"openvino"` (IR),
-            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one) or `"encodings"` (float
-            ONNX with AIMET's encodings beside it, for Qualcomm).
+            `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one), `"encodings"` (float ONNX
+            with AIMET's encodings beside it, for Qualcomm) or `"executorch"` (a program for
+            XNNPACK; batches of one).
         example_input: A batch that the network accepts, by default of the size that it was
             converted on.
         dynamic_batch: Accept batches of any size; False fixes it to that of the example.
