@@ -33,6 +33,7 @@ from anyprec.errors import (
 from anyprec.exporting.biases import RaisedScale
 from anyprec.exporting.integer import IntegerNetwork, integer
 from anyprec.exporting.integer_rewriting import OperatorPlace
+from anyprec.exporting.latency import LatencyTable, measure_latency
 from anyprec.exporting.parity import check_export
 from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
 from anyprec.exporting.writing import Exported, export
@@ -135,6 +136,7 @@ __all__ = [
     "Instability",
     "InstabilitySampler",
     "IntegerNetwork",
+    "LatencyTable",
     "LayerCandidates",
     "LayerCost",
     "LayerKind",
@@ -190,6 +192,7 @@ __all__ = [
     "inspect",
     "integer",
     "load",
+    "measure_latency",
     "param_groups",
     "save",
     "search",

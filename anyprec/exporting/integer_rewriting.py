@@ -25,7 +25,6 @@ from anyprec.exporting.graphs import (
     is_call,
     is_zero_pad,
     multiplication,
-    only_reader,
 )
 from anyprec.exporting.integer_forms import IntegerForm, integer_form
 from anyprec.exporting.integer_layers import Dequantize, Quantize
@@ -92,7 +91,7 @@ def quantize_before_views(graph: fx.GraphModule) -> None:
         if not is_call(node, FAKE_QUANTIZE):
             continue
         view: Any = node.args[0]
-        while is_call(view, *_MOVED) and only_reader(view) is node:
+        while is_call(view, *_MOVED) and len(view.users) == 1:
             source = view.args[0]
             _move_before(node, view)
             view = source

@@ -29,7 +29,9 @@ from anyprec.exporting.onnx_graph import (
     GLOBAL_AVERAGE,
     REQUANTIZE,
     arrange_for_onnx,
+    layers_of_codes,
 )
+from anyprec.exporting.onnx_names import name_layers
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.exporting.points import codes_name
@@ -60,6 +62,7 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     model = translated(
         graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
     )
+    name_layers(model, layers_of_codes(graph))
     merge_pads(model)
     store_narrow_weights(model, narrowest=narrowest)
     return model
@@ -187,7 +190,8 @@ def _translations(layers: Container[str]) -> dict[Any, Any]:
         # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
         return quantize(values, scale, zero_point, low, high, layer, clip=True)
 
-    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
+    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int, layer: str) -> Any:
+        del layer
         if bits > _LARGEST_WEIGHT:
             return op.DequantizeLinear(codes, scale, axis=axis)
         # onnxruntime runs Linear layers on codes only if their weight has a zero point.

@@ -23,7 +23,7 @@ from anyprec.exporting.onnx_codes import (
     values_of,
 )
 from anyprec.exporting.parity_report import CodeParity
-from anyprec.exporting.points import codes_name, layer_of
+from anyprec.exporting.points import codes_name, layer_of, point_of, quantizers_of
 from anyprec.exporting.reference import PointValues
 from anyprec.exporting.runtimes import OnnxRuntime
 
@@ -60,19 +60,17 @@ class CodeComparison:
         self._lowered = lowered
         self._grids = grids
         self._names: dict[str, str] = {}
-        missing: list[str] = []
         for point in points:
             name = codes_name(point, lowered.config)
             if name in present:
                 self._names[point] = name
-            else:
-                missing.append(point)
         if not self._names:
+            first = codes_name(next(iter(points)), lowered.config)
             msg = f"{str(file)!r} has none of the network's quantizers (the first would be named "
-            msg += f"{codes_name(missing[0], lowered.config)!r}): check the file that "
-            msg += "anyprec.export made of this network"
+            msg += f"{first!r}): check the file that anyprec.export made of this network"
             raise ExportError(msg)
-        self.missing = tuple(missing)
+        everywhere = [point_of(node) for node in quantizers_of(lowered.graph)]
+        self.missing = tuple(point for point in everywhere if point not in self._names)
         axes = {name: points[point].codes.ndim for point, name in self._names.items()}
         self._sequence = OnnxRuntime(telling_codes(model, axes), threads=threads)
         self._alone = OnnxRuntime(taking_codes(model, axes), threads=threads)
