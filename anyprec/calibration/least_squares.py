@@ -54,7 +54,7 @@ def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
 
 
 def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tensor]:
-    """Step sizes and zero points of least squared error for every candidate.
+    """Step sizes and zero points of least squared error for every candidate of its own.
 
     Only the grids that the quantizer's rule allows are searched. Where it allows any zero point, an
     input that may be negative gets the better of a symmetric grid and one placed on the sample's
@@ -66,15 +66,17 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
             negative.
 
     Shape:
-        Each result is `(len(candidates),)`.
+        Each result is `(len(own_candidates),)`.
     """
     row = sample.float().reshape(1, -1)
+    if not quantizer.own_candidates:
+        return row.new_empty(0), torch.empty(0, dtype=torch.int32)
     # As in `_least_squares`: the errors of grids are compared, too.
     scale = power_of_two(row.abs().amax())
     row = row / scale
     find = _best_power if quantizer.rule.scale == "power-of-two" else _least_squares
     steps, zeros = [], []
-    for bits in quantizer.candidates:
+    for bits in quantizer.own_candidates:
         choices = _allowed_zero_points(quantizer, row, bits)
         grids = [_grid_at(zero, row, bits, find) for zero in choices]
         best = min(grids, key=lambda grid: grid.squared_error)

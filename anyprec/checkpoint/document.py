@@ -26,9 +26,11 @@ from anyprec.checkpoint.entries import (
     Entry,
     LayerEntry,
     Length,
+    OutputEntry,
     SettingsEntry,
     drop_default_texts,
     layer_facts,
+    output_facts,
     settings_of,
 )
 from anyprec.errors import CheckpointError
@@ -42,7 +44,7 @@ PackedCoding = Literal["fixed", "zstd"]
 """How cells are stored: in fields of fixed length, or entropy-coded; see `coding.py`."""
 
 _MAX_DEPTH = 16
-_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing"}
+_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing", "outputs", "apart"}
 """Fields of the document that are left out where they are empty."""
 
 _DTYPES = {
@@ -112,6 +114,8 @@ class Document(Entry, frozen=True, kw_only=True, dict=True):
         uncounted: Operators that are no layer, with calls and MACs.
         example_shape: Shape of the input that MACs are counted for.
         untraceable: Why torch.fx could not trace the network, or None.
+        outputs: Values between layers that have a quantizer.
+        apart: Modules whose calls are not counted for the modules around them.
         configs: Named configurations.
         frozen: Lowest precision in use of layers with frozen candidates.
         statistics: Configurations with norm statistics of their own; their tensors are numbered in
@@ -133,6 +137,8 @@ class Document(Entry, frozen=True, kw_only=True, dict=True):
     uncounted: dict[str, tuple[Count, Count]]
     example_shape: Annotated[tuple[Length, ...], Meta(min_length=1)]
     untraceable: str | None
+    outputs: tuple[OutputEntry, ...] = ()
+    apart: tuple[str, ...] = ()
     configs: dict[str, BitConfig]
     frozen: BitConfig = msgspec.field(name="floors", default=BitConfig({}))
     statistics: tuple[BitConfig, ...] = ()
@@ -143,6 +149,14 @@ class Document(Entry, frozen=True, kw_only=True, dict=True):
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
+        outputs = {output.path for output in self.outputs}
+        if len(outputs) < len(self.outputs):
+            msg = "outputs lists a path twice"
+            raise ValueError(msg)
+        for entry in self.layers:
+            if entry.reads is not None and entry.reads not in outputs:
+                msg = f"{entry.path!r:.80} reads {entry.reads!r:.80}, which outputs does not list"
+                raise ValueError(msg)
         paths = Counter(layer.path for layer in self.layers)
         for path, count in paths.items():
             if count > 1:
@@ -162,6 +176,8 @@ class Document(Entry, frozen=True, kw_only=True, dict=True):
             uncounted=self.uncounted,
             example_shape=self.example_shape,
             untraceable=self.untraceable,
+            outputs=tuple(map(output_facts, self.outputs)),
+            apart=self.apart,
         )
 
     @cached_property

@@ -1,10 +1,11 @@
-"""What a checkpoint's document says of settings and layers: its entries, made and read.
+"""What a checkpoint's document says of settings, layers and outputs: entries, made and read.
 
 How a document is read safely is in `document.py`.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Annotated, Any
 
@@ -13,15 +14,22 @@ from msgspec.structs import asdict
 
 from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig, Bits
 from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.model.record import ConvertSettings
-from anyprec.network.facts import LayerFacts, LayerKind, NetworkFacts
+from anyprec.network.facts import LayerFacts, LayerKind, NetworkFacts, OutputFacts
 from anyprec.nn.grids import ActivationGrid, ActivationScale
 from anyprec.nn.norms import NormSharing
+from anyprec.nn.outputs import OUTPUTS
 
 MAX_INTEGER = 2**63 - 1
 """Of any number in a document."""
 
-_DEFAULT_TEXTS = {"norm": "per-pair", "activation_grid": "affine", "activation_scale": "any"}
+_DEFAULT_TEXTS = {
+    "norm": "per-pair",
+    "activation_grid": "affine",
+    "activation_scale": "any",
+    "placement": "layers",
+}
 """Settings that are left out where they have this value."""
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
@@ -61,6 +69,7 @@ class SettingsEntry(Entry, frozen=True, kw_only=True, omit_defaults=True):
     activation_scale: ActivationScale = "any"
     hardware: str | None = None
     pairs: PairsEntry | None = None
+    placement: Placement = "layers"
 
     def __post_init__(self) -> None:
         for name, widths in (("bits", self.bits), ("activation_bits", self.activation_bits)):
@@ -91,6 +100,33 @@ class LayerEntry(Entry, frozen=True, kw_only=True, omit_defaults=True):
     constant: bool
     problem: str | None
     kind: LayerKind | None = None
+    reads: str | None = None
+
+
+class OutputEntry(Entry, frozen=True, kw_only=True, omit_defaults=True):
+    """The fields of `OutputFacts`; those with a default are left out where they have it."""
+
+    path: str
+    source: str
+    owner: str
+    function: str
+    index: Count
+    counts: Annotated[tuple[Count, ...], Meta(min_length=1)]
+    nonnegative: bool = False
+    layers: tuple[str, ...] = ()
+    other_readers: bool = False
+    output: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(rf"(.+\.)?{OUTPUTS}\.[0-9]+", self.path, re.ASCII):
+            msg = f"output {self.path!r:.80} is no path of an output quantizer"
+            raise ValueError(msg)
+        if self.owner and not self.path.startswith(f"{self.owner}."):
+            msg = f"output {self.path!r:.80} is not inside its owner {self.owner!r:.80}"
+            raise ValueError(msg)
+        if self.index >= max(self.counts):
+            msg = f"output {self.path!r:.80} has index {self.index} of {max(self.counts)} calls"
+            raise ValueError(msg)
 
 
 def settings_entry(settings: ConvertSettings) -> SettingsEntry:
@@ -121,6 +157,16 @@ def layer_entries(facts: NetworkFacts) -> tuple[LayerEntry, ...]:
 def layer_facts(entry: LayerEntry) -> LayerFacts:
     """The facts of an entry."""
     return LayerFacts(**asdict(entry))
+
+
+def output_entries(facts: NetworkFacts) -> tuple[OutputEntry, ...]:
+    """The entries of all values between layers that have a quantizer."""
+    return tuple(OutputEntry(**vars(output)) for output in facts.outputs)
+
+
+def output_facts(entry: OutputEntry) -> OutputFacts:
+    """The facts of an entry."""
+    return OutputFacts(**asdict(entry))
 
 
 def drop_default_texts(settings: dict[str, Any]) -> None:

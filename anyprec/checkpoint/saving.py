@@ -30,7 +30,7 @@ from anyprec.checkpoint.document import (
     Packing,
     TensorRecord,
 )
-from anyprec.checkpoint.entries import layer_entries, settings_entry
+from anyprec.checkpoint.entries import layer_entries, output_entries, settings_entry
 from anyprec.checkpoint.matching import holds_layer
 from anyprec.checkpoint.packed_tensors import PREFIX, to_tensors
 from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers
@@ -125,6 +125,8 @@ def save(
         uncounted=facts.uncounted,
         example_shape=facts.example_shape,
         untraceable=facts.untraceable,
+        outputs=output_entries(facts),
+        apart=facts.apart,
         configs=named,
         frozen=BitConfig(model.frozen),
         statistics=tuple(model.anyprec_record.statistics),
@@ -155,7 +157,7 @@ def _check_arguments(
         msg += "with packed=False, or leave it out"
         raise ValueError(msg)
     if packed:
-        require_calibrated(model.quantized_layers)
+        require_calibrated(model)
     else:
         require_latents(model, purpose="save(..., packed=False)")
 

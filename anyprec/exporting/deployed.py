@@ -24,6 +24,7 @@ from anyprec.nn.channels import along
 from anyprec.nn.functional import effective_step
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm, restore_norm
+from anyprec.nn.observers import Observers
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.weights import PackedCodes, WeightSource
 
@@ -69,8 +70,10 @@ class _DeployedInput(nn.Module):
     def __init__(self, quantizer: InputQuantizer, index: int, layer: str) -> None:
         super().__init__()
         self.bits = quantizer.candidates[index]
+        # Of a layer that shares the grid of what it reads, this is that grid.
         self.scale = float(quantizer.step_in_use(index))
         self.zero_point = -quantizer.limits(index)[0]
+        self.observers = Observers()
         self.layer = layer
 
     def forward(self, values: Tensor, _index: int | Tensor) -> Tensor:

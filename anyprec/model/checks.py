@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from anyprec.bits import shorten
 from anyprec.errors import ConversionError, NotCalibratedError, NoValuesError, PackedError
-from anyprec.nn.layers import QuantizedLayer
+from anyprec.model.intact import parts_of
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.packed import NO_LATENTS
 from anyprec.nn.specialize import Specialized
@@ -34,15 +33,26 @@ def require_latents(model: ConvertedModel, *, purpose: str) -> None:
         raise PackedError(msg)
 
 
-def require_calibrated(layers: Mapping[str, QuantizedLayer]) -> None:
-    """Refuse the layers of a network without activation step sizes.
+def uncalibrated(model: ConvertedModel) -> list[str]:
+    """Paths of the layers, and then of the values between layers, without activation step sizes."""
+    parts = parts_of(model)
+    missing = [path for path, layer in parts.layers.items() if not layer.input_quantizer.calibrated]
+    missing += [path for path, output in parts.outputs.items() if not output.calibrated]
+    return missing
+
+
+def require_calibrated(model: ConvertedModel) -> None:
+    """Refuse a network without activation step sizes.
 
     Raises:
-        NotCalibratedError: Some layers have none.
+        NotCalibratedError: Some layers, or values between layers, have none.
     """
-    missing = [path for path, layer in layers.items() if not layer.input_quantizer.calibrated]
+    missing = uncalibrated(model)
     if missing:
-        msg = f"{len(missing)} of {len(layers)} layers have no activation step sizes yet "
+        parts = parts_of(model)
+        number = len(parts.layers) + len(parts.outputs)
+        kind = "layers and outputs" if parts.outputs else "layers"
+        msg = f"{len(missing)} of {number} {kind} have no activation step sizes yet "
         msg += f"({shorten(missing, 3)}): call anyprec.calibrate(model, loader) before a precision "
         msg += "is set"
         raise NotCalibratedError(msg)

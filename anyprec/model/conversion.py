@@ -22,6 +22,7 @@ from anyprec.model.intact import Structure
 from anyprec.model.kinds import with_kinds
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.placement import Placement, add_outputs, place_outputs, trunk_of
 from anyprec.model.precision import ActivePrecision
 from anyprec.model.presets import make_settings, require_one_of
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
@@ -35,6 +36,7 @@ from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, r
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
 from anyprec.nn.operators import channel_axis
+from anyprec.nn.outputs import OutputQuantizer, restore_outputs
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
 from anyprec.nn.specialize import despecialize, specialize
 from anyprec.nn.staleness import TrainedNetwork
@@ -52,6 +54,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
     activation_scale: ActivationScale | None = None,
     hardware: str | None = None,
     norm: NormSharing = "shared-affine",
+    placement: Placement | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     example_input: Tensor | None = None,
@@ -88,6 +91,11 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
             layer before it, with one scale and shift for all. `"per-pair"`: a whole copy per pair
             (the paper's). `"shared"`: a single one, with the quantized weights of the layer before
             it corrected to the latent weight's mean and spread per channel (EMQNet).
+        placement: Where activations are quantized. `"layers"` (the default): at the inputs of
+            layers (the paper's). `"integer"`: also at the outputs of layers, sums of two
+            activations and averages over space, at 8 bits and behind the norm and the clamp that
+            follow, so that 8-bit runtimes can compute with integers throughout. That of `hardware`
+            is a recommendation: either may be passed.
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it
@@ -106,7 +114,7 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
             it was.
         HardwareError: `hardware` is not known.
         BitsError: A bit-width is not supported, or nothing is left that `hardware` runs a layer at.
-        ValueError: `norm`, `activation_grid` or `activation_scale` is none of these.
+        ValueError: `norm`, `placement`, `activation_grid` or `activation_scale` is none of these.
 
     Example:
         >>> import timm, anyprec
@@ -128,10 +136,17 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         include=None if include is None else _as_patterns(include),
         exclude=_as_patterns(exclude),
         norm=norm,
+        placement=placement,
     )
     if not inplace:
         model = copy.deepcopy(model)
-    facts = analyze_on_example(model, example_input)
+    has_outputs = settings.placement == "integer"
+    facts = analyze_on_example(model, example_input, outputs=has_outputs)
+    if settings.pairs is not None:
+        # Known before outputs are placed: what the target cannot run is not among their readers.
+        facts = with_kinds(model, facts)
+    if has_outputs:
+        facts = place_outputs(facts, quantized_paths(select_layers(model, settings, facts)))
     return apply_settings(model, settings, facts)
 
 
@@ -154,8 +169,10 @@ def apply_settings(
     mixin = ConvertedClassifier if has_classifier else ConvertedModel
     require_free_names(model, facts, paths=paths, owners=owners, norms=norm_paths, mixin=mixin)
     with restored_on_error(model):
+        # First, so that all else can be taken back without them.
+        outputs = add_outputs(model, facts, rule=settings.grid_rule)
         for path in paths:
-            _quantize(model, facts.layers[path], settings)
+            _quantize(model, facts.layers[path], settings, trunk_of(path, facts, outputs))
         for owner, children in owners.items():
             intercept_in_owner(model.get_submodule(owner), children)
         norms = _make_norms_switchable(model, settings, facts, norm_paths, paths)
@@ -186,6 +203,7 @@ def revert(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, QuantizedParameter):
             restore_parameters(module.holder)
+    restore_outputs(model)
 
 
 def restore_class(model: ConvertedModel) -> None:
@@ -195,14 +213,24 @@ def restore_class(model: ConvertedModel) -> None:
     despecialize(model)
 
 
-def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) -> None:
+def _quantize(
+    model: nn.Module,
+    facts: LayerFacts,
+    settings: ConvertSettings,
+    trunk: OutputQuantizer | None,
+) -> None:
     candidates = layer_candidates(facts, settings)
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
         axis = _output_axis(model, facts) if per_channel else None
         quantize_parameter(
-            model.get_submodule(holder), name, candidates, axis=axis, rule=settings.grid_rule
+            model.get_submodule(holder),
+            name,
+            candidates,
+            axis=axis,
+            rule=settings.grid_rule,
+            trunk=trunk,
         )
     else:
         layer = model.get_submodule(facts.path)
@@ -214,6 +242,7 @@ def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) ->
             axis=axis,
             dynamic=facts.dynamic,
             rule=settings.grid_rule,
+            trunk=trunk,
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from anyprec.bits import BitConfig, Bits
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.hardware import Hardware, hardware
+from anyprec.model.intact import output_quantizers
 from anyprec.model.kinds import layer_kind
 from anyprec.model.pairs import LayerPairs, describe_pairs, nearest_pair
 from anyprec.network.facts import LayerKind
@@ -92,7 +93,7 @@ def grid_problems(model: ConvertedModel, name: str) -> dict[str, str]:
         name: Of the target.
 
     Returns:
-        Path of each layer with such a grid, to what is wrong and the remedy.
+        Path of each layer or output with such a grid, to what is wrong and the remedy.
 
     Raises:
         HardwareError: The target is not known.
@@ -101,12 +102,16 @@ def grid_problems(model: ConvertedModel, name: str) -> dict[str, str]:
     target = hardware(name)
     problems: dict[str, str] = {}
     for path, layer in model.quantized_layers.items():
-        problem = _problem_of_input(layer.input_quantizer, target)
+        problem = _problem_of_grid(layer.input_quantizer, target, subject="its input")
         is_per_channel = layer.weight_quantizer.axis is not None
         if problem is None and is_per_channel and target.weights == "per-tensor":
             problem = "its weight has a step size for each channel: convert with per_channel=False"
         if problem is not None:
             problems[path] = f"layer {path!r} does not fit {name}: {problem}"
+    for path, output in output_quantizers(model).items():
+        problem = _problem_of_grid(output, target, subject="the output")
+        if problem is not None:
+            problems[path] = f"output {path!r} does not fit {name}: {problem}"
     return problems
 
 
@@ -138,17 +143,17 @@ def runnable_pairs(
     return name or settings.hardware or "", runnable
 
 
-def _problem_of_input(quantizer: InputQuantizer, target: Hardware) -> str | None:
+def _problem_of_grid(quantizer: InputQuantizer, target: Hardware, *, subject: str) -> str | None:
     rule = GridRule(target.grid, target.scale)
-    for zero, bits in zip(quantizer.zero_points, quantizer.candidates, strict=True):
+    for zero, bits in zip(quantizer.zero_points, quantizer.own_candidates, strict=True):
         if not rule.permits(zero, bits):
             return (
-                f"its input has the zero point {zero} at {bits} bits, and {rule.permitted(bits)} "
+                f"{subject} has the zero point {zero} at {bits} bits, and {rule.permitted(bits)} "
                 f"is allowed: convert with activation_grid={target.grid!r}"
             )
     if target.scale == "power-of-two" and quantizer.rule.scale != "power-of-two":
         return (
-            "its input has step sizes that are no powers of two: convert with "
+            f"{subject} has step sizes that are no powers of two: convert with "
             "activation_scale='power-of-two'"
         )
     return None

@@ -22,14 +22,12 @@ import msgspec
 from anyprec.bits import MAX_BITS, MIN_BITS, Bits
 from anyprec.errors import HardwareError
 from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.network.facts import LayerKind
 from anyprec.nn.grids import ActivationGrid, ActivationScale
 
 WeightGranularity = Literal["per-channel", "per-tensor", "either"]
 """Whether each output channel of a weight has a step size."""
-
-Placement = Literal["layers", "integer"]
-"""Where quantizers stand: on the inputs of layers alone, or on outputs, too."""
 
 Evidence = Literal["run here", "accepted by a tool here", "from documents"]
 """How an entry of the table of hardware is known."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from anyprec.bits import check_bit_width, check_candidates
 from anyprec.errors import ConversionError
 from anyprec.model.hardware import KINDS, Hardware, hardware
 from anyprec.model.pairs import describe_pairs
+from anyprec.model.placement import Placement
 from anyprec.model.record import ConvertSettings
 from anyprec.nn.grids import ACTIVATION_GRIDS, ACTIVATION_SCALES, ActivationGrid, ActivationScale
 
@@ -26,6 +27,7 @@ def make_settings(
     per_channel: bool | None,
     activation_grid: ActivationGrid | None,
     activation_scale: ActivationScale | None,
+    placement: Placement | None,
     **others: Any,
 ) -> ConvertSettings:
     """Settings of a conversion for a target, or for none; None stands for an argument not given.
@@ -38,16 +40,18 @@ def make_settings(
         per_channel: Whether each output channel has a step size.
         activation_grid: Allowed zero points.
         activation_scale: Allowed step sizes of inputs.
+        placement: Where activations are quantized.
         others: The other fields of `ConvertSettings`.
 
     Raises:
         HardwareError: The target is not known.
         ConversionError: An argument asks for what the target cannot run.
         BitsError: A bit-width is not supported.
-        ValueError: A grid or scale is not known.
+        ValueError: A grid, scale or placement is not known.
     """
     require_one_of("activation_grid", activation_grid, ACTIVATION_GRIDS)
     require_one_of("activation_scale", activation_scale, ACTIVATION_SCALES)
+    require_one_of("placement", placement, get_args(Placement))
     if first_last_bits is not None:
         check_bit_width(first_last_bits, what="first_last_bits")
     wanted = None if bits is None else check_candidates(bits, what="bits")
@@ -62,11 +66,11 @@ def make_settings(
             per_channel=True if per_channel is None else per_channel,
             activation_grid=activation_grid or "affine",
             activation_scale=activation_scale or "any",
+            placement=placement or "layers",
             **others,
         )
     target = hardware(name)
     _require_first_last(first_last_bits, target)
-    # The recommendation `target.placement` belongs here, once `convert` has such an argument.
     return ConvertSettings(
         bits=_widths("bits", wanted, target, operand="weight"),
         activation_bits=_activation_widths(inputs, target, given=activation_bits is not None),
@@ -78,6 +82,8 @@ def make_settings(
         activation_scale=_loosest(
             "activation_scale", activation_scale, target.scale, ACTIVATION_SCALES, target
         ),
+        # A recommendation, unlike all else: the target runs networks of either placement.
+        placement=placement or target.placement,
         hardware=name,
         pairs=target.pairs,
         **others,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from anyprec.bits import BitConfig, Bits
 from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.grids import ActivationGrid, ActivationScale, GridRule
 from anyprec.nn.layers import QuantizedLayer
@@ -56,10 +57,11 @@ class ConvertSettings:
     activation_scale: ActivationScale = "any"
     hardware: str | None = None
     pairs: LayerPairs | None = None
+    placement: Placement = "layers"
 
     @property
     def grid_rule(self) -> GridRule:
-        """What is allowed of the grid of every input."""
+        """What is allowed of the grid of every input and output."""
         return GridRule(self.activation_grid, self.activation_scale)
 
 

@@ -9,8 +9,8 @@ kind of object is noted is in `notes.py`; the numbers in tensors are the matter 
 
 from __future__ import annotations
 
-import inspect
 import functools
+import inspect
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator

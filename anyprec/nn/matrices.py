@@ -14,6 +14,7 @@ from anyprec.nn.channels import Axis
 from anyprec.nn.grids import GridRule
 from anyprec.nn.layers import QuantizedLayer, add_precision
 from anyprec.nn.operators import MATRICES
+from anyprec.nn.outputs import OutputQuantizer
 from anyprec.nn.weights import LatentWeight
 
 
@@ -76,6 +77,7 @@ def quantize_parameter(
     *,
     axis: Axis | None,
     rule: GridRule | None = None,
+    trunk: OutputQuantizer | None = None,
 ) -> None:
     """Make a bare parameter of `holder` a quantized layer, in place.
 
@@ -88,10 +90,11 @@ def quantize_parameter(
         candidates: The bit-widths that it may take.
         axis: Output channels of the parameter, with a step size each; None for one step size.
         rule: What is allowed of the input's grid; None is any.
+        trunk: What quantizes the values that it multiplies before it does; None if nothing does.
     """
     layer = QuantizedParameter(holder, name)
     source = LatentWeight(dynamic=False)
-    add_precision(layer, candidates, source, nonnegative=False, axis=axis, rule=rule)
+    add_precision(layer, candidates, source, nonnegative=False, axis=axis, rule=rule, trunk=trunk)
     matrices = holder._modules.get(MATRICES)  # noqa: SLF001 (past a `__getattr__` of its own)
     if matrices is None:
         matrices = Matrices()

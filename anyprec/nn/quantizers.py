@@ -173,13 +173,15 @@ class InputQuantizer(_Switchable):
         rule: Which zero points and step sizes are allowed.
 
     Attributes:
-        step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated. What they are
-            used as is said by `step_in_use`.
-        zero_point: Integer zero points, shape `(len(candidates),)`.
+        step: Learned step sizes, shape `(len(own_candidates),)`; NaN until calibrated. What they
+            are used as is said by `step_in_use`.
+        zero_point: Integer zero points, shape `(len(own_candidates),)`.
         calibrated: Whether step sizes have been set.
     """
 
     zero_point: Tensor
+    # Nobody but the layer's operator sees the result.
+    _keeps_result: bool = True
 
     def __init__(
         self, candidates: tuple[int, ...], *, nonnegative: bool, rule: GridRule | None = None
@@ -188,18 +190,31 @@ class InputQuantizer(_Switchable):
         self.nonnegative = nonnegative
         self.rule = GridRule() if rule is None else rule
         self.calibrated = False
-        self.step = unknown_steps(len(candidates))
-        start = [self.rule.start(bits, nonnegative=nonnegative) for bits in candidates]
+        own = self.own_candidates
+        self.step = unknown_steps(len(own))
+        start = [self.rule.start(bits, nonnegative=nonnegative) for bits in own]
         self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
         # The same as Python numbers: reading the buffer would stall a GPU.
         self._zero_points = tuple(start)
+
+    @property
+    def own_candidates(self) -> tuple[int, ...]:
+        """The candidates with a step size of this quantizer: all, unless a grid is shared."""
+        return self.candidates
+
+    def grid(self, index: int) -> tuple[Tensor, int]:
+        """Step size, shape `()`, and zero point of the candidate at `index`.
+
+        The step size is differentiable, and a power of two where the rule demands one.
+        """
+        return self._ruled(self.step[index]), self._zero_points[index]
 
     @property
     def kind(self) -> str:
         """`"unsigned"`, `"signed"` or `"affine"`, which the zero points determine."""
         if not any(self._zero_points):
             return "unsigned"
-        if self._zero_points == tuple(map(middle, self.candidates)):
+        if self._zero_points == tuple(map(middle, self.own_candidates)):
             return "signed"
         return "affine"
 
@@ -216,9 +231,14 @@ class InputQuantizer(_Switchable):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
-        scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
-        step = self._ruled(self.step[index])
-        return fake_quantize(values, step, qmin=qmin, qmax=qmax, gradient_scale=scale)
+        return fake_quantize(
+            values,
+            self._ruled(self.step[index]),
+            qmin=qmin,
+            qmax=qmax,
+            gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
+            keep_result=self._keeps_result,
+        )
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""
@@ -244,11 +264,11 @@ class InputQuantizer(_Switchable):
         Shape:
             The result is `()`.
         """
-        return effective_step(self._ruled(self.step[index].detach()))
+        return effective_step(self.grid(index)[0].detach())
 
     @torch.no_grad()
     def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:
-        """Take over calibrated step sizes and zero points, each of shape `(len(candidates),)`.
+        """Take over calibrated step sizes and zero points, one for each own candidate.
 
         Raises:
             CalibrationError: The rule does not allow a zero point; nothing is changed.
@@ -294,7 +314,7 @@ class InputQuantizer(_Switchable):
         """Why the rule does not allow these zero points; None if it does."""
         if zero_points.is_meta:
             return None
-        return self.rule.problem(zero_points.tolist(), self.candidates)
+        return self.rule.problem(zero_points.tolist(), self.own_candidates)
 
     def _refresh(self) -> None:
         if not self.zero_point.is_meta:
