@@ -72,6 +72,9 @@ def export(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot the comparison to this file.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="For the runtime.")] = 1,
+    speed: Annotated[
+        bool, typer.Option(help="Measure time and size of the float network, too.")
+    ] = True,
 ) -> None:
     """Export a checkpoint at one precision for a runtime, and compare the two on images."""
     try:
@@ -85,7 +88,7 @@ def export(
         if images is None:
             return
         chosen, labels = read_images(images, model, limit=most_images)
-        found = check_export(model, exported, chosen, labels=labels, threads=threads)
+        found = check_export(model, exported, chosen, labels=labels, threads=threads, speed=speed)
         typer.echo(f"\n{found}")
         if report is not None:
             report.write_text(found.markdown())

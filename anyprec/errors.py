@@ -12,6 +12,7 @@
     |-- PackedError (RuntimeError)          latent weights asked of integer codes
     |-- CheckpointError (ValueError)        a file that is damaged, foreign or does not match
     |-- HardwareError (ValueError)          a target that is not known, or that cannot run something
+    |-- ExportError (ValueError)            a network or precision that a target cannot have
     |-- BatchError (ValueError, TypeError)  images or labels that a network cannot take
     `-- NoValuesError (RuntimeError)        values asked of a network on the meta device
 

@@ -106,9 +106,10 @@ def _floating_layers(graph: fx.GraphModule) -> list[str]:
     layers: list[str] = []
     for node in graph.graph.nodes:
         product = multiplication(node)
-        if product is not None and is_call(product.weight, DEQUANTIZE):
-            if not _is_integer(product):
-                layers.append(product.layer)
+        if product is None or not is_call(product.weight, DEQUANTIZE):
+            continue
+        if not _is_integer(product):
+            layers.append(product.layer)
     return layers
 
 

@@ -140,7 +140,7 @@ def _factors(codes: Any, axis: int) -> Any:
     # Channels of zeros may have any factor. The lowest bit of -128 alone would be no int8.
     lowest = np.where(bits == 0, used[0], lowest).clip(max=64)
     if (lowest == lowest.flat[0]).all():
-        lowest = lowest.flat[0].reshape([1] * codes.ndim)
+        lowest = np.full([1] * codes.ndim, lowest.flat[0])
     return lowest.astype(np.int8)
 
 

@@ -48,8 +48,9 @@ def read_images(
 def _arrays(path: Path) -> tuple[Any, Any]:
     """Images and labels in a numpy file; the labels are None if it has none."""
     try:
-        content = np.load(path, allow_pickle=False)
-        arrays = {"images": content} if path.suffix == ".npy" else dict(content)
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            arrays = {"images": content} if path.suffix == ".npy" else dict(content)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         msg = f"{str(path)!r} holds no arrays that numpy reads without pickle ({error}): write it "
         msg += "with numpy.save or numpy.savez"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import anyprec
-from anyprec.errors import ExportError, TrainingError
+from anyprec.errors import BatchError, ExportError, TrainingError
 from anyprec.exporting.graphs import ATEN, grid_of
 from anyprec.exporting.integer import integer_network
 from anyprec.exporting.integer_rewriting import in_codes, quantize_before_views
@@ -145,6 +145,13 @@ def test_batches_of_any_size(mixed: IntegerGraph) -> None:
     together = made(images(5))
     apart = torch.cat([made(image) for image in images(5).split(1)])
     assert torch.equal(together, apart)
+
+
+def test_a_batch_of_one_size() -> None:
+    made = anyprec.integer(calibrated(Mixed()), 8, example_input=images(3), dynamic_batch=False)
+    assert made(images(3)).shape == (3, 10)
+    with pytest.raises(BatchError, match=r"made for batches of 3, got one of 2: call integer\(\)"):
+        made(images(2))
 
 
 def test_outputs_are_nested_as_those_of_the_network() -> None:
