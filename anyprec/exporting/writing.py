@@ -81,9 +81,7 @@ def export(
         >>> import timm, torch, anyprec
         >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
         >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
-        >>> exported = anyprec.export(model, "network.onnx", bits=(4, 8))
-        >>> exported.target
-        'onnx'
+        >>> exported = anyprec.export(model, "network.onnx", bits=(4, 8))  # doctest: +SKIP
     """
     require_converted(model, purpose="export")
     hardware = hardware or model.anyprec_record.settings.hardware

@@ -109,7 +109,7 @@ def grid_problems(model: ConvertedModel, name: str) -> dict[str, str]:
         if problem is not None:
             problems[path] = f"layer {path!r} does not fit {name}: {problem}"
     for path, output in output_quantizers(model).items():
-        problem = _problem_of_grid(output, target, subject="the output")
+        problem = _problem_of_grid(output, target, subject="it")
         if problem is not None:
             problems[path] = f"output {path!r} does not fit {name}: {problem}"
     return problems

@@ -81,16 +81,16 @@ def input_quantizer_of(
     candidates: tuple[int, ...],
     *,
     nonnegative: bool,
-    rule: GridRule | None,
     trunk: OutputQuantizer | None,
+    rule: GridRule | None = None,
 ) -> InputQuantizer:
     """The quantizer of a layer's input.
 
     Args:
         candidates: Bit-widths, ascending.
         nonnegative: The input is known to be never negative.
-        rule: What is allowed of its grid; None is any.
         trunk: What has quantized the input before, or None.
+        rule: What is allowed of its grid; None is any.
     """
     if trunk is None or OUTPUT_BITS not in candidates:
         return InputQuantizer(candidates, nonnegative=nonnegative, rule=rule)

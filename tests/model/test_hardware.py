@@ -222,6 +222,40 @@ def test_grids_scales_and_granularity_are_the_targets(float_net: nn.Module, imag
     assert anyprec.grid_problems(model, "max78000") == {}
 
 
+def test_the_placement_is_what_the_target_recommends_unless_one_is_given() -> None:
+    images = torch.randn(1, 3, 32, 32)
+    recommended = {"imx500": "integer", "fpga": "layers"}
+    for hardware, placement in recommended.items():
+        net = timm.create_model("test_resnet", num_classes=5).eval()
+        model = anyprec.convert(net, hardware=hardware, example_input=images)
+        assert model.anyprec_record.settings.placement == placement
+        assert bool(output_quantizers(model)) == (placement == "integer")
+    for hardware, placement in (("imx500", "layers"), ("fpga", "integer"), (None, "integer")):
+        net = timm.create_model("test_resnet", num_classes=5).eval()
+        model = anyprec.convert(net, hardware=hardware, placement=placement, example_input=images)
+        assert model.anyprec_record.settings.placement == placement
+        assert bool(output_quantizers(model)) == (placement == "integer")
+
+
+def test_grids_of_outputs_are_the_targets_too() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    net = timm.create_model("test_resnet", num_classes=5).eval()
+    model = anyprec.convert(net, hardware="imx500", example_input=images)
+    anyprec.calibrate(model, [images])
+    assert anyprec.grid_problems(model, "imx500") == {}
+    for output in output_quantizers(model).values():
+        assert output.rule == anyprec.GridRule("symmetric", "power-of-two")
+    # For TensorRT all must be signed; outputs of a ReLU are on the unsigned grid here.
+    problems = anyprec.grid_problems(model, "tensorrt")
+    unsigned = [path for path, row in output_quantizers(model).items() if row.kind == "unsigned"]
+    assert unsigned
+    for path in unsigned:
+        assert problems[path] == (
+            f"output {path!r} does not fit tensorrt: it has the zero point 0 at 8 bits, and 128 "
+            "is allowed: convert with activation_grid='signed'"
+        )
+
+
 def test_a_stricter_grid_than_the_targets_is_taken(float_net: nn.Module, images: Tensor) -> None:
     model = anyprec.convert(
         float_net,
@@ -294,7 +328,14 @@ def test_a_demand_for_first_and_last_layers(monkeypatch: pytest.MonkeyPatch) -> 
     chip = read_table(ENTRY.replace("[chip]", "[chip]\nfirst_last = 8"))["chip"]
     monkeypatch.setattr(presets, "hardware", {"chip": chip}.__getitem__)
     given = dict.fromkeys(
-        ("bits", "activation_bits", "per_channel", "activation_grid", "activation_scale")
+        (
+            "bits",
+            "activation_bits",
+            "per_channel",
+            "activation_grid",
+            "activation_scale",
+            "placement",
+        )
     )
     given["placement"] = None
     others = {"depthwise_min_bits": 3, "include": None, "exclude": ()}
@@ -329,7 +370,7 @@ def test_placement_is_the_recommended_one_unless_it_is_given(
     assert torch.equal(lowered.graph(images), model(images))
 
 
-@pytest.mark.parametrize("argument", ["activation_grid", "activation_scale"])
+@pytest.mark.parametrize("argument", ["activation_grid", "activation_scale", "placement"])
 def test_unknown_grids_and_scales_are_refused(
     float_net: nn.Module, images: Tensor, argument: str
 ) -> None:
