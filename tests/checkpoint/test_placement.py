@@ -150,6 +150,38 @@ def test_missing_step_sizes_of_outputs_are_refused(
         anyprec.load(tmp_path / "net.safetensors", bits=8)
 
 
+class Nested(nn.Module):
+    """A function is called in the network itself and in a module of which nothing is quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.act = nn.ReLU()
+        self.conv = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(self.act(self.stem(x))))
+        return self.fc((x + x.square()).mean((2, 3)))
+
+
+def test_a_file_knows_which_calls_are_counted_apart(images: Tensor, tmp_path: Path) -> None:
+    network = Nested().eval()
+    net = anyprec.convert(
+        copy.deepcopy(network), bits=(2, 4, 8), example_input=images[:1], placement="integer"
+    )
+    anyprec.calibrate(net, [images])
+    assert net.anyprec_record.facts.apart == ("act", "fc")
+    anyprec.save(net, tmp_path / "net.safetensors")
+    again = anyprec.load(tmp_path / "net.safetensors", network)
+    assert again.anyprec_record.facts == net.anyprec_record.facts
+    for bits in (2, 8):
+        net.set_bits(bits)
+        again.set_bits(bits)
+        with torch.no_grad():
+            assert torch.equal(again(images), net(images))
+
+
 def test_a_new_classifier_keeps_outputs(net: anyprec.ConvertedModel, images: Tensor) -> None:
     outputs = output_quantizers(net)
     net.reset_classifier(3)
