@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # registers the operators
+import torch.ao.quantization.fx._decomposed
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import to_edge_transform_and_lower
 from torch import fx
@@ -43,6 +43,8 @@ from anyprec.exporting.signs import make_scales_positive
 from anyprec.runtime.storage import replacing
 
 _DECOMPOSED = torch.ops.quantized_decomposed
+"""Operators that the import of `_decomposed` registers."""
+
 _INT8 = (-128, 127, torch.int8)
 _SHIFT = 128
 """From codes that start at 0 to those of int8."""

@@ -92,6 +92,14 @@ _TARGETS = (
         extra="onnx",
         beside=(".encodings",),
     ),
+    Target(
+        "executorch",
+        "ExecuTorch, run by XNNPACK",
+        ".pte",
+        ("executorch_file", "write_executorch"),
+        needs=("executorch",),
+        extra="executorch",
+    ),
 )
 
 TARGETS = {target.name: target for target in _TARGETS}

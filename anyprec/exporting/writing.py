@@ -63,7 +63,7 @@ def export(
         target: What the file is for: `"onnx"` (QDQ, for onnxruntime and whatever reads ONNX),
             `"openvino"` (IR), `"qonnx"` (Quant nodes, for FINN and hls4ml; batches of one),
             `"encodings"` (float ONNX with AIMET's encodings beside it, for Qualcomm) or
-            `"executorch"` (XNNPACK). None is what the hardware needs, or `"onnx"`.
+            `"executorch"` (XNNPACK; batches of one). None is what the hardware needs, or `"onnx"`.
         hardware: Refuse what this target cannot run, layer by layer; see `anyprec.hardware`. None
             is the one that the network was converted for, if any.
         example_input: A batch that the network accepts, by default of the size that it was
