@@ -47,12 +47,12 @@ from anyprec.model.hardware import (
     ExportTarget,
     Hardware,
     HardwareSource,
-    Placement,
     WeightGranularity,
     hardware,
     hardware_names,
 )
 from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
 from anyprec.model.trust import trust_weights

@@ -109,6 +109,7 @@ def _exported_text(exported: Exported) -> str:
     for change in exported.raised:
         channels = f"{change.channels} channels, up to {change.largest:g}x"
         lines.append(f"  weight scale raised  {change.layer}: {channels}")
+    lines += [f"  note  {note}" for note in exported.notes]
     return "\n".join(lines)
 
 

@@ -138,10 +138,10 @@ def _factors(codes: Any, axis: int) -> Any:
     if not used.size:
         return np.int8(1)
     # Channels of zeros may have any factor. The lowest bit of -128 alone would be no int8.
-    lowest = np.where(bits == 0, used[0], lowest).clip(max=64)
-    if (lowest == lowest.flat[0]).all():
-        lowest = np.full([1] * codes.ndim, lowest.flat[0])
-    return lowest.astype(np.int8)
+    factors = np.where(bits == 0, used[0], lowest).clip(max=64).astype(np.int8)
+    if np.unique(factors).size == 1:
+        return factors.reshape(-1)[:1].reshape([1] * codes.ndim)
+    return factors
 
 
 def _widening(graph: Any, name: str, factor: Any) -> list[Any]:

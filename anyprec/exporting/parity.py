@@ -8,25 +8,32 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from anyprec.bits import BitConfig
-from anyprec.errors import BatchError
+from anyprec.errors import BatchError, ExportError
+from anyprec.exporting.extras import require_extra
 from anyprec.exporting.float_network import write_float_network
 from anyprec.exporting.integers import to_integers
 from anyprec.exporting.lowering import Lowered, lower
-from anyprec.exporting.parity_codes import CodeComparison
 from anyprec.exporting.parity_images import Piece, pieces_of
 from anyprec.exporting.parity_logits import Outputs, compare_logits, joined
 from anyprec.exporting.parity_report import ParityReport, SpeedParity
-from anyprec.exporting.reference import Reference, first_output
+from anyprec.exporting.reference import PointValues, Reference, first_output
 from anyprec.exporting.runtimes import Runtime, load_in_runtime
 from anyprec.exporting.timing import median_times
 from anyprec.exporting.writing import Exported, size_of
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch
+
+if TYPE_CHECKING:
+    from anyprec.exporting.parity_codes import CodeComparison
+
+CHECKED_TARGETS = ("onnx", "openvino")
+"""Targets whose files a runtime here runs as integers."""
 
 
 def check_export(
@@ -75,7 +82,7 @@ def check_export(
         100.0
     """
     require_converted(model, purpose="check_export")
-    file = exported.path if isinstance(exported, Exported) else Path(exported)
+    file = _file_of(exported)
     runtime = load_in_runtime(file, threads=threads)
     pieces = pieces_of(images, batch_size=runtime.batch_size)
     first = next(pieces, None)
@@ -108,6 +115,16 @@ def check_export(
         floating=lowered.floating,
         raised=raised,
     )
+
+
+def _file_of(exported: Exported | str | os.PathLike[str]) -> Path:
+    if not isinstance(exported, Exported):
+        return Path(exported)
+    if exported.target not in CHECKED_TARGETS:
+        msg = f"a file for target {exported.target!r} has no runtime here: one for "
+        msg += f"{' or '.join(map(repr, CHECKED_TARGETS))} can be compared with the network"
+        raise ExportError(msg)
+    return exported.path
 
 
 class _Comparison:
@@ -152,13 +169,7 @@ class _Comparison:
         alone = None
         if self._file.suffix == ".onnx":
             if self.codes is None:
-                self.codes = CodeComparison(
-                    self._file,
-                    self._lowered,
-                    points=points,
-                    grids=self._reference.grids,
-                    threads=self._threads,
-                )
+                self.codes = self._comparison_of_codes(points)
             alone = self.codes.add(piece.images, points)
         config = self._lowered.config
         computed = {
@@ -179,6 +190,18 @@ class _Comparison:
         self.outputs.append(Outputs(**computed))  # type: ignore[arg-type]
         if piece.labels is not None:
             self._labels.append(piece.labels)
+
+    def _comparison_of_codes(self, points: dict[str, PointValues]) -> CodeComparison:
+        require_extra("onnx", extra="onnxruntime")
+        from anyprec.exporting.parity_codes import CodeComparison  # noqa: PLC0415 (imports onnx)
+
+        return CodeComparison(
+            self._file,
+            self._lowered,
+            points=points,
+            grids=self._reference.grids,
+            threads=self._threads,
+        )
 
 
 def _run(model: ConvertedModel, images: Tensor, config: BitConfig | None) -> Tensor:

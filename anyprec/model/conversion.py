@@ -142,6 +142,9 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         model = copy.deepcopy(model)
     has_outputs = settings.placement == "integer"
     facts = analyze_on_example(model, example_input, outputs=has_outputs)
+    if settings.pairs is not None:
+        # Known before outputs are placed: what the target cannot run is not among their readers.
+        facts = with_kinds(model, facts)
     if has_outputs:
         facts = place_outputs(facts, quantized_paths(select_layers(model, settings, facts)))
     return apply_settings(model, settings, facts)

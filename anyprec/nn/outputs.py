@@ -93,7 +93,7 @@ class OutputOwner(Specialized):
         output_points: The calls that make them.
     """
 
-    class_prefix: ClassVar[str] = "OutputQuantized"
+    class_prefix: ClassVar[str] = "Placed"
 
     _anyprec_added: ClassVar[tuple[str, ...]] = (
         "output_points",

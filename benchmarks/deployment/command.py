@@ -2,6 +2,7 @@
 
     python -m benchmarks.deployment families      # a network of each family of timm, to ONNX
     python -m benchmarks.deployment speed          # time and size against float32, interleaved
+    python -m benchmarks.deployment accuracy --data IMAGENET  # EfficientNet-Lite0 on real images
     python -m benchmarks.deployment render         # docs/deployment-results.md
 
 Each finished measurement is a line of JSON in `--results`; a run that was interrupted goes on where
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import records
 from benchmarks.common.supervision import preload, supervised
-from benchmarks.deployment import families, page, speed
+from benchmarks.deployment import accuracy, families, page, speed
 
 RESULTS = records.ROOT / "benchmarks" / "results" / "deployment.jsonl"
 ZOO = records.ROOT / "benchmarks" / "results" / "zoo.jsonl"
@@ -45,6 +46,14 @@ def run_speed(options: argparse.Namespace) -> None:
             stamp = {"kind": "speed", "commit": records.commit(), "machine": records.machine()}
             records.append(options.results, {**stamp, **record})
             print(record, flush=True)
+
+
+def run_accuracy(options: argparse.Namespace) -> None:
+    """Hold the files of a network with real weights against it, on real images."""
+    for record in accuracy.measure(options):
+        stamp = {"kind": "accuracy", "commit": records.commit(), "machine": records.machine()}
+        records.append(options.results, {**stamp, **record})
+        print(record, flush=True)
 
 
 def render(options: argparse.Namespace) -> None:
@@ -78,6 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
     timing.add_argument("--threads", type=int, default=1)
     timing.add_argument("--img-size", type=int, default=224)
     timing.set_defaults(command=run_speed)
+    agreement = commands.add_parser("accuracy", help="EfficientNet-Lite0 on real images")
+    agreement.add_argument(
+        "--data", type=Path, required=True, help="folder of val.tar, synsets.txt"
+    )
+    agreement.add_argument("--count", type=int, default=500, help="half calibrate, half report")
+    agreement.set_defaults(command=run_accuracy)
     rendering = commands.add_parser("render", help="write the page")
     rendering.add_argument(
         "--page", type=Path, default=records.ROOT / "docs" / "deployment-results.md"

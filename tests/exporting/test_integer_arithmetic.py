@@ -79,11 +79,15 @@ def weight() -> Tensor:
     return torch.randint(-128, 128, (6, 40, 3, 3), dtype=torch.int8)
 
 
-def test_the_largest_sum_is_reached_by_some_input(weight: Tensor) -> None:
-    grid = Grid(0.1, 100, 0, 255, 8)
+@pytest.mark.parametrize("zero_point", [100, 200])
+def test_the_largest_sum_bounds_every_input(weight: Tensor, zero_point: int) -> None:
+    grid = Grid(0.1, zero_point, 0, 255, 8)
     flat = weight.long().flatten(1)
-    most = torch.where(flat > 0, 155 * flat, -100 * flat).sum(dim=1).max()
-    assert most <= largest_sum(weight, 0, grid) == 155 * flat.abs().sum(dim=1).max()
+    one_way = torch.where(flat > 0, 255 - zero_point, -zero_point) * flat
+    other_way = torch.where(flat > 0, -zero_point, 255 - zero_point) * flat
+    most = torch.stack((one_way, other_way)).sum(dim=2).abs().max()
+    farther = max(zero_point, 255 - zero_point)
+    assert most <= largest_sum(weight, 0, grid) == farther * flat.abs().sum(dim=1).max()
 
 
 def test_parts_stay_below_the_limit_and_are_no_smaller_than_needed(weight: Tensor) -> None:

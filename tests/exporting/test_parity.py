@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -286,6 +287,9 @@ def test_refusals(case: Case, tmp_path: Path) -> None:
         anyprec.check_export(case.model, case.exported, [])
     with pytest.raises(BatchError, match="cannot find images"):
         anyprec.check_export(case.model, case.exported, [(1, 2)])
+    other = dataclasses.replace(case.exported, target="qonnx")
+    with pytest.raises(ExportError, match="a file for target 'qonnx' has no runtime here"):
+        anyprec.check_export(case.model, other, case.images)
     with pytest.raises(ExportError, match="there is no file"):
         anyprec.check_export(case.model, tmp_path / "none.onnx", case.images, bits=8)
     (tmp_path / "net.json").touch()

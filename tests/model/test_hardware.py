@@ -13,8 +13,10 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.bits import Bits
 from anyprec.errors import BitsError, ConversionError, HardwareError
+from anyprec.exporting.lowering import lower
 from anyprec.model import presets
 from anyprec.model.hardware import read_table
+from anyprec.model.intact import output_quantizers
 from anyprec.model.pairs import nearest_pair
 from benchmarks.hardware import page
 
@@ -294,11 +296,37 @@ def test_a_demand_for_first_and_last_layers(monkeypatch: pytest.MonkeyPatch) -> 
     given = dict.fromkeys(
         ("bits", "activation_bits", "per_channel", "activation_grid", "activation_scale")
     )
+    given["placement"] = None
     others = {"depthwise_min_bits": 3, "include": None, "exclude": ()}
     settings = presets.make_settings("chip", first_last_bits=8, **given, **others)
     assert settings.first_last_bits == 8
     with pytest.raises(ConversionError, match="first_last_bits=None does not fit chip"):
         presets.make_settings("chip", first_last_bits=None, **given, **others)
+
+
+@pytest.mark.parametrize("given", [None, "layers"])
+def test_placement_is_the_recommended_one_unless_it_is_given(
+    float_net: nn.Module, images: Tensor, given: str | None
+) -> None:
+    model = anyprec.convert(float_net, hardware="imx500", placement=given, example_input=images[:1])
+    assert model.anyprec_record.settings.placement == (given or "integer")
+    outputs = output_quantizers(model)
+    assert bool(outputs) == (given is None)
+    anyprec.calibrate(model, [images])
+    with torch.no_grad():
+        for quantizer in outputs.values():
+            assert quantizer.rule == anyprec.GridRule("symmetric", "power-of-two")
+            quantizer.step.mul_(1.3)  # as training leaves them
+    for layer in model.quantized_layers.values():
+        index = layer.candidates.activation.index(8)
+        assert layer.input_quantizer.step_in_use(index).log2().frac() == 0
+    assert anyprec.grid_problems(model, "imx500") == {}
+    expected = {path for path, output in outputs.items() if output.kind == "unsigned"}
+    problems = anyprec.grid_problems(model, "tensorrt")
+    assert expected <= problems.keys()
+    model.set_bits("W4A8")
+    lowered = lower(model, "W4A8", example_input=images)
+    assert torch.equal(lowered.graph(images), model(images))
 
 
 @pytest.mark.parametrize("argument", ["activation_grid", "activation_scale"])

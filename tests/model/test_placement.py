@@ -388,6 +388,29 @@ def test_calls_of_owners_inside_are_not_counted_for_owners_around_them(images: T
     net(images)
 
 
+def test_calls_of_owners_without_outputs_are_not_counted_either(images: Tensor) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            # Read by one layer: nothing of it is quantized but that layer's input.
+            self.act = nn.ReLU()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv(self.act(self.stem(x))))
+            return self.fc((x + x.square()).mean((2, 3)))
+
+    net = _convert(Outer().eval(), images)
+    record = net.anyprec_record.facts
+    assert record.apart == ("act",)
+    relu = next(output for output in record.outputs if output.function == "relu")
+    assert (relu.owner, relu.index, relu.counts) == ("", 0, (1,))
+    net.set_bits(8)
+    net(images)
+
+
 def test_float_weights_start_outputs_anew(
     float_net: nn.Module, net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
