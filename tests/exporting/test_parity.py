@@ -36,6 +36,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     with torch.no_grad():
         for _ in range(3):
             network(torch.randn(16, 3, 16, 16))
+        # So that images are of several classes.
+        network.fc.bias -= network.eval()(torch.randn(64, 3, 16, 16)).mean(0)
     model = converted(network, torch.randn(8, 3, 16, 16))
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
     return Case(model, anyprec.export(model, path, bits=8), torch.randn(11, 3, 16, 16))
@@ -63,7 +65,8 @@ def inputs_of_layers(case: Case) -> dict[str, Tensor]:
 def test_a_file_keeps_the_promise(report: anyprec.ParityReport) -> None:
     assert report.broken == ()
     assert report.logits.lowered_largest == 0
-    assert 0 < report.logits.alone_largest < 1e-5
+    # The bias of the last layer is rounded to its accumulator.
+    assert 0 < report.logits.alone_largest < 5e-4
     for row in report.layers:
         assert row.alone_largest <= 1
         assert 0 <= row.tie_distance < 0.05
@@ -206,7 +209,10 @@ def test_labels_come_from_the_loader_or_are_given(case: Case) -> None:
         classes = case.model(case.images).argmax(1)
     labels = classes.clone()
     labels[:2] = (labels[:2] + 1) % 5
-    loader = [(case.images[:8], classes[:8]), (case.images[8:], classes[8:])]
+    # Eight run together, so these labels must be taken apart as the images are.
+    images = case.images[classes.argsort()]
+    loader = [(images[:10], classes.sort()[0][:10]), (images[10:], classes.sort()[0][10:])]
+    assert classes.min() < classes.max()
 
     def logits(images: Any, **settings: Any) -> anyprec.LogitParity:
         checked = anyprec.check_export(case.model, case.exported, images, speed=False, **settings)
