@@ -84,10 +84,11 @@ def require_state_fit(
 
 
 def _require_zero_points(subject: str, zeros: list[int], quantizer: InputQuantizer) -> None:
+    rule = quantizer.rule
     for zero, bits in zip(zeros, quantizer.own_candidates, strict=True):
-        if not 0 <= zero < 2**bits:
-            msg = f"the checkpoint gives {subject} the zero point {zero} at {bits} bits, expected "
-            msg += f"0 to {2**bits - 1}"
+        if not rule.permits(zero, bits):
+            msg = f"the checkpoint gives {subject} the zero point {zero} at {bits} bits, "
+            msg += f"expected {rule.permitted(bits)}"
             raise CheckpointError(msg)
 
 

@@ -63,7 +63,7 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     if isinstance(input_, SharedInputQuantizer) and input_.is_shared(input_index):
         trunk = input_.trunk
     new_input = input_quantizer_of(
-        (bits.activation,), nonnegative=input_.nonnegative, trunk=trunk
+        (bits.activation,), nonnegative=input_.nonnegative, rule=input_.rule, trunk=trunk
     ).to(input_.step)
     row = slice(input_index, input_index + 1)
     new_input.set_grid(input_.step[row], input_.zero_point[row])

@@ -3,6 +3,11 @@
 That scale is the product of the input's and the weight's (Jacob et al., CVPR 2018, section 2.4). In
 a channel whose weights are next to nothing it can be so small that the bias has no int32 code. Such
 a channel gets a coarser weight scale, larger by a power of two, and codes to match.
+
+Codes of few bits leave the accumulator so coarse that rounding the bias to it would move results by
+steps of the next quantizer. They are multiplied by the power of two that fills eight bits, and
+their scale is divided by it: the weights stay the same numbers, and the bias is as exact as at
+eight bits.
 """
 
 from __future__ import annotations
@@ -74,18 +79,20 @@ def _quantize_bias(
     graph: fx.GraphModule, product: Multiplication, input_scale: float
 ) -> RaisedScale | None:
     weight = product.weight
-    codes, scale = tensor_of(graph, weight.args[0]), tensor_of(graph, weight.args[1])
+    finer = 2 ** (8 - int(weight.args[2]))  # type: ignore[arg-type]
+    # Both are exact: the codes fit into int8, and the scale is far from float32's smallest number.
+    codes = tensor_of(graph, weight.args[0]) * finer
+    scale = tensor_of(graph, weight.args[1]) / finer
     bias = tensor_of(graph, product.bias).double()
     by_channel = _channel_scales(scale, codes, product)
     factor = _factors(bias, by_channel.double() * input_scale)
-    raised = _is_raised(factor)
-    if bool(raised.any()):
+    if bool((factor != 1).any()):
         by_channel = torch.where(factor == 0, _scale_for(bias, input_scale), by_channel * factor)
         spread = along(factor, product.axis, codes)
         # A channel without any scale has codes that mean nothing.
         coarser = torch.where(spread == 0, 0, codes.double() / spread.clamp_min(1)).round()
-        scale = along(by_channel.float(), product.axis, codes)
-        _replace_weight(graph, product, coarser.to(torch.int8), scale)
+        codes, scale = coarser.to(torch.int8), along(by_channel.float(), product.axis, codes)
+    _replace_weight(graph, product, codes, scale)
     accumulator = (torch.tensor(input_scale) * by_channel.float()).float()
     bias_codes = (bias / accumulator.double()).round().to(torch.int32)
     with graph.graph.inserting_before(product.node):
@@ -94,9 +101,11 @@ def _quantize_bias(
         dequantized = graph.graph.call_function(DEQUANTIZE, (*held, 32, layer))
     dequantized.meta = dict(_node(product.bias).meta)
     product.replace_bias(dequantized)
+    # Up to the factor that made the codes finer, they get coarser again without a loss.
+    raised = (factor > finer) | (factor == 0)
     if not bool(raised.any()):
         return None
-    return RaisedScale(product.layer, int(raised.sum()), float(factor.max()))
+    return RaisedScale(product.layer, int(raised.sum()), max(1.0, float(factor.max()) / finer))
 
 
 def _node(node: Node | None) -> Node:
@@ -116,10 +125,6 @@ def _factors(bias: Tensor, accumulator: Tensor) -> Tensor:
     needed = bias.abs() / (LARGEST_BIAS * accumulator.abs())
     factor = torch.exp2(torch.log2(needed.clamp_min(1)).ceil())
     return torch.where(accumulator.abs() < _LEAST_SCALE, 0, factor)
-
-
-def _is_raised(factor: Tensor) -> Tensor:
-    return factor != 1
 
 
 def _scale_for(bias: Tensor, input_scale: float) -> Tensor:

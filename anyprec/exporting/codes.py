@@ -6,6 +6,8 @@ their own grid.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import fx
 from torch.fx.node import Node
@@ -20,6 +22,7 @@ from anyprec.exporting.graphs import (
     quantizer_of,
 )
 from anyprec.exporting.operators import FAKE_QUANTIZE
+from anyprec.exporting.points import point_of
 
 
 def simplify_quantizers(graph: fx.GraphModule) -> None:
@@ -112,6 +115,7 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
 
     Runtimes that look for a quantizer on both sides of an operator then run it on codes.
     """
+    pools: Counter[str] = Counter()
     for node in list(graph.graph.nodes):
         if node.op != "call_function" or node.target not in MAX_POOLS:
             continue
@@ -119,8 +123,10 @@ def quantize_behind_pools(graph: fx.GraphModule) -> None:
         if source is None:
             continue
         readers = list(node.users)
+        pools[point_of(source)] += 1
+        name = f"{point_of(source)}.pooled_{pools[point_of(source)]}"
         with graph.graph.inserting_after(node):
-            quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:]))
+            quantized = graph.graph.call_function(FAKE_QUANTIZE, (node, *source.args[1:6], name))
         quantized.meta = {"val": node.meta.get("val")}
         for reader in readers:
             reader.replace_input_with(node, quantized)

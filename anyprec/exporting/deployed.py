@@ -71,8 +71,8 @@ class _DeployedInput(nn.Module):
         super().__init__()
         self.bits = quantizer.candidates[index]
         # Of a layer that shares the grid of what it reads, this is that grid.
-        step, self.zero_point = quantizer.grid(index)
-        self.scale = float(effective_step(step))
+        self.scale = float(quantizer.step_in_use(index))
+        self.zero_point = -quantizer.limits(index)[0]
         self.observers = Observers()
         self.layer = layer
 

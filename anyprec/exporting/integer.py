@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from anyprec.bits import BitConfig
-from anyprec.errors import TrainingError
+from anyprec.errors import BatchError, TrainingError
 from anyprec.exporting.integer_rewriting import (
     FLOATING,
     INTEGERS,
@@ -29,7 +29,7 @@ from anyprec.model.converted import BitsRequest, ConvertedModel
 
 
 class IntegerNetwork(nn.Module):
-    """A network of integer layers: for evaluation, batches of any size.
+    """A network of integer layers, for evaluation.
 
     It has no latent weights and no gradients. Make it with `integer`.
 
@@ -37,6 +37,7 @@ class IntegerNetwork(nn.Module):
         config: Precision of each layer.
         operators: Where each operator runs, in the order of the network.
         network: The modules, by the paths of the layers.
+        batch: The one size of a batch that it takes; None if it takes any.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class IntegerNetwork(nn.Module):
         operators: tuple[OperatorPlace, ...],
         config: BitConfig,
         outputs: pytree.TreeSpec,
+        batch: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
+        self.batch = batch
         self._outputs = outputs
         self.operators = operators
         self.config = config
@@ -68,7 +71,14 @@ class IntegerNetwork(nn.Module):
 
         Args:
             images: A batch, as the network takes it.
+
+        Raises:
+            BatchError: The batch has another size than the one that was fixed.
         """
+        if self.batch is not None and len(images) != self.batch:
+            msg = f"the network was made for batches of {self.batch}, got one of {len(images)}: "
+            msg += "call integer() with an example_input of this size"
+            raise BatchError(msg)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             flat = self.network(images.to(torch.float32))
         return pytree.tree_unflatten(flat, self._outputs)
@@ -87,7 +97,11 @@ class IntegerNetwork(nn.Module):
 
 
 def integer(
-    model: ConvertedModel, bits: BitsRequest, *, example_input: Tensor | None = None
+    model: ConvertedModel,
+    bits: BitsRequest,
+    *,
+    example_input: Tensor | None = None,
+    dynamic_batch: bool = True,
 ) -> IntegerNetwork:
     """The integer network of a converted network at one configuration.
 
@@ -100,6 +114,7 @@ def integer(
         bits: As `set_bits` takes it; None is the precision that is set.
         example_input: A batch that it accepts, for networks that take no images of the size that
             they were converted on.
+        dynamic_batch: Accept batches of any size; False fixes it to that of the example.
 
     Raises:
         ExportError: No precision is set, the network is not float32, its weights are no integers
@@ -116,14 +131,16 @@ def integer(
         >>> network.operators[0]
         OperatorPlace(path='conv1.0', operator='conv2d', runs_in='integers', reason='')
     """
-    lowered = lower(model, bits, example_input=example_input)
+    lowered = lower(model, bits, example_input=example_input, dynamic_batch=dynamic_batch)
     return integer_network(to_integers(lowered))
 
 
 def integer_network(network: IntegerGraph) -> IntegerNetwork:
     """The integer network of a graph; the graph stays as it is."""
-    graph = copy.deepcopy(network.lowered.graph)
+    lowered = network.lowered
+    graph = copy.deepcopy(lowered.graph)
     quantize_before_views(graph)
-    made, operators = in_codes(graph, network.lowered.floating)
+    made, operators = in_codes(graph, lowered.floating)
     outputs: Any = graph._out_spec  # noqa: SLF001 (how torch.export nests the outputs)
-    return IntegerNetwork(made, operators, network.lowered.config, outputs)
+    batch = None if lowered.dynamic_batch else len(lowered.example)
+    return IntegerNetwork(made, operators, lowered.config, outputs, batch)

@@ -108,6 +108,7 @@ def _product_form(
     if not is_call(product.weight, DEQUANTIZE):
         msg = "its weight is no constant of codes"
         raise _NoFormError(msg)
+    bits: Any = product.weight.args[2]
     codes = tensor_of(graph, product.weight.args[0])
     quantizer = _quantizer_behind(product.node)
     module = IntegerProduct(
@@ -118,7 +119,7 @@ def _product_form(
         bias=_bias_codes(graph, product),
         source=source,
         target=None if quantizer is None else grid_of(quantizer),
-        weight_bits=int(product.weight.args[2]),  # type: ignore[call-overload]
+        weight_bits=bits,
         axis=product.axis,
         layer=product.layer,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyprec.exporting.graphs import Grid

@@ -25,7 +25,6 @@ from anyprec.exporting.graphs import (
     is_call,
     is_zero_pad,
     multiplication,
-    only_reader,
 )
 from anyprec.exporting.integer_forms import IntegerForm, integer_form
 from anyprec.exporting.integer_layers import Dequantize, Quantize
@@ -91,15 +90,21 @@ def quantize_before_views(graph: fx.GraphModule) -> None:
     for node in reversed(list(graph.graph.nodes)):
         if not is_call(node, FAKE_QUANTIZE):
             continue
-        view = node.args[0]
-        while is_call(view, *_MOVED) and only_reader(view) is node:
+        view: Any = node.args[0]
+        while is_call(view, *_MOVED) and len(view.users) == 1:
             source = view.args[0]
-            view.replace_all_uses_with(source)
-            node.replace_all_uses_with(view)
-            view.update_arg(0, node)
-            node.append(view)
+            _move_before(node, view)
             view = source
     clean(graph)
+
+
+def _move_before(quantizer: Node, view: Node) -> None:
+    source: Any = view.args[0]
+    view.replace_all_uses_with(source)
+    quantizer.replace_all_uses_with(view)
+    view.update_arg(0, quantizer)
+    quantizer.append(view)
+    quantizer.meta = {"val": source.meta.get("val")}
 
 
 def in_codes(
@@ -184,8 +189,8 @@ class _Rewriter:
         source: Any = node.args[0]
         grid = self._grids[source]
         if is_zero_pad(node):
-            arguments = (self._codes[source], node.args[1], grid.zero_point)
-            padded = self.made.call_function(ATEN.constant_pad_nd.default, arguments)
+            padding = (self._codes[source], node.args[1], grid.zero_point)
+            padded = self.made.call_function(ATEN.constant_pad_nd.default, padding)
             low, high = min(grid.low, grid.zero_point), max(grid.high, grid.zero_point)
             self._hold(node, padded, Grid(grid.scale, grid.zero_point, low, high, grid.bits))
             return
@@ -281,8 +286,9 @@ class _Rewriter:
         if product is not None and is_call(product.weight, DEQUANTIZE):
             return product.layer
         stack = node.meta.get("nn_module_stack") or {}
-        paths = [path for path, _ in stack.values() if path]
-        return paths[-1] if paths else node.name
+        # The network is an attribute of what was traced (`lowering.py`).
+        paths = [path.partition(".")[2] for path, _ in stack.values()]
+        return (paths[-1] if paths else "") or node.name
 
 
 def _name(node: Node) -> str:

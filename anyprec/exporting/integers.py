@@ -24,11 +24,13 @@ class IntegerGraph:
         lowered: The network; its graph is the one that was changed.
         folded: Layers whose scale took a norm.
         raised: Layers with channels of another weight scale, so that their bias fits into int32.
+        notes: What the target's tools may not take, in words.
     """
 
     lowered: Lowered
     folded: tuple[str, ...]
     raised: tuple[RaisedScale, ...]
+    notes: tuple[str, ...] = ()
 
 
 def to_integers(lowered: Lowered) -> IntegerGraph:

@@ -18,6 +18,7 @@ from anyprec.bits import BitConfig
 from anyprec.errors import ExportError
 from anyprec.exporting.constants import fold_constant_weights
 from anyprec.exporting.deployed import deployed_copy
+from anyprec.exporting.points import name_points
 from anyprec.model.checks import require_values
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 
@@ -75,8 +76,9 @@ def lower(
     _require_float32(model)
     example = _example(model, example_input, dynamic_batch=dynamic_batch)
     network = deployed_copy(model, config)
-    graph = _traced(network, example, dynamic_batch=dynamic_batch)
+    graph = traced(network, example, dynamic_batch=dynamic_batch)
     fold_constant_weights(graph)
+    name_points(graph)
     floating = {row.path: row.reason for row in model.coverage if row.status != "quantized"}
     return Lowered(graph, config, example, floating, dynamic_batch)
 
@@ -122,7 +124,17 @@ class _OfImages(nn.Module):
         return self.network(images)
 
 
-def _traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.GraphModule:
+def traced(network: nn.Module, example: Tensor, *, dynamic_batch: bool) -> fx.GraphModule:
+    """The graph of a network in eval mode, of torch's operators.
+
+    Args:
+        network: Any network of one input.
+        example: A batch that it accepts; of at least two images if its size is to be dynamic.
+        dynamic_batch: Accept batches of any size.
+
+    Raises:
+        ExportError: `torch.export` cannot trace it.
+    """
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad():

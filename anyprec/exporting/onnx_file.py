@@ -10,7 +10,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, redirect_stdout
 from math import prod
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import torch
 from onnxscript import opset21 as op
+from torch import Tensor, fx
 
 from anyprec.errors import ExportError
 from anyprec.exporting.integers import IntegerGraph, to_integers
@@ -28,9 +29,12 @@ from anyprec.exporting.onnx_graph import (
     GLOBAL_AVERAGE,
     REQUANTIZE,
     arrange_for_onnx,
+    layers_of_codes,
 )
+from anyprec.exporting.onnx_names import name_layers
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.exporting.points import codes_name
 from anyprec.runtime.storage import replacing
 
 _LARGEST_WEIGHT = 8
@@ -55,27 +59,56 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     lowered = network.lowered
     graph = copy.deepcopy(lowered.graph)
     arrange_for_onnx(graph)
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if lowered.dynamic_batch else None
+    model = translated(
+        graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
+    )
+    name_layers(model, layers_of_codes(graph))
+    merge_pads(model)
+    store_narrow_weights(model, narrowest=narrowest)
+    return model
+
+
+def translated(
+    graph: fx.GraphModule,
+    example: Tensor,
+    *,
+    dynamic_batch: bool,
+    layers: Container[str] = (),
+    opset: int = OPSET,
+    translations: dict[Any, Any] | None = None,
+) -> onnx.ModelProto:
+    """The ONNX model of a graph, as torch's exporter makes it.
+
+    Args:
+        graph: Of torch's operators, and of ours in the form that ONNX has.
+        example: A batch that it accepts.
+        dynamic_batch: Accept batches of any size.
+        layers: Paths of the quantized layers, after which codes are named.
+        opset: Version of ONNX's operators.
+        translations: What becomes of operators of ours; QuantizeLinear and the like by default.
+
+    Raises:
+        ExportError: An operator has no ONNX form.
+    """
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad(), _quietly():
             program: Any = torch.onnx.export(
                 graph,
-                (lowered.example,),
+                (example,),
                 dynamo=True,
                 dynamic_shapes=shapes,
-                opset_version=OPSET,
-                custom_translation_table=_translations(),
+                opset_version=opset,
+                custom_translation_table=translations or _translations(layers),
                 input_names=["images"],
                 verbose=False,
             )
     except Exception as error:
         msg = f"torch.onnx cannot export this network: {_reason(error)}"
-        if lowered.dynamic_batch:
+        if dynamic_batch:
             msg += "; if that depends on the size of the batch, pass dynamic_batch=False"
         raise ExportError(msg) from error
     model: onnx.ModelProto = program.model_proto
-    merge_pads(model)
-    store_narrow_weights(model, narrowest=narrowest)
     return model
 
 
@@ -118,14 +151,21 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
-def _translations() -> dict[Any, Any]:
+def _translations(layers: Container[str]) -> dict[Any, Any]:
     """What ONNX has for our operators."""
 
     def scalar(kind: int, value: float) -> Any:
         return op.Constant(value=onnx.helper.make_tensor("value", kind, [], [value]))
 
     def quantize(
-        values: Any, scale: float, zero_point: int, low: int, high: int, *, clip: bool
+        values: Any,
+        scale: float,
+        zero_point: int,
+        low: int,
+        high: int,
+        layer: str,
+        *,
+        clip: bool,
     ) -> Any:
         step = scalar(onnx.TensorProto.FLOAT, scale)
         zero = scalar(onnx.TensorProto.UINT8, zero_point)
@@ -133,22 +173,25 @@ def _translations() -> dict[Any, Any]:
         if clip:
             limits = scalar(onnx.TensorProto.UINT8, low), scalar(onnx.TensorProto.UINT8, high)
             codes = op.Clip(codes, *limits)
+        codes.name = codes_name(layer, layers)
         return op.DequantizeLinear(codes, step, zero)
 
     def fake_quantize(
         values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
     ) -> Any:
-        del bits, layer
-        return quantize(values, scale, zero_point, low, high, clip=low > 0 or high < 255)
+        del bits
+        clip = low > 0 or high < 255
+        return quantize(values, scale, zero_point, low, high, layer, clip=clip)
 
     def requantize(
         values: Any, scale: float, zero_point: int, low: int, high: int, bits: int, layer: str
     ) -> Any:
-        del bits, layer
+        del bits
         # onnxruntime makes one quantizer of two in a row, on a third grid, unless a clip is there.
-        return quantize(values, scale, zero_point, low, high, clip=True)
+        return quantize(values, scale, zero_point, low, high, layer, clip=True)
 
-    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int) -> Any:
+    def dequantize_linear(codes: Any, scale: Any, axis: int, bits: int, layer: str) -> Any:
+        del layer
         if bits > _LARGEST_WEIGHT:
             return op.DequantizeLinear(codes, scale, axis=axis)
         # onnxruntime runs Linear layers on codes only if their weight has a zero point.

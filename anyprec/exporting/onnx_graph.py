@@ -28,7 +28,7 @@ from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 
 
 @torch.library.custom_op("anyprec::dequantize_linear", mutates_args=())
-def dequantize_linear(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
+def dequantize_linear(codes: Tensor, scale: Tensor, axis: int, bits: int, layer: str) -> Tensor:
     """`DequantizeLinear` of ONNX, without zero point.
 
     Args:
@@ -36,8 +36,9 @@ def dequantize_linear(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Ten
         scale: float32, of shape `()` or `(codes.shape[axis],)`.
         axis: Along which the scale is.
         bits: Bit-width of the codes; the writer reads it.
+        layer: Path of the layer, or of its bias.
     """
-    del bits
+    del bits, layer
     shape = [1] * codes.ndim
     if scale.ndim:
         shape[axis] = -1
@@ -45,8 +46,8 @@ def dequantize_linear(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Ten
 
 
 @dequantize_linear.register_fake
-def _(codes: Tensor, scale: Tensor, axis: int, bits: int) -> Tensor:
-    del axis, bits
+def _(codes: Tensor, scale: Tensor, axis: int, bits: int, layer: str) -> Tensor:
+    del axis, bits, layer
     return torch.empty(codes.shape, dtype=scale.dtype, device=scale.device)
 
 
@@ -94,16 +95,21 @@ def arrange_for_onnx(graph: fx.GraphModule) -> None:
     """Bring an integer graph into the form that the writer translates, in place."""
     quantize_behind_pools(graph)
     _use_global_averages(graph)
-    for node in list(graph.graph.nodes):
-        product = multiplication(node)
-        if product is not None and product.is_linear and node.meta["val"].ndim > 2:
-            _as_matrix_product(graph, node)
+    with_matrix_products(graph)
     for node in list(graph.graph.nodes):
         if _requantizes(node):
             node.target = REQUANTIZE
         if is_call(node, DEQUANTIZE):
             _with_vector_scale(graph, node)
     clean(graph)
+
+
+def with_matrix_products(graph: fx.GraphModule) -> None:
+    """Write the Linear layers on sequences as what ONNX has for them, in place."""
+    for node in list(graph.graph.nodes):
+        product = multiplication(node)
+        if product is not None and product.is_linear and node.meta["val"].ndim > 2:
+            _as_matrix_product(graph, node)
 
 
 def _requantizes(node: Node) -> bool:
@@ -170,10 +176,19 @@ def _in_floating_point(graph: fx.GraphModule, bias: object) -> Node:
     return with_buffer(graph, "bias", codes.to(scale.dtype) * scale)
 
 
+def layers_of_codes(graph: fx.GraphModule) -> dict[str, str]:
+    """The layer of each buffer that holds the codes of a weight, by the buffer's name."""
+    layers: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        if is_call(node, DEQUANTIZE_LINEAR):
+            layers[str(node.args[0].target)] = node.args[4]
+    return layers
+
+
 def _with_vector_scale(graph: fx.GraphModule, node: Node) -> None:
     codes, scale = (tensor_of(graph, operand) for operand in node.args[:2])
     axes = [axis for axis in range(scale.ndim) if scale.shape[axis] > 1]
-    bits = node.args[2]
+    bits, layer = node.args[2:4]
     with graph.graph.inserting_before(node):
         if len(axes) > 1:
             # Grouped transposed convolutions: ONNX has no vector for these scales.
@@ -182,7 +197,7 @@ def _with_vector_scale(graph: fx.GraphModule, node: Node) -> None:
             axis = axes[0] if axes else 0
             vector = scale.flatten() if axes else scale.reshape(())
             operands = node.args[0], with_buffer(graph, "scale", vector)
-            held = graph.graph.call_function(DEQUANTIZE_LINEAR, (*operands, axis, bits))
+            held = graph.graph.call_function(DEQUANTIZE_LINEAR, (*operands, axis, bits, layer))
     held.meta = dict(node.meta)
     node.replace_all_uses_with(held)
     graph.graph.erase_node(node)

@@ -91,31 +91,71 @@ def _spatial_pads(pad: Any, constants: _Constants) -> list[int] | None:
 def store_narrow_weights(model: onnx.ModelProto, *, narrowest: int) -> None:
     """Store weights of at most four bits in as many, in place.
 
-    A Cast to int8 stands between them and their DequantizeLinear: runtimes compute it once, when
-    they load the file, and then run as if all weights had eight bits. Four bits that go into
-    DequantizeLinear directly are dequantized in every pass instead.
+    What they were multiplied by to fill eight bits is stored beside them, and nodes for both stand
+    between them and their DequantizeLinear. Runtimes compute them once, when they load the file,
+    and then run as if all weights had eight bits. Four bits that go into DequantizeLinear directly
+    are dequantized in every pass instead.
     """
     graph = model.graph
-    dequantized = {node.input[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    casts: dict[str, Any] = {}
-    for tensor in graph.initializer:
-        if tensor.name not in dequantized or tensor.data_type != TensorProto.INT8:
+    readers = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    widened: dict[str, str] = {}
+    widening: list[Any] = []
+    for tensor in list(graph.initializer):
+        if tensor.name not in readers or tensor.data_type != TensorProto.INT8:
             continue
         codes = numpy_helper.to_array(tensor)
-        kind = _narrowest_type(codes, narrowest)
-        if kind is not None:
-            name = f"{tensor.name}_int8"
-            tensor.CopyFrom(numpy_helper.from_array(codes.astype(kind), tensor.name))
-            casts[tensor.name] = helper.make_node(
-                "Cast", [tensor.name], [name], to=TensorProto.INT8
-            )
+        factor = _factors(codes, _axis(readers[tensor.name]))
+        narrow = codes // factor
+        kind = _narrowest_type(narrow, narrowest)
+        if kind is None:
+            continue
+        tensor.CopyFrom(numpy_helper.from_array(narrow.astype(kind), tensor.name))
+        widened[tensor.name] = f"{tensor.name}_int8"
+        widening += _widening(graph, tensor.name, factor)
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in casts:
-            node.input[0] = casts[node.input[0]].output[0]
-    for cast in reversed(casts.values()):
-        graph.node.insert(0, cast)
+        if node.op_type == "DequantizeLinear" and node.input[0] in widened:
+            node.input[0] = widened[node.input[0]]
+    for node in reversed(widening):
+        graph.node.insert(0, node)
     if any(tensor.data_type == TensorProto.INT2 for tensor in graph.initializer):
         _require_opset(model, _OPSET_OF_INT2)
+
+
+def _axis(dequantize: Any) -> int:
+    """Along which axis a DequantizeLinear has scales."""
+    axes = [attribute.i for attribute in dequantize.attribute if attribute.name == "axis"]
+    return axes[0] if axes else 1
+
+
+def _factors(codes: Any, axis: int) -> Any:
+    """The largest power of two that divides all codes of each channel, to be broadcast; int8."""
+    if codes.ndim == 0 or not codes.size:
+        return np.int8(1)
+    rest = tuple(other for other in range(codes.ndim) if other != axis % codes.ndim)
+    bits = np.bitwise_or.reduce(codes, axis=rest, keepdims=True).astype(np.int32)
+    lowest = bits & -bits
+    used = lowest[bits != 0]
+    if not used.size:
+        return np.int8(1)
+    # Channels of zeros may have any factor. The lowest bit of -128 alone would be no int8.
+    factors = np.where(bits == 0, used[0], lowest).clip(max=64).astype(np.int8)
+    if np.unique(factors).size == 1:
+        return factors.reshape(-1)[:1].reshape([1] * codes.ndim)
+    return factors
+
+
+def _widening(graph: Any, name: str, factor: Any) -> list[Any]:
+    """Nodes that make int8 codes of narrow ones."""
+    if (factor == 1).all():
+        return [helper.make_node("Cast", [name], [f"{name}_int8"], to=TensorProto.INT8)]
+    # The product is one of int32: OpenVINO would run one of int8 in every pass.
+    multiplier = f"{name}_factor"
+    graph.initializer.append(numpy_helper.from_array(factor.astype(np.int32), multiplier))
+    return [
+        helper.make_node("Cast", [name], [f"{name}_int32"], to=TensorProto.INT32),
+        helper.make_node("Mul", [f"{name}_int32", multiplier], [f"{name}_product"]),
+        helper.make_node("Cast", [f"{name}_product"], [f"{name}_int8"], to=TensorProto.INT8),
+    ]
 
 
 def _narrowest_type(codes: Any, narrowest: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import onnx
 import openvino
 
 from anyprec.errors import ExportError
@@ -23,9 +24,19 @@ def write_openvino(lowered: Lowered, path: Path) -> IntegerGraph:
         ExportError: OpenVINO does not read the network.
     """
     network = to_integers(lowered)
+    write_ir(onnx_model(network, narrowest=4), path)
+    return network
+
+
+def write_ir(source_model: onnx.ModelProto, path: Path) -> None:
+    """Write an ONNX model as IR; `path` holds the old content or the new one.
+
+    Raises:
+        ExportError: OpenVINO does not read it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "network.onnx"
-        write_onnx(onnx_model(network, narrowest=4), source)
+        write_onnx(source_model, source)
         try:
             model = openvino.Core().read_model(source)
             written = Path(folder) / "network.xml"
@@ -37,4 +48,3 @@ def write_openvino(lowered: Lowered, path: Path) -> IntegerGraph:
         for suffix in (".bin", ".xml"):
             with replacing(path.with_suffix(suffix)) as temporary:
                 Path(temporary).write_bytes(written.with_suffix(suffix).read_bytes())
-    return network

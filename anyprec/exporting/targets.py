@@ -33,6 +33,7 @@ class Target:
         writer: Module and function that write it.
         needs: Libraries that the writer imports.
         extra: The extra of anyprec that installs them.
+        beside: How the names of other files end that are written with it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     writer: tuple[str, str]
     needs: tuple[str, ...]
     extra: str
+    beside: tuple[str, ...] = ()
 
     def write(self, lowered: Lowered, path: Path) -> IntegerGraph:
         """Write the file.
@@ -72,6 +74,31 @@ _TARGETS = (
         ("openvino_file", "write_openvino"),
         needs=("onnx", "onnxscript", "openvino"),
         extra="openvino",
+    ),
+    Target(
+        "qonnx",
+        "QONNX, for FINN and hls4ml",
+        ".onnx",
+        ("qonnx_file", "write_qonnx"),
+        needs=("onnx", "onnxscript"),
+        extra="onnx",
+    ),
+    Target(
+        "encodings",
+        "float ONNX with AIMET's encodings, for Qualcomm",
+        ".onnx",
+        ("encodings_file", "write_encodings"),
+        needs=("onnx", "onnxscript"),
+        extra="onnx",
+        beside=(".encodings",),
+    ),
+    Target(
+        "executorch",
+        "ExecuTorch, run by XNNPACK",
+        ".pte",
+        ("executorch_file", "write_executorch"),
+        needs=("executorch",),
+        extra="executorch",
     ),
 )
 

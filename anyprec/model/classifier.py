@@ -127,7 +127,13 @@ def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
     trunk = None
     if isinstance(old.input_quantizer, SharedInputQuantizer):
         trunk = old.input_quantizer.trunk
-    axis = old.weight_quantizer.axis
-    quantize_layer(new, old.candidates, nonnegative=nonnegative, axis=axis, trunk=trunk)
+    quantize_layer(
+        new,
+        old.candidates,
+        nonnegative=nonnegative,
+        axis=old.weight_quantizer.axis,
+        rule=old.input_quantizer.rule,
+        trunk=trunk,
+    )
     if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
         new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from anyprec.network.facts import NetworkFacts, OutputFacts
+from anyprec.nn.grids import GridRule
 from anyprec.nn.outputs import (
     OUTPUTS,
     OutputPoint,
@@ -85,10 +86,17 @@ def owners_of(facts: NetworkFacts) -> dict[str, tuple[OutputPoint, ...]]:
     return owners
 
 
-def add_outputs(model: nn.Module, facts: NetworkFacts) -> dict[str, OutputQuantizer]:
+def add_outputs(
+    model: nn.Module, facts: NetworkFacts, *, rule: GridRule
+) -> dict[str, OutputQuantizer]:
     """Give a float network the quantizers and owners of its outputs, in place.
 
     It stays in floating point until it is switched. Call it before layers and norms are changed.
+
+    Args:
+        model: The network.
+        facts: Which outputs get a quantizer.
+        rule: What is allowed of their grids.
 
     Returns:
         The quantizers by path.
@@ -101,6 +109,7 @@ def add_outputs(model: nn.Module, facts: NetworkFacts) -> dict[str, OutputQuanti
             output.path.rpartition(".")[2],
             nonnegative=output.nonnegative,
             device=device,
+            rule=rule,
         )
     for path, points in owners_of(facts).items():
         own_outputs(model.get_submodule(path), points)

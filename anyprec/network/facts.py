@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+LayerKind = Literal["convolution", "depthwise", "linear", "other"]
+"""Kinds of layers that hardware treats differently."""
 
 READ_BY = "read by "
 """How the problem begins of a weight that functions read that do not quantize it."""
@@ -42,6 +46,7 @@ class LayerFacts:
         last: Its output reaches the network's output, and no other layer.
         constant: Its input does not depend on the network's input.
         problem: Why the layer cannot be quantized, or None.
+        kind: Of the layer, as hardware sees it; None unless the network was converted for hardware.
         reads: Path of the output quantizer (`OutputFacts`) whose values it reads in all its calls,
             unchanged but for their places; None if there is none.
     """
@@ -64,6 +69,7 @@ class LayerFacts:
     last: bool = False
     constant: bool = False
     problem: str | None = None
+    kind: LayerKind | None = None
     reads: str | None = None
 
     @property

@@ -27,6 +27,7 @@ from anyprec.nn.bodies import body_of
 from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.counting import run_body, uncounted
+from anyprec.nn.grids import GridRule
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
@@ -246,6 +247,7 @@ def quantize_layer(
     nonnegative: bool,
     axis: Axis | None,
     dynamic: bool = False,
+    rule: GridRule | None = None,
     trunk: OutputQuantizer | None = None,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
@@ -257,11 +259,14 @@ def quantize_layer(
         nonnegative: Its input cannot be negative.
         axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
+        rule: What is allowed of the input's grid; None is any.
         trunk: What quantizes the values that it reads before it does; None if nothing does.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
     source = LatentWeight(dynamic=dynamic or not isinstance(layer, LAYER_TYPES))
-    add_precision(layer, candidates, source, nonnegative=nonnegative, axis=axis, trunk=trunk)
+    add_precision(
+        layer, candidates, source, nonnegative=nonnegative, axis=axis, rule=rule, trunk=trunk
+    )
     specialize(layer, QuantizedModule)
 
 
@@ -272,6 +277,7 @@ def add_precision(
     *,
     nonnegative: bool,
     axis: Axis | None,
+    rule: GridRule | None = None,
     trunk: OutputQuantizer | None = None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
@@ -283,7 +289,7 @@ def add_precision(
         weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
     input_quantizer = input_quantizer_of(
-        candidates.activation, nonnegative=nonnegative, trunk=trunk
+        candidates.activation, nonnegative=nonnegative, rule=rule, trunk=trunk
     )
     layer.weight_quantizer = weight_quantizer.train(layer.training)
     layer.input_quantizer = input_quantizer.to(weight.device).train(layer.training)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from anyprec.errors import ConversionError
 from anyprec.nn.backward import BackwardGuard, follow_precision
 from anyprec.nn.counting import CountingMode, counted_name, uncounted
+from anyprec.nn.grids import GridRule
 from anyprec.nn.observers import Observers
 from anyprec.nn.quantizers import InputQuantizer
 from anyprec.nn.specialize import Specialized, despecialize, specialize
@@ -37,6 +38,7 @@ class OutputQuantizer(InputQuantizer):
 
     Args:
         nonnegative: The value is known to be never negative.
+        rule: Which zero points and step sizes are allowed; None is any.
 
     Attributes:
         observers: Called with the value before it is quantized, in floating point, too.
@@ -46,8 +48,8 @@ class OutputQuantizer(InputQuantizer):
     # The network may go on in place.
     _keeps_result = False
 
-    def __init__(self, *, nonnegative: bool) -> None:
-        super().__init__((OUTPUT_BITS,), nonnegative=nonnegative)
+    def __init__(self, *, nonnegative: bool, rule: GridRule | None = None) -> None:
+        super().__init__((OUTPUT_BITS,), nonnegative=nonnegative, rule=rule)
         self.observers = Observers()
         self.register_buffer("first", torch.zeros(1, dtype=torch.int64), persistent=False)
 
@@ -206,7 +208,12 @@ class _OutputMode(CountingMode):
 
 
 def add_output_quantizer(
-    holder: nn.Module, name: str, *, nonnegative: bool, device: torch.device
+    holder: nn.Module,
+    name: str,
+    *,
+    nonnegative: bool,
+    device: torch.device,
+    rule: GridRule | None = None,
 ) -> OutputQuantizer:
     """Make a quantizer the child `output_quantizers.NAME` of `holder`, in place.
 
@@ -215,12 +222,13 @@ def add_output_quantizer(
         name: Its number.
         nonnegative: The value that it quantizes is never negative.
         device: Where it is to be.
+        rule: What is allowed of its grid; None is any.
     """
     quantizers = holder._modules.get(OUTPUTS)  # noqa: SLF001 (past a `__getattr__` of its own)
     if quantizers is None:
         quantizers = OutputQuantizers()
         holder.add_module(OUTPUTS, quantizers)
-    quantizer = OutputQuantizer(nonnegative=nonnegative).to(device)
+    quantizer = OutputQuantizer(nonnegative=nonnegative, rule=rule).to(device)
     quantizers.add_module(name, quantizer)
     quantizers.train(holder.training)
     return quantizer

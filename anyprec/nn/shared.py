@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from anyprec.nn.grids import GridRule
 from anyprec.nn.outputs import OUTPUT_BITS, OutputQuantizer
 from anyprec.nn.quantizers import InputQuantizer
 
@@ -21,12 +22,18 @@ class SharedInputQuantizer(InputQuantizer):
         candidates: Bit-widths, ascending, 8 the last of them.
         nonnegative: As for `InputQuantizer`.
         trunk: What has quantized the input. It belongs to another module, and is no child.
+        rule: As for `InputQuantizer`; it holds for the candidates below 8 bits.
     """
 
     def __init__(
-        self, candidates: tuple[int, ...], *, nonnegative: bool, trunk: OutputQuantizer
+        self,
+        candidates: tuple[int, ...],
+        *,
+        nonnegative: bool,
+        trunk: OutputQuantizer,
+        rule: GridRule | None = None,
     ) -> None:
-        super().__init__(candidates, nonnegative=nonnegative)
+        super().__init__(candidates, nonnegative=nonnegative, rule=rule)
         # Past nn.Module.__setattr__, which would make it a child.
         vars(self)["_trunk"] = trunk
 
@@ -71,7 +78,11 @@ class SharedInputQuantizer(InputQuantizer):
 
 
 def input_quantizer_of(
-    candidates: tuple[int, ...], *, nonnegative: bool, trunk: OutputQuantizer | None
+    candidates: tuple[int, ...],
+    *,
+    nonnegative: bool,
+    trunk: OutputQuantizer | None,
+    rule: GridRule | None = None,
 ) -> InputQuantizer:
     """The quantizer of a layer's input.
 
@@ -79,7 +90,8 @@ def input_quantizer_of(
         candidates: Bit-widths, ascending.
         nonnegative: The input is known to be never negative.
         trunk: What has quantized the input before, or None.
+        rule: What is allowed of its grid; None is any.
     """
     if trunk is None or OUTPUT_BITS not in candidates:
-        return InputQuantizer(candidates, nonnegative=nonnegative)
-    return SharedInputQuantizer(candidates, nonnegative=nonnegative, trunk=trunk)
+        return InputQuantizer(candidates, nonnegative=nonnegative, rule=rule)
+    return SharedInputQuantizer(candidates, nonnegative=nonnegative, trunk=trunk, rule=rule)

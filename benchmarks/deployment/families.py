@@ -98,7 +98,7 @@ def _exported(model: anyprec.ConvertedModel, images: Tensor) -> dict[str, Any]:
         written = onnx_model(integer)
         integer_outputs = tree_leaves(integer.lowered.graph(images))
     seconds = time.perf_counter() - start
-    found, kinds = _run(written, images)
+    found, kinds = run_in_onnxruntime(written, images)
     equal = all(map(torch.equal, expected, graph_outputs))
     return {
         "batch": batch,
@@ -119,7 +119,7 @@ def _lowered(model: anyprec.ConvertedModel) -> tuple[Lowered, str]:
         return lower(model, dynamic_batch=False), "1"
 
 
-def _run(model: Any, images: Tensor) -> tuple[list[Tensor], int]:
+def run_in_onnxruntime(model: Any, images: Tensor) -> tuple[list[Tensor], int]:
     """Outputs of onnxruntime, and how many of its operators have integer operands."""
     import onnx  # noqa: PLC0415 (as onnxruntime's models)
 

@@ -19,10 +19,35 @@ def write_page(page: Path, records: Records) -> None:
     if families:
         text = families_text(families)
         pages.write_part(page, "families", "python -m benchmarks.deployment render", text)
+    compared = [record for record in records if record["kind"] == "accuracy"]
+    if compared:
+        text = accuracy_text(compared)
+        pages.write_part(page, "accuracy", "python -m benchmarks.deployment render", text)
     timed = [record for record in records if record["kind"] == "speed"]
     if timed:
         text = speed_text(timed)
         pages.write_part(page, "speed", "python -m benchmarks.deployment render", text)
+
+
+def accuracy_text(records: Records) -> str:
+    """A row for each file of EfficientNet-Lite0."""
+    rows = []
+    for record in records:
+        weight, activation = record["bits"]
+        rows.append(
+            {
+                "placement": record["placement"],
+                "target": record["target"],
+                "bits": f"W{weight}A{activation}",
+                "difference": f"{record['mean']:.4f}",
+                "of float64": f"{record['noise']:.4f}",
+                "same class": f"{record['agreeing']} of {record['images']}",
+                "top-1 %": f"{record['accuracy']:.1f}",
+                "top-1 % of the file": f"{record['file_accuracy']:.1f}",
+                "MB": f"{record['bytes'] / 1e6:.2f}",
+            }
+        )
+    return pages.markdown(pd.DataFrame(rows), texts=3)
 
 
 def shortfall(record: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -191,3 +192,46 @@ def test_a_new_classifier_keeps_outputs(net: anyprec.ConvertedModel, images: Ten
     copied = copy.deepcopy(net)
     copied.set_bits(8)
     assert torch.isfinite(copied(images)).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("bits", [None, "W4A8"])
+def test_powers_of_two_on_signed_grids_are_loaded_bit_for_bit(
+    float_net: nn.Module, images: Tensor, tmp_path: Path, packed: bool, bits: str | None
+) -> None:
+    model = anyprec.convert(
+        float_net,
+        bits=(2, 4, 8),
+        activation_grid="signed",
+        activation_scale="power-of-two",
+        placement="integer",
+        example_input=images[:1],
+    )
+    anyprec.calibrate(model, [images])
+    saved = output_quantizers(model)
+    assert any(output.nonnegative for output in saved.values())
+    with torch.no_grad():
+        for output in saved.values():
+            assert output.zero_points == (128,)
+            assert torch.equal(output.step[0], output.step_in_use(0))
+            output.step.mul_(1.3)  # as training leaves them: no powers of two
+    anyprec.save(model, tmp_path / "net", packed=packed)
+    loaded = anyprec.load(tmp_path / "net", bits=bits)
+    settings = dataclasses.replace(loaded.anyprec_record.settings, only=None)
+    assert settings == model.anyprec_record.settings
+    for path, output in output_quantizers(loaded).items():
+        assert output.rule == anyprec.GridRule("signed", "power-of-two")
+        assert output.zero_points == (128,)
+        assert output.step_in_use(0) == saved[path].step_in_use(0)
+        assert output.step_in_use(0).log2().frac() == 0
+    shared = 0
+    for layer in loaded.quantized_layers.values():
+        reader = layer.input_quantizer
+        if isinstance(reader, SharedInputQuantizer):
+            shared += 1
+            last = len(reader.candidates) - 1
+            assert reader.step_in_use(last) == reader.trunk.step_in_use(0)
+    assert shared
+    for config in CONFIGS if bits is None else (bits,):
+        with model.using_bits(config), loaded.using_bits(config), torch.no_grad():
+            assert torch.equal(loaded(images), model(images))

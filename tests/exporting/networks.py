@@ -38,10 +38,12 @@ def quantized(
     return graph.call_function(FAKE_QUANTIZE, (values, scale, zero_point, 0, top, bits, "layer"))
 
 
-def weight(graph: fx.Graph, codes: str = "codes", scale: str = "scale") -> fx.Node:
+def weight(
+    graph: fx.Graph, codes: str = "codes", scale: str = "scale", *, bits: int = 8
+) -> fx.Node:
     """A weight of the codes and scale that are buffers of these names."""
     held = graph.get_attr(codes), graph.get_attr(scale)
-    return graph.call_function(DEQUANTIZE, (*held, 8, "layer"))
+    return graph.call_function(DEQUANTIZE, (*held, bits, "layer"))
 
 
 def operators(graph: fx.GraphModule) -> Counter[str]:

@@ -12,10 +12,11 @@ from tests.exporting.networks import channel_codes, graph_of, quantized, weight
 INPUT_SCALE = 0.0625
 
 
-def convolution(codes: Tensor, scale: Tensor, bias: Tensor) -> fx.GraphModule:
+def convolution(codes: Tensor, scale: Tensor, bias: Tensor, *, bits: int = 8) -> fx.GraphModule:
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
-        operands = quantized(graph, x, INPUT_SCALE, 100), weight(graph), graph.get_attr("bias")
-        return graph.call_function(ATEN.conv2d.default, operands)
+        operands = weight(graph, bits=bits), graph.get_attr("bias")
+        source = quantized(graph, x, INPUT_SCALE, 100)
+        return graph.call_function(ATEN.conv2d.default, (source, *operands))
 
     return graph_of(build, codes=codes, scale=scale, bias=bias)
 
@@ -61,6 +62,34 @@ def test_a_channel_next_to_nothing_gets_a_scale_on_which_its_bias_fits(tiny: flo
     assert torch.allclose(found[:, 1], expected[:, 1], rtol=1e-6, atol=1e-6)
     # Elsewhere by the rounding of the bias, to half a code.
     assert (found - expected).abs().max() <= 0.51 * INPUT_SCALE * scale.max()
+
+
+@pytest.mark.parametrize(("bits", "finer"), [(2, 64), (4, 16), (7, 2)])
+def test_codes_of_few_bits_make_the_bias_as_exact_as_eight(bits: int, finer: int) -> None:
+    codes, scale = channel_codes()
+    codes = codes // finer
+    bias = torch.tensor([1.0, -0.3, 0.0, 7.7])
+    graph = convolution(codes, scale, bias, bits=bits)
+    assert quantize_biases(graph) == []
+    weights, biases = parts(graph)["layer"], parts(graph)["layer.bias"]
+    assert torch.equal(weights[0], codes * finer)
+    assert torch.equal(weights[0] * weights[1], codes * scale)
+    error = (biases[0] * biases[1].double() - bias).abs()
+    assert (error <= 0.5001 * INPUT_SCALE * scale.flatten() / finer).all()
+
+
+def test_a_bias_for_which_finer_codes_are_too_fine_loses_nothing_by_coarser_ones() -> None:
+    codes, scale = channel_codes()
+    codes = codes // 16
+    scale[1] = 1e-6
+    # On the scale of the codes themselves it fits, on the finer one of sixteenths it does not.
+    bias = torch.tensor([1.0, 0.5 * LARGEST_BIAS * INPUT_SCALE * 1e-6, 0.0, 7.7])
+    graph = convolution(codes, scale, bias, bits=4)
+    assert quantize_biases(graph) == []
+    weights, biases = parts(graph)["layer"], parts(graph)["layer.bias"]
+    assert biases[0].abs().max() <= LARGEST_BIAS
+    assert torch.equal(weights[0] * weights[1], codes * scale)
+    assert torch.equal(weights[0][1], codes[1] * 2)
 
 
 def test_a_channel_without_scale_and_bias_stays_zero() -> None:

@@ -144,16 +144,45 @@ def test_weights_are_stored_in_as_few_bits_as_they_have(
     assert torch.equal(run(model, images), expected)
 
 
-def test_a_file_of_few_bits_is_small(images: Tensor) -> None:
-    model = converted(SmallNet(), images, first_last_bits=None, depthwise_min_bits=2)
+@pytest.mark.parametrize("factors", [[1, 1, 1, 1, 1], [16, 16, 16, 16, 16], [16, 4, 64, 1, 2]])
+def test_what_codes_were_multiplied_by_is_stored_beside_them(factors: list[int]) -> None:
+    codes = torch.randint(-2, 2, (5, 7), dtype=torch.int8)
+    # An odd code in each channel, so that the factor is what they have in common.
+    codes[:, 0], codes[0, 1:] = 1, -2
+    whole = codes * torch.tensor(factors, dtype=torch.int8)[:, None]
+    model = dequantizing(whole)
+    images = torch.randn(5, 7)
+    expected = run(model, images)
+    store_narrow_weights(model, narrowest=2)
+    onnx.checker.check_model(model)
+    stored = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    assert torch.equal(torch.from_numpy(stored["codes"].astype("int8")), codes)
+    assert torch.equal(run(model, images), expected)
+
+
+def test_channels_of_zeros_have_the_factor_of_the_others() -> None:
+    codes = torch.randint(-2, 2, (5, 7), dtype=torch.int8)
+    codes[:, 0], codes[2] = 1, 0
+    model = dequantizing(codes * 16)
+    store_narrow_weights(model, narrowest=2)
+    stored = {each.name: each for each in model.graph.initializer}
+    assert onnx.TensorProto.DataType.Name(stored["codes"].data_type) == "INT2"
+    assert onnx.numpy_helper.to_array(stored["codes_factor"]).tolist() == [[16]]
+
+
+def test_a_file_of_few_bits_is_small() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    layers = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+    model = converted(layers, images, first_last_bits=None)
     network = integers(model, (2, 8))
     narrow, wide = onnx_model(network), onnx_model(network, narrowest=8)
-    assert operators(narrow)["Cast"] == len(model.quantized_layers)
+    # To int32, where they are multiplied, and to int8.
+    assert operators(narrow)["Cast"] == 2 * len(model.quantized_layers)
     assert torch.equal(run(narrow, images), run(wide, images))
     bytes_of_codes = sum(layer.weight.numel() for layer in model.quantized_layers.values())
     saved = wide.ByteSize() - narrow.ByteSize()
-    # Three of four bits, less the nodes that cast.
-    assert saved > 0.75 * bytes_of_codes - 100 * len(model.quantized_layers)
+    # Three of four bits, less the nodes that cast and multiply.
+    assert saved > 0.75 * bytes_of_codes - 300 * len(model.quantized_layers)
 
 
 def test_codes_of_fewer_bits_are_clipped(images: Tensor) -> None:

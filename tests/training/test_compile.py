@@ -132,6 +132,30 @@ def test_fit_trains_compiled_networks(images: Tensor, labels: Tensor) -> None:
     assert torch.isfinite(net(images)).all()
 
 
+def test_compiled_networks_use_powers_of_two_too(images: Tensor, labels: Tensor) -> None:
+    net = anyprec.convert(
+        Net().eval(),
+        bits=(2, 8),
+        activation_grid="signed",
+        activation_scale="power-of-two",
+        example_input=images[:1],
+    )
+    anyprec.calibrate(net, [images])
+    with torch.no_grad():
+        for layer in net.quantized_layers.values():
+            layer.input_quantizer.step.mul_(1.3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    gradients = []
+    for network in (compiled, net):
+        for bits in (2, 8):
+            net.set_bits(bits)
+            loss = F.cross_entropy(network(images), labels)
+            gradients += torch.autograd.grad(loss, net.head.input_quantizer.step)
+    torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-3, atol=1e-6)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.filterwarnings("ignore::anyprec.StaleNormsWarning")  # equal programs are the matter
 def test_integer_placement_is_compiled_once_whatever_the_bits(
     images: Tensor, labels: Tensor
