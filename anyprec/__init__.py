@@ -18,6 +18,8 @@ from anyprec.errors import (
     CalibrationError,
     CheckpointError,
     ConversionError,
+    ExportError,
+    HardwareError,
     InputSizeWarning,
     NegativeInputWarning,
     NotCalibratedError,
@@ -28,14 +30,35 @@ from anyprec.errors import (
     StaleNormsWarning,
     TrainingError,
 )
+from anyprec.exporting.biases import RaisedScale
+from anyprec.exporting.integer import IntegerNetwork, integer
+from anyprec.exporting.integer_rewriting import OperatorPlace
+from anyprec.exporting.latency import LatencyTable, measure_latency
+from anyprec.exporting.parity import check_export
+from anyprec.exporting.parity_report import CodeParity, LogitParity, ParityReport, SpeedParity
+from anyprec.exporting.writing import Exported, export
 from anyprec.model.conversion import convert
 from anyprec.model.converted import BitsRequest, ConvertedModel
 from anyprec.model.cost import Cost, CostModel, CostTable, LayerCost, Uncounted, UserCost
 from anyprec.model.costing import cost_model, cost_of
+from anyprec.model.fitting import HardwareProblem, grid_problems, hardware_problems
+from anyprec.model.hardware import (
+    Evidence,
+    ExportTarget,
+    Hardware,
+    HardwareSource,
+    WeightGranularity,
+    hardware,
+    hardware_names,
+)
+from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import Summary, SummaryRow
 from anyprec.model.trust import trust_weights
+from anyprec.network.facts import LayerKind
 from anyprec.nn.channels import GroupedAxis
+from anyprec.nn.grids import ActivationGrid, ActivationScale, GridRule
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
@@ -66,6 +89,8 @@ from anyprec.training.training_path import Criterion, LossTerm, TrainingPath
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationGrid",
+    "ActivationScale",
     "AllowedBits",
     "AnyprecError",
     "Architecture",
@@ -84,6 +109,7 @@ __all__ = [
     "Candidates",
     "CheckpointError",
     "CheckpointInfo",
+    "CodeParity",
     "ConfigNote",
     "ConversionError",
     "ConvertSettings",
@@ -94,14 +120,28 @@ __all__ = [
     "Coverage",
     "Criterion",
     "EpochRecord",
+    "Evidence",
+    "ExportError",
+    "ExportTarget",
+    "Exported",
     "FeaturePoint",
+    "GridRule",
     "GroupedAxis",
+    "Hardware",
+    "HardwareError",
+    "HardwareProblem",
+    "HardwareSource",
     "InputQuantizer",
     "InputSizeWarning",
     "Instability",
     "InstabilitySampler",
+    "IntegerNetwork",
+    "LatencyTable",
     "LayerCandidates",
     "LayerCost",
+    "LayerKind",
+    "LayerPairs",
+    "LogitParity",
     "LossTerm",
     "MeasuredConfig",
     "Mixup",
@@ -111,16 +151,21 @@ __all__ = [
     "NotCalibratedError",
     "Objective",
     "OneShot",
+    "OperatorPlace",
     "PackedCoding",
     "PackedError",
+    "ParityReport",
+    "Placement",
     "PrecisionError",
     "QuantizedLayer",
+    "RaisedScale",
     "Recipe",
     "SamplerLike",
     "SandwichSampler",
     "SearchError",
     "SearchNorms",
     "SearchResult",
+    "SpeedParity",
     "StaleNormsWarning",
     "StoredLayer",
     "Summary",
@@ -131,14 +176,23 @@ __all__ = [
     "Uncounted",
     "UniformSampler",
     "UserCost",
+    "WeightGranularity",
     "WeightQuantizer",
     "calibrate",
+    "check_export",
     "convert",
     "cost_model",
     "cost_of",
+    "export",
     "fit",
+    "grid_problems",
+    "hardware",
+    "hardware_names",
+    "hardware_problems",
     "inspect",
+    "integer",
     "load",
+    "measure_latency",
     "param_groups",
     "save",
     "search",

@@ -11,6 +11,8 @@
     |-- PrecisionError (RuntimeError)       a precision that another thread or pass has set
     |-- PackedError (RuntimeError)          latent weights asked of integer codes
     |-- CheckpointError (ValueError)        a file that is damaged, foreign or does not match
+    |-- HardwareError (ValueError)          a target that is not known, or that cannot run something
+    |-- ExportError (ValueError)            a network or precision that a target cannot have
     |-- BatchError (ValueError, TypeError)  images or labels that a network cannot take
     `-- NoValuesError (RuntimeError)        values asked of a network on the meta device
 
@@ -73,6 +75,10 @@ class CheckpointError(AnyprecError, ValueError):
     """A checkpoint that is damaged, of another format, or of another network."""
 
 
+class ExportError(AnyprecError, ValueError):
+    """A network, a precision or a target that cannot be exported, or a tool that is missing."""
+
+
 class StaleNormsWarning(UserWarning):
     """A network is evaluated on norm statistics that training has left behind."""
 
@@ -91,3 +97,7 @@ class InputSizeWarning(UserWarning):
 
 class NegativeInputWarning(UserWarning):
     """Calibration met a negative input of a layer that conversion had taken for never negative."""
+
+
+class HardwareError(AnyprecError, ValueError):
+    """A target that the table of hardware does not have, or something that a target cannot run."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from anyprec.calibration.passes import run_on_images
 from anyprec.model.converted import ConvertedModel
+from anyprec.nn.counting import uncounted
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.processes import process_count, sum_over_processes
 
@@ -70,9 +71,10 @@ def _watch_norms(
     statistics = {path: _RunningStatistics() for path in norms}
 
     def watch(path: str, _norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics[path].add(args[0])
-        if not statistics[path].is_empty:
-            before_norm(path, statistics[path])
+        with uncounted():
+            statistics[path].add(args[0])
+            if not statistics[path].is_empty:
+                before_norm(path, statistics[path])
 
     hooks = []
     for path, norm in norms.items():

@@ -12,7 +12,7 @@ from anyprec.errors import CalibrationError
 from anyprec.model.accepted_images import explaining_images, require_batch_axis
 from anyprec.model.checks import require_values
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import output_quantizers, switchable_norms
 from anyprec.runtime.batches import Batch, device_of, images_of, take
 
 
@@ -73,6 +73,7 @@ def undo_on_error(model: ConvertedModel) -> Iterator[None]:
         modules.append(norm)
     for layer in model.quantized_layers.values():
         modules += [layer.weight_quantizer, layer.input_quantizer]
+    modules += output_quantizers(model).values()
     states = [copy.deepcopy(module.state_dict()) for module in modules]
     try:
         yield

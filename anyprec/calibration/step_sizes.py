@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,7 +26,9 @@ from anyprec.errors import CalibrationError, NegativeInputWarning
 from anyprec.model.checks import require_latents
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.input_size import facts_at_size_of, take_over_facts
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import output_quantizers, switchable_norms
+from anyprec.network.facts import NetworkFacts
+from anyprec.nn.quantizers import InputQuantizer
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count
@@ -85,20 +87,21 @@ def calibrate(
     require_count(batches, name="batches")
     require_count(norm_batches, name="norm_batches")
     images = held_images(model, loader, max(batches, norm_batches), purpose="calibrate")
-    layers = model.quantized_layers
+    layers, quantizers = model.quantized_layers, _input_quantizers(model)
     grids, steps = {}, {}
     with evaluating(model), model.using_bits(None):
-        samplers = _sample_layers(model, images[:batches], seed)
+        samplers = _sample_inputs(model, images[:batches], seed)
         samples = {path: sampler.sample(path) for path, sampler in samplers.items()}
     with _refuted_signs_dropped(model, samples), undo_on_error(model):
         with evaluating(model), model.using_bits(None):
             facts = facts_at_size_of(model, images[0])
-        for path, layer in layers.items():
-            grids[path] = input_grid(samples[path], layer.input_quantizer)
+        for path, quantizer in quantizers.items():
+            grids[path] = input_grid(samples[path], quantizer)
         for path, layer in layers.items():
             steps[path] = weight_steps(samplers[path].weight, layer.weight_quantizer)
+        for path, quantizer in quantizers.items():
+            quantizer.set_grid(*grids[path])
         for path, layer in layers.items():
-            layer.input_quantizer.set_grid(*grids[path])
             with torch.no_grad():
                 layer.weight_quantizer.step.copy_(steps[path])
         for _, norm in switchable_norms(model):
@@ -118,37 +121,57 @@ def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) ->
 
     Args:
         model: The model.
-        samples: Values of each layer's input by path, the lowest among them.
+        samples: Values of each layer's input, and of each output, by path, the lowest among them.
     """
-    record, layers = model.anyprec_record, model.quantized_layers
-    facts = dict(record.facts.layers)
-    refuted = {}
+    record, quantizers = model.anyprec_record, _input_quantizers(model)
+    refuted: dict[str, float] = {}
     for path, sample in samples.items():
-        if layers[path].input_quantizer.nonnegative and sample.min() < 0:
+        if quantizers[path].nonnegative and sample.min() < 0:
             refuted[path] = float(sample.min())
-            facts[path] = dataclasses.replace(facts[path], nonnegative=False)
     if not refuted:
         yield
         return
     try:
         for path, lowest in refuted.items():
-            layers[path].input_quantizer.nonnegative = False
-            msg = f"the input of layer {path!r} is as low as {lowest:.4g}, though what the network "
-            msg += "does before it seemed to exclude negative numbers: it is calibrated as signed. "
-            msg += "Check that the network computes the same in every eval-mode forward pass"
+            quantizers[path].nonnegative = False
+            is_input = path in record.facts.layers
+            what = f"the input of layer {path!r}" if is_input else f"what {path!r} quantizes"
+            msg = f"{what} is as low as {lowest:.4g}, though what the network does before it "
+            msg += "seemed to exclude negative numbers: it is calibrated as signed. Check that the "
+            msg += "network computes the same in every eval-mode forward pass"
             warnings.warn(msg, NegativeInputWarning, stacklevel=4)
-        known = dataclasses.replace(record.facts, layers=facts)
+        known = _with_signs(record.facts, refuted)
         vars(model)["anyprec_record"] = dataclasses.replace(record, facts=known)
         yield
     except BaseException:
         for path in refuted:
-            layers[path].input_quantizer.nonnegative = True
+            quantizers[path].nonnegative = True
         vars(model)["anyprec_record"] = record
         raise
 
 
+def _with_signs(facts: NetworkFacts, signed: Collection[str]) -> NetworkFacts:
+    """`facts` in which these layers' inputs, and these outputs, may be negative."""
+    layers = dict(facts.layers)
+    for path in layers.keys() & set(signed):
+        layers[path] = dataclasses.replace(layers[path], nonnegative=False)
+    outputs = []
+    for output in facts.outputs:
+        nonnegative = output.nonnegative and output.path not in signed
+        outputs.append(dataclasses.replace(output, nonnegative=nonnegative))
+    return dataclasses.replace(facts, layers=layers, outputs=tuple(outputs))
+
+
+def _input_quantizers(model: ConvertedModel) -> dict[str, InputQuantizer]:
+    """Those of all layers by the layer's path, and those of outputs by their own."""
+    quantizers: dict[str, InputQuantizer] = {}
+    for path, layer in model.quantized_layers.items():
+        quantizers[path] = layer.input_quantizer
+    return {**quantizers, **output_quantizers(model)}
+
+
 class _Sampler:
-    """Keeps a random sample of fixed size of a layer's input values, and the weight they multiply.
+    """Keeps a random sample of fixed size of values, and the weight they multiply, if any.
 
     The weight comes from the operator, not from the layer: a standardised weight has another scale
     than the latent one.
@@ -160,8 +183,9 @@ class _Sampler:
         self._samples: list[Tensor] = []
         self.weight = torch.empty(0)
 
-    def __call__(self, values: Tensor, weight: Tensor) -> None:
-        self.weight = weight.detach()
+    def __call__(self, values: Tensor, weight: Tensor | None = None) -> None:
+        if weight is not None:
+            self.weight = weight.detach()
         flat = values.detach().reshape(-1)
         if flat.numel() > self._size:
             index = torch.randint(flat.numel(), (self._size,), generator=self._generator)
@@ -169,7 +193,8 @@ class _Sampler:
             extremes = torch.stack((flat.amin(), flat.amax()))
             flat = torch.cat((flat[index.to(flat.device)], extremes))
         if flat.numel():  # a batch may have no rows for this layer
-            self._samples.append(flat.float())
+            # A copy, since the network may change the tensor in place.
+            self._samples.append(flat.float().clone())
 
     def sample(self, path: str) -> Tensor:
         """The values of all batches and processes, flat; `path` names the layer in errors."""
@@ -186,12 +211,14 @@ class _Sampler:
         return sample
 
 
-def _sample_layers(model: ConvertedModel, batches: list[Tensor], seed: int) -> dict[str, _Sampler]:
-    """Run the network on `batches` with a sampler at every quantized layer."""
-    layers = model.quantized_layers
+def _sample_inputs(model: ConvertedModel, batches: list[Tensor], seed: int) -> dict[str, _Sampler]:
+    """Run the network on `batches` with a sampler at every quantized layer and output."""
+    layers, outputs = model.quantized_layers, output_quantizers(model)
     values_per_batch = max(1, SAMPLE_SIZE // len(batches))
-    samplers = {path: _Sampler(values_per_batch, seed) for path in layers}
+    samplers = {path: _Sampler(values_per_batch, seed) for path in (*layers, *outputs)}
     with ExitStack() as observed, torch.no_grad():
+        for path, output in outputs.items():
+            observed.enter_context(output.observers.including(samplers[path]))
         for path, layer in layers.items():
             observed.enter_context(layer.operand_observers.including(samplers[path]))
         for images in batches:

@@ -18,6 +18,7 @@ from anyprec.model.converted import ConvertedModel
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.matrices import Matrices, QuantizedParameter
 from anyprec.nn.norm_bank import NormBank
+from anyprec.nn.outputs import OutputQuantizers
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.specialize import Specialized
@@ -27,6 +28,7 @@ _ADDED_MODULES = (
     InputQuantizer,
     Matrices,
     NormBank,
+    OutputQuantizers,
     PackedOperand,
     QuantizedParameter,
     WeightQuantizer,

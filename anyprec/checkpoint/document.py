@@ -1,15 +1,15 @@
 """The JSON document in a checkpoint's metadata: the types of its fields, and reading it safely.
 
 The safetensors metadata holds this document in the entry `anyprec`; `docs/checkpoint.md` specifies
-it. The classes below are its objects, and their attributes its fields. msgspec checks every type
-and range, refuses unknown fields, and names the path of a bad one; `__post_init__` checks what a
-type cannot express. Whether a document fits a network is checked in `matching.py`.
+it. The classes below and in `entries.py` are its objects, and their attributes its fields. msgspec
+checks every type and range, refuses unknown fields, and names the path of a bad one;
+`__post_init__` checks what a type cannot express. Whether a document fits a network is checked in
+`matching.py`.
 """
 
 from __future__ import annotations
 
 import json
-import reprlib
 from collections import Counter
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -19,11 +19,23 @@ import torch
 from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
-from anyprec.bits import MAX_BITS, MIN_BITS, BitConfig
+from anyprec.bits import BitConfig
+from anyprec.checkpoint.entries import (
+    MAX_INTEGER,
+    Count,
+    Entry,
+    LayerEntry,
+    Length,
+    OutputEntry,
+    SettingsEntry,
+    drop_default_texts,
+    layer_facts,
+    output_facts,
+    settings_of,
+)
 from anyprec.errors import CheckpointError
 from anyprec.model.record import ConfigNote, ConvertSettings
-from anyprec.network.facts import LayerFacts, NetworkFacts
-from anyprec.nn.norms import NormSharing
+from anyprec.network.facts import NetworkFacts
 
 FORMAT_VERSION = 2
 """The one format that is written and read."""
@@ -32,8 +44,7 @@ PackedCoding = Literal["fixed", "zstd"]
 """How cells are stored: in fields of fixed length, or entropy-coded; see `coding.py`."""
 
 _MAX_DEPTH = 16
-_MAX_INTEGER = 2**63 - 1
-_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing"}
+_OPTIONAL = {"floors", "statistics", "notes", "latents", "packing", "outputs", "apart"}
 """Fields of the document that are left out where they are empty."""
 
 _DTYPES = {
@@ -50,31 +61,22 @@ _DTYPES = {
 }
 """The dtypes that a document may name."""
 
-_Count = Annotated[int, Meta(ge=0, le=_MAX_INTEGER)]
-_Length = Annotated[int, Meta(ge=1, le=_MAX_INTEGER)]
-_BitWidth = Annotated[int, Meta(ge=MIN_BITS, le=MAX_BITS)]
-_BitWidths = Annotated[tuple[_BitWidth, ...], Meta(min_length=1)]
 
-
-class _Object(Struct, frozen=True, forbid_unknown_fields=True):
-    """A JSON object with exactly the fields of its class."""
-
-
-class Architecture(_Object, frozen=True):
+class Architecture(Entry, frozen=True):
     """How timm makes the float network: `timm.create_model(name, **arguments)`."""
 
     name: str
     arguments: dict[str, Any]
 
 
-class TensorRecord(_Object, frozen=True):
+class TensorRecord(Entry, frozen=True):
     """Dtype and shape of a tensor that is not stored as such."""
 
     dtype: torch.dtype
-    shape: tuple[_Count, ...]
+    shape: tuple[Count, ...]
 
 
-class Packing(_Object, frozen=True):
+class Packing(Entry, frozen=True):
     """The packed form of a network.
 
     Attributes:
@@ -90,59 +92,16 @@ class Packing(_Object, frozen=True):
     compressed: dict[str, TensorRecord]
 
 
-class SettingsEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
-    """The fields of `ConvertSettings`."""
-
-    bits: _BitWidths
-    activation_bits: _BitWidths
-    first_last_bits: _BitWidth | None
-    depthwise_min_bits: _BitWidth
-    per_channel: bool
-    include: tuple[str, ...] | None
-    exclude: tuple[str, ...]
-    norm: NormSharing = "per-pair"
-    only: BitConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name, widths in (("bits", self.bits), ("activation_bits", self.activation_bits)):
-            if list(widths) != sorted(set(widths)):
-                msg = f"{name} is {reprlib.repr(widths)}, expected ascending bit-widths"
-                raise ValueError(msg)
-
-
-class LayerEntry(_Object, frozen=True, kw_only=True, omit_defaults=True):
-    """The fields of `LayerFacts`; those with a default are left out where they have it."""
-
-    path: str
-    calls: _Count
-    macs: _Count
-    weights: _Count
-    owner: str | None
-    parameter: str | None = None
-    axis: int | None = None
-    groups: _Length = 1
-    per_tensor: bool = False
-    dynamic: bool = False
-    derived: bool = False
-    feature: str | None = None
-    depthwise: bool
-    nonnegative: bool
-    first: bool
-    last: bool
-    constant: bool
-    problem: str | None
-
-
-class NoteEntry(_Object, frozen=True):
+class NoteEntry(Entry, frozen=True):
     """The fields of `ConfigNote`."""
 
-    bitops: _Count
-    size: _Count
+    bitops: Count
+    size: Count
     score: int | float | None
     found: dict[str, str | int | float]
 
 
-class Document(_Object, frozen=True, kw_only=True, dict=True):
+class Document(Entry, frozen=True, kw_only=True, dict=True):
     """What a checkpoint says of its network.
 
     Attributes:
@@ -155,6 +114,8 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
         uncounted: Operators that are no layer, with calls and MACs.
         example_shape: Shape of the input that MACs are counted for.
         untraceable: Why torch.fx could not trace the network, or None.
+        outputs: Values between layers that have a quantizer.
+        apart: Modules whose calls are not counted for the modules around them.
         configs: Named configurations.
         frozen: Lowest precision in use of layers with frozen candidates.
         statistics: Configurations with norm statistics of their own; their tensors are numbered in
@@ -173,19 +134,29 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
     settings: SettingsEntry
     layers: tuple[LayerEntry, ...]
     norms: dict[str, str | None]
-    uncounted: dict[str, tuple[_Count, _Count]]
-    example_shape: Annotated[tuple[_Length, ...], Meta(min_length=1)]
+    uncounted: dict[str, tuple[Count, Count]]
+    example_shape: Annotated[tuple[Length, ...], Meta(min_length=1)]
     untraceable: str | None
+    outputs: tuple[OutputEntry, ...] = ()
+    apart: tuple[str, ...] = ()
     configs: dict[str, BitConfig]
     frozen: BitConfig = msgspec.field(name="floors", default=BitConfig({}))
     statistics: tuple[BitConfig, ...] = ()
     aliases: dict[str, str]
     pretrained_cfg: dict[str, Any]
-    notes: dict[str, NoteEntry] = {}
+    notes: dict[str, NoteEntry] = msgspec.field(default_factory=dict)
     latents: torch.dtype | None = None
     packing: Packing | None = None
 
     def __post_init__(self) -> None:
+        outputs = {output.path for output in self.outputs}
+        if len(outputs) < len(self.outputs):
+            msg = "outputs lists a path twice"
+            raise ValueError(msg)
+        for entry in self.layers:
+            if entry.reads is not None and entry.reads not in outputs:
+                msg = f"{entry.path!r:.80} reads {entry.reads!r:.80}, which outputs does not list"
+                raise ValueError(msg)
         paths = Counter(layer.path for layer in self.layers)
         for path, count in paths.items():
             if count > 1:
@@ -200,17 +171,19 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
     def facts(self) -> NetworkFacts:
         """What was known of the network, so that loading observes nothing anew."""
         return NetworkFacts(
-            layers={entry.path: LayerFacts(**asdict(entry)) for entry in self.layers},
+            layers={entry.path: layer_facts(entry) for entry in self.layers},
             norms=self.norms,
             uncounted=self.uncounted,
             example_shape=self.example_shape,
             untraceable=self.untraceable,
+            outputs=tuple(map(output_facts, self.outputs)),
+            apart=self.apart,
         )
 
     @cached_property
     def convert_settings(self) -> ConvertSettings:
         """The arguments of `convert`, as the converted model keeps them."""
-        return ConvertSettings(**asdict(self.settings))
+        return settings_of(self.settings)
 
     @cached_property
     def config_notes(self) -> dict[str, ConfigNote]:
@@ -223,9 +196,7 @@ class Document(_Object, frozen=True, kw_only=True, dict=True):
         for name in _OPTIONAL:
             if not document[name]:
                 del document[name]
-        # msgspec leaves out a default string only if it is the very object of the class.
-        if self.settings.norm == "per-pair":
-            document["settings"].pop("norm", None)
+        drop_default_texts(document["settings"])
         return json.dumps(document)
 
     @classmethod
@@ -279,7 +250,7 @@ def _require_bounded(raw: Any) -> None:
                 next_level += value.values()
             elif isinstance(value, list):
                 next_level += value
-            elif isinstance(value, (int, float)) and abs(value) > _MAX_INTEGER:
+            elif isinstance(value, (int, float)) and abs(value) > MAX_INTEGER:
                 msg = "the checkpoint's metadata holds a number of more than 63 bits"
                 raise CheckpointError(msg)
         if not next_level:

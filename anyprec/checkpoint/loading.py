@@ -36,6 +36,7 @@ from anyprec.checkpoint.statistics import fitting_statistics
 from anyprec.errors import AnyprecError, BitsError, CheckpointError, NotCalibratedError
 from anyprec.model.conversion import apply_settings, revert
 from anyprec.model.converted import BitsRequest, ConvertedModel
+from anyprec.model.intact import output_quantizers
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.runtime.batches import device_of
 from anyprec.runtime.storage import opened
@@ -223,10 +224,11 @@ def _require_calibrated(model: ConvertedModel, content: Content, *, wanted: bool
     packed = content.document.packing is not None
     if not packed and not wanted:
         return
+    names = {path: f"{path}.input_quantizer.step" for path in model.quantized_layers}
+    names |= {path: f"{path}.step" for path in output_quantizers(model)}
     missing = []
-    for path in model.quantized_layers:
-        step = content.state[f"{path}.input_quantizer.step"]
-        if not torch.isfinite(step).all():
+    for path, name in names.items():
+        if not torch.isfinite(content.state[name]).all():
             missing.append(path)
     if missing:
         msg = f"the checkpoint has no step sizes for the inputs of {len(missing)} layers "

@@ -13,9 +13,12 @@ from anyprec.checkpoint.document import Document
 from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.costing import weight_name
+from anyprec.model.intact import output_quantizers
+from anyprec.model.placement import output_prefix, owners_of
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.operators import LAYER_TYPES, matrix_path, transposed_groups
+from anyprec.nn.quantizers import InputQuantizer
 
 
 def require_float_fit(
@@ -75,11 +78,18 @@ def require_state_fit(
     _require_same_ties(model, state)
     for path, layer in model.quantized_layers.items():
         zeros = state[f"{path}.input_quantizer.zero_point"].tolist()
-        for zero, bits in zip(zeros, layer.candidates.activation, strict=True):
-            if not 0 <= zero < 2**bits:
-                msg = f"the checkpoint gives layer {path!r} the zero point {zero} at {bits} bits, "
-                msg += f"expected 0 to {2**bits - 1}"
-                raise CheckpointError(msg)
+        _require_zero_points(f"layer {path!r}", zeros, layer.input_quantizer)
+    for path, output in output_quantizers(model).items():
+        _require_zero_points(f"output {path!r}", state[f"{path}.zero_point"].tolist(), output)
+
+
+def _require_zero_points(subject: str, zeros: list[int], quantizer: InputQuantizer) -> None:
+    rule = quantizer.rule
+    for zero, bits in zip(zeros, quantizer.own_candidates, strict=True):
+        if not rule.permits(zero, bits):
+            msg = f"the checkpoint gives {subject} the zero point {zero} at {bits} bits, "
+            msg += f"expected {rule.permitted(bits)}"
+            raise CheckpointError(msg)
 
 
 def fitting_configs(model: ConvertedModel, document: Document) -> dict[str, BitConfig]:
@@ -130,6 +140,7 @@ def added_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
     # Facts name a shared module by its first path.
     canonical = {id(module): path for path, module in network.named_modules()}
     matrices = _matrices(facts)
+    holders = {output.holder for output in facts.outputs}
     prefixes: list[str] = []
     # With duplicates, since a shared layer has its state at every path.
     for path, module in network.named_modules(remove_duplicate=False):
@@ -138,6 +149,8 @@ def added_prefixes(network: nn.Module, facts: NetworkFacts) -> tuple[str, ...]:
             prefixes += (f"{path}.weight_quantizer.", f"{path}.input_quantizer.")
         elif canonical_path in facts.norms:
             prefixes.append(f"{path}.bank.")
+        if canonical_path in holders:
+            prefixes.append(output_prefix(path))
         for matrix in matrices.get(canonical_path, ()):
             prefixes.append(f"{path}.{matrix}." if path else f"{matrix}.")
     return tuple(prefixes)
@@ -195,11 +208,13 @@ def _require_modules(network: nn.Module, facts: NetworkFacts) -> None:
         is_batch_norm = isinstance(modules.get(path), _BatchNorm)
         if not path or not is_batch_norm:
             norms.append(path)
+    places = [*(output.holder for output in facts.outputs), *owners_of(facts)]
     problems = _list_problems(
         {
             "no layers ": layers,
             "no BatchNorms ": norms,
             "no owners of the layers ": owned,
+            "no modules with outputs ": [path for path in places if path not in modules],
         }
     )
     if problems:

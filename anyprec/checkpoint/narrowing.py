@@ -11,7 +11,8 @@ from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer, hold_codes
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.packed import PackedOperand
-from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.quantizers import WeightQuantizer
+from anyprec.nn.shared import SharedInputQuantizer, input_quantizer_of
 from anyprec.nn.weights import PackedCodes
 
 
@@ -58,7 +59,12 @@ def _narrow_layer(layer: QuantizedLayer, bits: Bits) -> None:
     new_weight = new_weight.to(weight.step)
     new_weight.step.copy_(weight.step[index : index + 1])
     new_weight.step.requires_grad_(weight.step.requires_grad)
-    new_input = InputQuantizer((bits.activation,), nonnegative=input_.nonnegative).to(input_.step)
+    trunk = None
+    if isinstance(input_, SharedInputQuantizer) and input_.is_shared(input_index):
+        trunk = input_.trunk
+    new_input = input_quantizer_of(
+        (bits.activation,), nonnegative=input_.nonnegative, rule=input_.rule, trunk=trunk
+    ).to(input_.step)
     row = slice(input_index, input_index + 1)
     new_input.set_grid(input_.step[row], input_.zero_point[row])
     layer.weight_quantizer = new_weight.train(layer.training)

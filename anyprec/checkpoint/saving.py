@@ -25,13 +25,12 @@ from anyprec.checkpoint.architecture import find_architecture
 from anyprec.checkpoint.coding import compress, to_planes
 from anyprec.checkpoint.document import (
     Document,
-    LayerEntry,
     NoteEntry,
     PackedCoding,
     Packing,
-    SettingsEntry,
     TensorRecord,
 )
+from anyprec.checkpoint.entries import layer_entries, output_entries, settings_entry
 from anyprec.checkpoint.matching import holds_layer
 from anyprec.checkpoint.packed_tensors import PREFIX, to_tensors
 from anyprec.checkpoint.packing import cells_of_layer, names_of_weights, split_layers
@@ -120,12 +119,14 @@ def save(
     document = Document(
         version=version("anyprec"),
         architecture=find_architecture(model, model_args) if rebuildable else None,
-        settings=SettingsEntry(**vars(model.anyprec_record.settings)),
-        layers=tuple(LayerEntry(**vars(layer)) for layer in facts.layers.values()),
+        settings=settings_entry(model.anyprec_record.settings),
+        layers=layer_entries(facts),
         norms=facts.norms,
         uncounted=facts.uncounted,
         example_shape=facts.example_shape,
         untraceable=facts.untraceable,
+        outputs=output_entries(facts),
+        apart=facts.apart,
         configs=named,
         frozen=BitConfig(model.frozen),
         statistics=tuple(model.anyprec_record.statistics),
@@ -156,7 +157,7 @@ def _check_arguments(
         msg += "with packed=False, or leave it out"
         raise ValueError(msg)
     if packed:
-        require_calibrated(model.quantized_layers)
+        require_calibrated(model)
     else:
         require_latents(model, purpose="save(..., packed=False)")
 

@@ -19,6 +19,7 @@ from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer, quantize_layer
 from anyprec.nn.norms import SwitchableNorm, switch_norm
 from anyprec.nn.operators import LAYER_TYPES
+from anyprec.nn.shared import SharedInputQuantizer
 
 
 class ConvertedClassifier(ConvertedModel):
@@ -123,6 +124,16 @@ def _facts_like(old: LayerFacts, weights: int) -> LayerFacts:
 
 def _quantize_like(new: nn.Module, old: QuantizedLayer) -> None:
     nonnegative = old.input_quantizer.nonnegative
-    quantize_layer(new, old.candidates, nonnegative=nonnegative, axis=old.weight_quantizer.axis)
+    trunk = None
+    if isinstance(old.input_quantizer, SharedInputQuantizer):
+        trunk = old.input_quantizer.trunk
+    quantize_layer(
+        new,
+        old.candidates,
+        nonnegative=nonnegative,
+        axis=old.weight_quantizer.axis,
+        rule=old.input_quantizer.rule,
+        trunk=trunk,
+    )
     if isinstance(new, QuantizedLayer) and old.weight.shape[1:] == new.weight.shape[1:]:
         new.input_quantizer.load_state_dict(old.input_quantizer.state_dict())

@@ -10,45 +10,51 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from anyprec.bits import check_bit_width, check_candidates, uniform_widths
-from anyprec.errors import ConversionError
+from anyprec.bits import check_bit_width, uniform_widths
+from anyprec.model.checks import refuse_unfit
 from anyprec.model.classifier import ConvertedClassifier
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.example_inputs import analyze_on_example
 from anyprec.model.intact import Structure
+from anyprec.model.kinds import with_kinds
 from anyprec.model.names import require_free_names
 from anyprec.model.norm_copies import norm_rows, norm_widths
+from anyprec.model.placement import Placement, add_outputs, place_outputs, trunk_of
 from anyprec.model.precision import ActivePrecision
+from anyprec.model.presets import make_settings, require_one_of
 from anyprec.model.record import ConversionRecord, ConvertSettings, quantized_paths
 from anyprec.model.restoring import restored_on_error
 from anyprec.model.selection import layer_candidates, select_layers
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.bodies import FUSING_TYPES
 from anyprec.nn.channels import Axis, output_axis
+from anyprec.nn.grids import ActivationGrid, ActivationScale
 from anyprec.nn.layers import QuantizedLayer, QuantizedModule, quantize_layer, restore_layer
 from anyprec.nn.matrices import QuantizedParameter, quantize_parameter, restore_parameters
 from anyprec.nn.norms import NormSharing, SwitchableNorm, restore_norm, switch_norm
-from anyprec.nn.operators import LAYER_TYPES, channel_axis
+from anyprec.nn.operators import channel_axis
+from anyprec.nn.outputs import OutputQuantizer, restore_outputs
 from anyprec.nn.owners import FunctionalOwner, intercept_in_owner, restore_owner
-from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.specialize import despecialize, specialize
 from anyprec.nn.staleness import TrainedNetwork
-
-DEFAULT_BITS = (2, 3, 4, 5, 6, 8)
 
 
 def convert(  # noqa: PLR0913 (settings, by keyword)
     model: nn.Module,
-    bits: Sequence[int] = DEFAULT_BITS,
+    bits: Sequence[int] | None = None,
     *,
     activation_bits: Sequence[int] | None = None,
     first_last_bits: int | None = 8,
     depthwise_min_bits: int = 3,
-    per_channel: bool = True,
+    per_channel: bool | None = None,
+    activation_grid: ActivationGrid | None = None,
+    activation_scale: ActivationScale | None = None,
+    hardware: str | None = None,
     norm: NormSharing = "shared-affine",
+    placement: Placement | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     example_input: Tensor | None = None,
@@ -64,17 +70,32 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
 
     Args:
         model: A float network: any timm or torch vision model.
-        bits: Candidate bit-widths of weights and activations, from 2 to 8.
+        bits: Candidate bit-widths of weights and activations, from 2 to 8; by default 2, 3, 4, 5, 6
+            and 8, or those of them that `hardware` runs.
         activation_bits: Candidates of activations, if they differ from those of weights.
         first_last_bits: Fixed bit-width of the layers that read the image or make the output; None
             searches them too.
         depthwise_min_bits: Depthwise convolutions get no candidate below this one.
-        per_channel: One weight step size per output channel (what deployment wants) instead of one
-            per tensor.
+        per_channel: One weight step size per output channel (what deployment wants; the default)
+            instead of one per tensor.
+        activation_grid: Where real zero may lie among the codes of an input. `"affine"` (the
+            default): at a zero point from calibration. `"symmetric"`: at code 0 of inputs that
+            cannot be negative, in the middle of the others' codes. `"signed"`: in the middle of all
+            codes, also of inputs that cannot be negative.
+        activation_scale: `"any"` (the default), or `"power-of-two"`: inputs are quantized with the
+            power of two nearest to the step size that is learned.
+        hardware: A target, whose demands are the defaults of all these arguments: each layer gets
+            the bit-widths that the target runs for its kind. An argument that contradicts it is
+            refused. See `anyprec.hardware`.
         norm: BatchNorm copies. `"shared-affine"`: statistics per (weight, activation) pair of the
             layer before it, with one scale and shift for all. `"per-pair"`: a whole copy per pair
             (the paper's). `"shared"`: a single one, with the quantized weights of the layer before
             it corrected to the latent weight's mean and spread per channel (EMQNet).
+        placement: Where activations are quantized. `"layers"` (the default): at the inputs of
+            layers (the paper's). `"integer"`: also at the outputs of layers, sums of two
+            activations and averages over space, at 8 bits and behind the norm and the clamp that
+            follow, so that 8-bit runtimes can compute with integers throughout. That of `hardware`
+            is a recommendation: either may be passed.
         include: Patterns of the layers to quantize, all others staying float; None is every layer.
         exclude: Patterns of layers that stay float.
         example_input: A batch that the network accepts, to observe one forward pass; by default it
@@ -88,10 +109,12 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
 
     Raises:
         ConversionError: The model is converted already, has no layer to quantize, does not run on
-            the example input, a pattern matches nothing, or a module has something of its own
-            under a name that conversion needs. The model is left as it was.
-        BitsError: A bit-width is not supported.
-        ValueError: `norm` is none of these.
+            the example input, a pattern matches nothing, a module has something of its own under a
+            name that conversion needs, or an argument contradicts `hardware`. The model is left as
+            it was.
+        HardwareError: `hardware` is not known.
+        BitsError: A bit-width is not supported, or nothing is left that `hardware` runs a layer at.
+        ValueError: `norm`, `placement`, `activation_grid` or `activation_scale` is none of these.
 
     Example:
         >>> import timm, anyprec
@@ -99,27 +122,31 @@ def convert(  # noqa: PLR0913 (settings, by keyword)
         >>> model.candidates["layer1.0.conv1"]
         LayerCandidates(weight=(2, 4, 8), activation=(2, 4, 8))
     """
-    _refuse_unfit(model)
-    if norm not in get_args(NormSharing):
-        msg = f"norm={norm!r} is not known: use one of {get_args(NormSharing)}"
-        raise ValueError(msg)
-    if activation_bits is None:
-        activation_bits = bits
-    if first_last_bits is not None:
-        check_bit_width(first_last_bits, what="first_last_bits")
-    settings = ConvertSettings(
-        bits=check_candidates(bits, what="bits"),
-        activation_bits=check_candidates(activation_bits, what="activation_bits"),
+    refuse_unfit(model)
+    require_one_of("norm", norm, get_args(NormSharing))
+    settings = make_settings(
+        hardware,
+        bits=bits,
+        activation_bits=activation_bits,
         first_last_bits=first_last_bits,
-        depthwise_min_bits=check_bit_width(depthwise_min_bits, what="depthwise_min_bits"),
         per_channel=per_channel,
+        activation_grid=activation_grid,
+        activation_scale=activation_scale,
+        depthwise_min_bits=check_bit_width(depthwise_min_bits, what="depthwise_min_bits"),
         include=None if include is None else _as_patterns(include),
         exclude=_as_patterns(exclude),
         norm=norm,
+        placement=placement,
     )
     if not inplace:
         model = copy.deepcopy(model)
-    facts = analyze_on_example(model, example_input)
+    has_outputs = settings.placement == "integer"
+    facts = analyze_on_example(model, example_input, outputs=has_outputs)
+    if settings.pairs is not None:
+        # Known before outputs are placed: what the target cannot run is not among their readers.
+        facts = with_kinds(model, facts)
+    if has_outputs:
+        facts = place_outputs(facts, quantized_paths(select_layers(model, settings, facts)))
     return apply_settings(model, settings, facts)
 
 
@@ -132,6 +159,8 @@ def apply_settings(
         ConversionError: A pattern matches nothing, no layer is left to quantize, or a module has
             something of its own under a name that conversion takes. The model is left as it was.
     """
+    if settings.pairs is not None:
+        facts = with_kinds(model, facts)
     coverage = select_layers(model, settings, facts)
     paths = quantized_paths(coverage)
     owners = _functional_uses(model, facts, paths)
@@ -140,8 +169,10 @@ def apply_settings(
     mixin = ConvertedClassifier if has_classifier else ConvertedModel
     require_free_names(model, facts, paths=paths, owners=owners, norms=norm_paths, mixin=mixin)
     with restored_on_error(model):
+        # First, so that all else can be taken back without them.
+        outputs = add_outputs(model, facts, rule=settings.grid_rule)
         for path in paths:
-            _quantize(model, facts.layers[path], settings)
+            _quantize(model, facts.layers[path], settings, trunk_of(path, facts, outputs))
         for owner, children in owners.items():
             intercept_in_owner(model.get_submodule(owner), children)
         norms = _make_norms_switchable(model, settings, facts, norm_paths, paths)
@@ -161,9 +192,7 @@ def revert(model: nn.Module) -> None:
     A float model is left as it is.
     """
     if isinstance(model, ConvertedModel):
-        for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
-            vars(model).pop(name, None)
-        despecialize(model)
+        restore_class(model)
     for module in list(model.modules()):
         # A module may be an owner and a quantized layer; it was made an owner last.
         if isinstance(module, FunctionalOwner):
@@ -174,20 +203,46 @@ def revert(model: nn.Module) -> None:
             restore_norm(module)
         elif isinstance(module, QuantizedParameter):
             restore_parameters(module.holder)
+    restore_outputs(model)
 
 
-def _quantize(model: nn.Module, facts: LayerFacts, settings: ConvertSettings) -> None:
+def restore_class(model: ConvertedModel) -> None:
+    """Give a converted model its own class back, in place; its layers and norms stay converted."""
+    for name in ("anyprec_record", "anyprec_structure", "anyprec_precision"):
+        vars(model).pop(name, None)
+    despecialize(model)
+
+
+def _quantize(
+    model: nn.Module,
+    facts: LayerFacts,
+    settings: ConvertSettings,
+    trunk: OutputQuantizer | None,
+) -> None:
     candidates = layer_candidates(facts, settings)
     per_channel = settings.per_channel and not facts.per_tensor
     if facts.parameter is not None:
         holder, _, name = facts.parameter.rpartition(".")
         axis = _output_axis(model, facts) if per_channel else None
-        quantize_parameter(model.get_submodule(holder), name, candidates, axis=axis)
+        quantize_parameter(
+            model.get_submodule(holder),
+            name,
+            candidates,
+            axis=axis,
+            rule=settings.grid_rule,
+            trunk=trunk,
+        )
     else:
         layer = model.get_submodule(facts.path)
         axis = _output_axis(model, facts) if per_channel else None
         quantize_layer(
-            layer, candidates, nonnegative=facts.nonnegative, axis=axis, dynamic=facts.dynamic
+            layer,
+            candidates,
+            nonnegative=facts.nonnegative,
+            axis=axis,
+            dynamic=facts.dynamic,
+            rule=settings.grid_rule,
+            trunk=trunk,
         )
 
 
@@ -295,27 +350,6 @@ def _correct_moments(
 def _quantized_layer(model: nn.Module, path: str | None) -> QuantizedLayer | None:
     layer = None if path is None else model.get_submodule(path)
     return layer if isinstance(layer, QuantizedLayer) else None
-
-
-def _refuse_unfit(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        msg = f"convert takes a torch.nn.Module, got {type(model).__name__}"
-        raise ConversionError(msg)
-    kind = type(model).__name__
-    if isinstance(model, torch.jit.ScriptModule):
-        msg = "convert cannot change a TorchScript module: convert the Python network before "
-        msg += "scripting it"
-        raise ConversionError(msg)
-    for path, module in model.named_modules():
-        if isinstance(module, Specialized):
-            converted = f"its {path!r}" if path else "it"
-            msg = f"{kind} cannot be converted: {converted} is converted already; create the float "
-            msg += "network anew"
-            raise ConversionError(msg)
-    if isinstance(model, LAYER_TYPES):
-        msg = f"convert takes a network that holds layers, got a single {kind}: wrap it in "
-        msg += "nn.Sequential"
-        raise ConversionError(msg)
 
 
 def _as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ class ConvertedModel(Specialized):
         # Everything that can fail comes before the switch.
         candidates = {path: layer.candidates for path, layer in layers.items()}
         config = resolve_request(request, candidates, self.configs)
-        require_calibrated(layers)
+        require_calibrated(self)
         switch(self, layers, config)
 
     @contextmanager

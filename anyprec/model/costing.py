@@ -11,11 +11,13 @@ import torch
 from anyprec.bits import BitConfig
 from anyprec.model.converted import BitsRequest, ConvertedModel, require_converted
 from anyprec.model.cost import Cost, CostModel, LayerCost, Uncounted
+from anyprec.model.intact import output_quantizers
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.outputs import OUTPUTS
 from anyprec.nn.weights import PackedCodes
 
-_QUANTIZATION = ("weight_quantizer.", "input_quantizer.", "bank.")
+_QUANTIZATION = ("weight_quantizer.", "input_quantizer.", "bank.", f"{OUTPUTS}.")
 """Parts of the names of parameters that conversion adds."""
 
 
@@ -32,7 +34,7 @@ def cost_model(model: ConvertedModel) -> CostModel:
     facts = model.anyprec_record.facts
     weights, codes = tied_weights(model), tied_codes(model)
     layers = {}
-    steps = 0
+    steps = len(output_quantizers(model))
     for path, layer in model.quantized_layers.items():
         layers[path] = LayerCost(
             path,

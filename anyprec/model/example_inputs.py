@@ -19,8 +19,15 @@ USUAL_CHANNELS = 3
 USUAL_SIZE = (224, 224)
 
 
-def analyze_on_example(model: nn.Module, example_input: Any) -> NetworkFacts:
+def analyze_on_example(
+    model: nn.Module, example_input: Any, *, outputs: bool = False
+) -> NetworkFacts:
     """Facts of `model`, observed on an example input, or on a guessed one.
+
+    Args:
+        model: A float network.
+        example_input: What the user gave.
+        outputs: As for `analyze`.
 
     Raises:
         ConversionError: The example is no tensor or an empty batch, the network does not run on it,
@@ -28,7 +35,7 @@ def analyze_on_example(model: nn.Module, example_input: Any) -> NetworkFacts:
     """
     device = device_of(model)
     if example_input is None:
-        return _analyze_on_guess(model, device)
+        return _analyze_on_guess(model, device, outputs=outputs)
     if not isinstance(example_input, Tensor):
         msg = f"example_input is a {type(example_input).__name__}: pass one tensor, a batch of "
         msg += "images as the network takes it, e.g. torch.zeros(1, 3, 224, 224); of an array, "
@@ -38,16 +45,17 @@ def analyze_on_example(model: nn.Module, example_input: Any) -> NetworkFacts:
         msg = f"example_input has shape {tuple(example_input.shape)}: pass a batch of at least one "
         msg += "sample"
         raise ConversionError(msg)
-    return analyze(model, example_input.to(device))
+    return analyze(model, example_input.to(device), outputs=outputs)
 
 
-def _analyze_on_guess(model: nn.Module, device: torch.device) -> NetworkFacts:
+def _analyze_on_guess(model: nn.Module, device: torch.device, *, outputs: bool) -> NetworkFacts:
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     dtype = next(dtypes, torch.float32)
     first_error: ConversionError | None = None
     for shape in _likely_shapes(model):
         try:
-            return analyze(model, torch.zeros((1, *shape), device=device, dtype=dtype))
+            zeros = torch.zeros((1, *shape), device=device, dtype=dtype)
+            return analyze(model, zeros, outputs=outputs)
         except ConversionError as error:
             first_error = first_error or error
     msg = f"cannot guess what input {type(model).__name__} takes: {first_error}"

@@ -16,13 +16,16 @@ from torch import nn
 from anyprec.errors import ConversionError
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.outputs import OutputOwner, OutputQuantizer
 from anyprec.nn.owners import FunctionalOwner
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
     from anyprec.model.record import ConversionRecord
 
-_Part = TypeVar("_Part", QuantizedLayer, SwitchableNorm, FunctionalOwner)
+_Part = TypeVar(
+    "_Part", QuantizedLayer, SwitchableNorm, FunctionalOwner, OutputOwner, OutputQuantizer
+)
 
 _Slot = tuple[dict[str, Any], str, nn.Module]
 """Children of a module, the name of one, and the module that it was."""
@@ -35,6 +38,8 @@ class Parts:
     Attributes:
         layers: Every quantized layer by path, in network order.
         norms: Every switchable norm by path.
+        outputs: Every output quantizer by path.
+        owners: The modules that let them quantize.
         record: The record that names them.
         root: The children of the network itself.
         slots: Where each of them stands, and all modules around it.
@@ -42,6 +47,8 @@ class Parts:
 
     layers: dict[str, QuantizedLayer]
     norms: dict[str, SwitchableNorm]
+    outputs: dict[str, OutputQuantizer]
+    owners: list[OutputOwner]
     record: ConversionRecord
     root: dict[str, Any]
     slots: list[_Slot] = field(repr=False)
@@ -69,7 +76,7 @@ class Structure:
 
 
 def parts_of(model: ConvertedModel) -> Parts:
-    """The quantized layers and switchable norms of a converted network.
+    """The quantized layers, switchable norms and output quantizers of a converted network.
 
     Raises:
         ConversionError: One of them was replaced or removed after conversion.
@@ -89,6 +96,15 @@ def switchable_norms(model: ConvertedModel) -> Iterator[tuple[str, SwitchableNor
         ConversionError: as `parts_of`.
     """
     yield from parts_of(model).norms.items()
+
+
+def output_quantizers(model: ConvertedModel) -> dict[str, OutputQuantizer]:
+    """The quantizers of values between layers, by path; none unless `placement="integer"`.
+
+    Raises:
+        ConversionError: as `parts_of`.
+    """
+    return dict(parts_of(model).outputs)
 
 
 def require_intact(model: ConvertedModel) -> None:
@@ -137,9 +153,28 @@ def _look_through(model: ConvertedModel) -> Parts:
         _require_owner(model, path)
     for path in record.norms:
         norms[path] = _required(model, path, SwitchableNorm, noun="norm", remedy=_REMEDY_FOR_NORMS)
-    for path in (*layers, *norms):
+    outputs, owners = _outputs(model)
+    owner_paths = (output.owner for output in record.facts.outputs)
+    for path in (*layers, *norms, *outputs, *owner_paths):
         _note_slots(model, path, slots)
-    return Parts(layers, norms, record, model._modules, list(slots.values()))  # noqa: SLF001
+    root = model._modules  # noqa: SLF001
+    return Parts(layers, norms, outputs, owners, record, root, list(slots.values()))
+
+
+def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], list[OutputOwner]]:
+    """Output quantizers by path, and their owners."""
+    quantizers: dict[str, OutputQuantizer] = {}
+    owners: dict[str, OutputOwner] = {}
+    for output in model.anyprec_record.facts.outputs:
+        remedy = "replace modules before anyprec.convert"
+        quantizers[output.path] = _required(
+            model, output.path, OutputQuantizer, noun="output quantizer", remedy=remedy
+        )
+        remedy = f"it quantized the output of {output.source!r}: {remedy}"
+        owners[output.owner] = _required(
+            model, output.owner, OutputOwner, noun="module", remedy=remedy
+        )
+    return quantizers, list(owners.values())
 
 
 def _require_owner(model: ConvertedModel, path: str) -> None:
@@ -168,7 +203,7 @@ def _required(
 
 def _note_slots(model: nn.Module, path: str, slots: dict[tuple[int, str], _Slot]) -> None:
     module = model
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         children: Any = module._modules  # noqa: SLF001
         module = children[name]
         slots[id(children), name] = children, name, module

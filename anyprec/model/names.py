@@ -13,11 +13,13 @@ from torch import nn
 
 from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.placement import owners_of
 from anyprec.network.facts import NetworkFacts
 from anyprec.nn.layers import QuantizedModule
 from anyprec.nn.norm_stand_ins import computes_values
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.operators import MATRICES
+from anyprec.nn.outputs import OUTPUTS, OutputOwner
 from anyprec.nn.owners import FunctionalOwner
 from anyprec.nn.specialize import names_of
 
@@ -65,6 +67,7 @@ def require_free_names(
             msg += "follow: make that permanent (torch.nn.utils.prune.remove, "
             msg += "torch.nn.utils.parametrize.remove_parametrizations) before anyprec.convert"
             raise ConversionError(msg)
+    _require_free_outputs(model, facts)
     for path, layers in owners.items():
         subject = f"module {path!r}" if path else "the network"
         prefix = f"{path}." if path else ""
@@ -73,6 +76,19 @@ def require_free_names(
         owner = model.get_submodule(path)
         _require_free(owner, names_of(FunctionalOwner), subject, remedy)
         _require_class_forward(owner, subject, f"or exclude the layers that it uses ({names})")
+
+
+def _require_free_outputs(model: nn.Module, facts: NetworkFacts) -> None:
+    """As `require_free_names`, of the modules in which outputs are quantized."""
+    remedy = 'rename the attribute, or convert with placement="layers"'
+    for path in owners_of(facts):
+        subject = f"module {path!r}" if path else "the network"
+        owner = model.get_submodule(path)
+        _require_free(owner, names_of(OutputOwner), subject, remedy)
+        _require_class_forward(owner, subject, 'or convert with placement="layers"')
+    for output in facts.outputs:
+        holder = model.get_submodule(output.holder)
+        _require_free(holder, frozenset({OUTPUTS}), f"module {output.holder!r}", remedy)
 
 
 def _require_free_model(model: nn.Module, mixin: type[ConvertedModel]) -> None:

@@ -21,7 +21,7 @@ from anyprec.errors import PrecisionError
 from anyprec.model.blocks import VIEW_HINT, Block, OpenBlocks
 from anyprec.model.checks import require_calibrated
 from anyprec.model.history import Precision, PrecisionHistory, is_same
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import parts_of
 from anyprec.model.switching import NormSources, norm_sources, switch
 from anyprec.nn import backward
 from anyprec.nn.backward import BackwardGuard
@@ -105,8 +105,8 @@ class ActivePrecision(BackwardGuard):
         vars(model)["anyprec_precision"] = self
         layers = model.quantized_layers
         self.active = {path: layer.bits for path, layer in layers.items()}
-        norms = (norm for _, norm in switchable_norms(model))
-        for module in (*layers.values(), *norms):
+        parts = parts_of(model)
+        for module in (*layers.values(), *parts.norms.values(), *parts.owners):
             vars(module)["backward_guard"] = self
 
     def changed(self, model: ConvertedModel, active: Precision) -> None:
@@ -136,7 +136,7 @@ class ActivePrecision(BackwardGuard):
             self._history.note_forward(self.active)
             self.thread = threading.get_ident()
         if self.family.needs_check and any(self.active.values()):
-            require_calibrated(model.quantized_layers)
+            require_calibrated(model)
             self.family.needs_check = False
         if self.family.has_views and not model.training:
             self._follow_norms(model)

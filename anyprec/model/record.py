@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from anyprec.bits import BitConfig, Bits
+from anyprec.model.pairs import LayerPairs
+from anyprec.model.placement import Placement
 from anyprec.network.facts import NetworkFacts
+from anyprec.nn.grids import ActivationGrid, ActivationScale, GridRule
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
 from anyprec.nn.norms import NormSharing, SwitchableNorm
@@ -36,7 +39,9 @@ class ConvertSettings:
     """The arguments of `convert`, as plain values that a checkpoint can keep.
 
     `only` is None in them. In a network that was loaded for a single configuration it is that
-    configuration, the one precision that each layer has.
+    configuration, the one precision that each layer has. `pairs` are what `hardware` allowed when
+    the network was converted, so that a file means the same after the table of hardware has
+    changed.
     """
 
     bits: tuple[int, ...]
@@ -48,6 +53,16 @@ class ConvertSettings:
     exclude: tuple[str, ...]
     norm: NormSharing = "per-pair"
     only: BitConfig | None = None
+    activation_grid: ActivationGrid = "affine"
+    activation_scale: ActivationScale = "any"
+    hardware: str | None = None
+    pairs: LayerPairs | None = None
+    placement: Placement = "layers"
+
+    @property
+    def grid_rule(self) -> GridRule:
+        """What is allowed of the grid of every input and output."""
+        return GridRule(self.activation_grid, self.activation_scale)
 
 
 @dataclass(frozen=True)

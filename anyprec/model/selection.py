@@ -8,6 +8,7 @@ from torch import nn
 
 from anyprec.bits import Bits, LayerCandidates, match_paths
 from anyprec.errors import BitsError, ConversionError
+from anyprec.model.pairs import describe_pairs, nearest_pair
 from anyprec.model.record import ConvertSettings, Coverage, quantized_paths
 from anyprec.network.facts import LayerFacts, NetworkFacts
 
@@ -32,6 +33,8 @@ def select_layers(
         if layer.parameter is None:
             kind = type(model.get_submodule(path)).__name__
         status, reason = _status(layer, included, excluded)
+        if status == "quantized" and not _runs_on_hardware(layer, settings):
+            status, reason = "exempt", f"{settings.hardware} has no precision for such a layer"
         rows.append(Coverage(path, kind, status, reason))
     if not quantized_paths(rows):
         reasons = sorted({row.reason for row in rows}) or ["it has no Conv or Linear layer"]
@@ -44,16 +47,18 @@ def layer_candidates(facts: LayerFacts, settings: ConvertSettings) -> LayerCandi
     """The bit-widths that a layer with these facts may take.
 
     Raises:
-        BitsError: None of the candidates is allowed for a depthwise convolution.
+        BitsError: None of the candidates is allowed for a depthwise convolution, or for the
+            hardware that the network is converted for.
     """
     if settings.only is not None and facts.path in settings.only:
         bits = settings.only[facts.path]
         return LayerCandidates((bits.weight,), (bits.activation,))
     if settings.first_last_bits is not None and (facts.first or facts.last):
-        return LayerCandidates((settings.first_last_bits,), (settings.first_last_bits,))
+        fixed = LayerCandidates((settings.first_last_bits,), (settings.first_last_bits,))
+        return _on_hardware(fixed, facts, settings, argument="first_last_bits")
     candidates = LayerCandidates(settings.bits, settings.activation_bits)
     if not facts.depthwise:
-        return candidates
+        return _on_hardware(candidates, facts, settings, argument="bits")
     lowest = settings.depthwise_min_bits
     allowed = candidates.above(Bits(lowest, lowest))
     if not allowed.weight or not allowed.activation:
@@ -61,7 +66,33 @@ def layer_candidates(facts: LayerFacts, settings: ConvertSettings) -> LayerCandi
         msg += f"bits={settings.bits}, activation_bits={settings.activation_bits} with "
         msg += f"depthwise_min_bits={lowest}: add a higher one or lower depthwise_min_bits"
         raise BitsError(msg)
-    return allowed
+    return _on_hardware(allowed, facts, settings, argument="bits")
+
+
+def _on_hardware(
+    candidates: LayerCandidates, facts: LayerFacts, settings: ConvertSettings, *, argument: str
+) -> LayerCandidates:
+    """The candidates that are part of a precision which the hardware has for such a layer.
+
+    Raises:
+        BitsError: There is none.
+    """
+    if settings.pairs is None or facts.kind is None:
+        return candidates
+    pairs = settings.pairs.of(facts.kind)
+    common = [bits for bits in pairs if bits in candidates]
+    if not common:
+        msg = f"{settings.hardware} runs layer {facts.path!r} ({facts.kind}) at "
+        msg += f"{describe_pairs(pairs)} only, but {argument} leaves it weight bits "
+        msg += f"{candidates.weight} and activation bits {candidates.activation}: "
+        msg += f"nearest is {nearest_pair(candidates.highest, pairs)}"
+        raise BitsError(msg)
+    weights = tuple(sorted({bits.weight for bits in common}))
+    return LayerCandidates(weights, tuple(sorted({bits.activation for bits in common})))
+
+
+def _runs_on_hardware(facts: LayerFacts, settings: ConvertSettings) -> bool:
+    return settings.pairs is None or facts.kind is None or bool(settings.pairs.of(facts.kind))
 
 
 def _status(

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import output_quantizers, switchable_norms
 from anyprec.model.switching import switch_to_float
 from anyprec.nn.layers import PACKED, QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
+from anyprec.nn.outputs import OutputQuantizers
 
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
@@ -26,6 +27,8 @@ def added_keys(model: ConvertedModel) -> set[str]:
             prefixes += [f"{path}.{child}." for child in _QUANTIZER_CHILDREN]
         elif isinstance(module, SwitchableNorm) and module.bank is not None:
             prefixes.append(f"{path}.bank.")
+        elif isinstance(module, OutputQuantizers):
+            prefixes.append(f"{path}.")
     return {key for key in model.state_dict() if key.startswith(tuple(prefixes))}
 
 
@@ -37,6 +40,8 @@ def restart_from_float(model: ConvertedModel) -> None:
     for layer in layers.values():
         layer.weight_quantizer.initialize(layer.weight)
         layer.input_quantizer.forget()
+    for output in output_quantizers(model).values():
+        output.forget()
     for _, norm in switchable_norms(model):
         if norm.bank is not None:
             norm.bank.copy_from(norm)

@@ -6,12 +6,13 @@ without a walk through the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anyprec.bits import BitConfig, Bits
-from anyprec.model.intact import switchable_norms
+from anyprec.model.intact import parts_of, switchable_norms
 from anyprec.model.norm_copies import norm_row
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norm_bank import Statistics
@@ -38,6 +39,8 @@ def switch(
         layer.switch(chosen)
         if chosen is not None:
             active[path] = chosen
+    for owner in parts_of(model).owners:
+        owner.switch_outputs(active=bool(active))
     if active:
         _switch_norms(model, layers, active)
     else:
@@ -49,6 +52,20 @@ def switch(
 def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer]) -> None:
     """Let the network run in floating point."""
     switch(model, layers, dict.fromkeys(layers))
+
+
+@contextmanager
+def outputs_in_float(model: ConvertedModel) -> Iterator[None]:
+    """In the block no output is quantized, so that tracers see what happens between layers."""
+    owners = parts_of(model).owners
+    active = [owner.quantizes_outputs for owner in owners]
+    for owner in owners:
+        owner.switch_outputs(active=False)
+    try:
+        yield
+    finally:
+        for owner, was_active in zip(owners, active, strict=True):
+            owner.switch_outputs(active=was_active)
 
 
 @dataclass(frozen=True, eq=False)

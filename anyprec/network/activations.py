@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from anyprec.network.preserving import left_as_it_was
+from anyprec.nn.outputs import OutputQuantizer
 from anyprec.runtime.modes import evaluating
 
 _IDENTITY_FUNCTIONS = {"contiguous", "dropout", "clone", "float"}
@@ -35,9 +36,19 @@ def is_activation(module: nn.Module) -> bool:
     return elementwise and not torch.equal(values, _REAL_LINE)
 
 
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether a module has any besides step sizes of what it returns."""
+    for part in module.modules():
+        if not isinstance(part, OutputQuantizer) and any(
+            True for _ in part.parameters(recurse=False)
+        ):
+            return True
+    return False
+
+
 def _on_real_line(module: nn.Module, *, reverse: bool = False) -> Tensor | None:
     """What a module makes of the real line; None if it has parameters or takes no plain vector."""
-    if any(True for _ in module.parameters()):
+    if _has_parameters(module):
         return None
     probe = _REAL_LINE.flip(0) if reverse else _REAL_LINE.clone()
     try:

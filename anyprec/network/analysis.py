@@ -26,13 +26,14 @@ from anyprec.nn.operators import LAYER_TYPES, MATRICES, transposed_groups
 from anyprec.runtime.modes import evaluating
 
 
-def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
+def analyze(model: nn.Module, example_input: Tensor, *, outputs: bool = False) -> NetworkFacts:
     """Find the facts of `model`. It is left as it was, with all that its forward remembers.
 
     Args:
         model: Any float network.
         example_input: A batch of at least one sample, e.g. of shape `(1, 3, 224, 224)`, on the
             network's device.
+        outputs: Find all values that can be quantized between layers, too.
 
     Raises:
         ConversionError: The network does not run on `example_input`, has parameters without a shape
@@ -40,7 +41,7 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
     """
     _require_shapes(model)
     with evaluating(model):
-        observation = observe(model, example_input)
+        observation = observe(model, example_input, outputs=outputs)
         _, untraceable = trace(model)
     norms = {}
     for path, module in model.named_modules():
@@ -52,6 +53,7 @@ def analyze(model: nn.Module, example_input: Tensor) -> NetworkFacts:
         uncounted=_uncounted(observation),
         example_shape=tuple(example_input.shape),
         untraceable=untraceable,
+        outputs=tuple(observation.outputs.facts.values()),
     )
 
 
@@ -144,6 +146,7 @@ def _layer_facts(path: str, layer: nn.Module, observation: Observation) -> Layer
         last=path in flow.last,
         constant=_is_constant(use),
         problem=_problem(path, weight, observation),
+        reads=observation.outputs.reads.get(path),
     )
 
 
@@ -173,6 +176,7 @@ def _matrix_facts(path: str, model: nn.Module, observation: Observation) -> Laye
         last=path in observation.flow.last,
         constant=_is_constant(use),
         problem=_problem(path, parameter, observation),
+        reads=observation.outputs.reads.get(path),
     )
 
 

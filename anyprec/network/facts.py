@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+LayerKind = Literal["convolution", "depthwise", "linear", "other"]
+"""Kinds of layers that hardware treats differently."""
 
 READ_BY = "read by "
 """How the problem begins of a weight that functions read that do not quantize it."""
@@ -42,6 +46,9 @@ class LayerFacts:
         last: Its output reaches the network's output, and no other layer.
         constant: Its input does not depend on the network's input.
         problem: Why the layer cannot be quantized, or None.
+        kind: Of the layer, as hardware sees it; None unless the network was converted for hardware.
+        reads: Path of the output quantizer (`OutputFacts`) whose values it reads in all its calls,
+            unchanged but for their places; None if there is none.
     """
 
     path: str
@@ -62,6 +69,8 @@ class LayerFacts:
     last: bool = False
     constant: bool = False
     problem: str | None = None
+    kind: LayerKind | None = None
+    reads: str | None = None
 
     @property
     def is_only_read(self) -> bool:
@@ -71,6 +80,42 @@ class LayerFacts:
         """
         problem = self.problem or ""
         return problem.startswith(READ_BY) and not problem.endswith(HIDDEN) and not self.macs
+
+
+@dataclass(frozen=True)
+class OutputFacts:
+    """What is known of a value between layers that can have a quantizer of its own.
+
+    It is the output of a layer, a sum or an average, behind the norm and the clamp that follow it.
+
+    Attributes:
+        path: Path of its quantizer, `HOLDER.output_quantizers.NUMBER`.
+        source: Path of the layer that makes it, or name of the function.
+        owner: Path of the module in whose forward it is made.
+        function: The function whose result it is, as `anyprec.nn.counting` names it.
+        index: How many calls of that function come before, inside one call of the owner.
+        counts: How many there are in all, in each call of the owner that was observed.
+        nonnegative: It cannot be negative.
+        layers: The layers that read it, unchanged but for the places of its numbers.
+        other_readers: Something else reads it, too.
+        output: It reaches the network's output.
+    """
+
+    path: str
+    source: str
+    owner: str
+    function: str
+    index: int
+    counts: tuple[int, ...]
+    nonnegative: bool = False
+    layers: tuple[str, ...] = ()
+    other_readers: bool = False
+    output: bool = False
+
+    @property
+    def holder(self) -> str:
+        """Path of the module that holds the quantizer."""
+        return self.path.rpartition(".")[0].rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -84,6 +129,8 @@ class NetworkFacts:
             for one sample.
         example_shape: Shape of the example input, batch first.
         untraceable: Why torch.fx could not trace the network, or None.
+        outputs: Values between layers that have a quantizer of their own.
+        apart: Paths of modules whose calls are not counted for the owners around them.
     """
 
     layers: dict[str, LayerFacts]
@@ -91,3 +138,5 @@ class NetworkFacts:
     uncounted: dict[str, tuple[int, int]]
     example_shape: tuple[int, ...]
     untraceable: str | None = None
+    outputs: tuple[OutputFacts, ...] = ()
+    apart: tuple[str, ...] = ()

@@ -107,7 +107,7 @@ class FlowTracker:
     def finish(self, output: object) -> Flow:
         """The connections, once the network has returned `output` and is no longer watched."""
         made: set[int] = set()
-        for tensor in _tensors_anywhere(output):
+        for tensor in tensors_anywhere(output):
             made |= self.values.of(tensor).layers
         # On a residual stream every block's output reaches the end; the last one is read by no
         # other layer.
@@ -151,7 +151,7 @@ def _is_feature(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.") and is_activation(module)
 
 
-def _tensors_anywhere(value: object, depth: int = 8) -> Iterator[Tensor]:
+def tensors_anywhere(value: object, depth: int = 8) -> Iterator[Tensor]:
     """The tensors in a network's output: in containers, dataclasses and plain objects."""
     if isinstance(value, Tensor):
         yield value
@@ -167,4 +167,4 @@ def _tensors_anywhere(value: object, depth: int = 8) -> Iterator[Tensor]:
         parts = list(vars(value).values())
     if depth:
         for part in parts:
-            yield from _tensors_anywhere(part, depth - 1)
+            yield from tensors_anywhere(part, depth - 1)

@@ -10,6 +10,7 @@ kind of object is noted is in `notes.py`; the numbers in tensors are the matter 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -214,5 +215,7 @@ def _slots_of(kind: type) -> Iterator[str]:
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__"):
+            # A subclass may have a property of this name, which computes what it gives.
+            hidden = isinstance(inspect.getattr_static(kind, slot, None), property)
+            if slot not in ("__dict__", "__weakref__") and not hidden:
                 yield slot

@@ -19,6 +19,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from anyprec.errors import ConversionError
 from anyprec.network.flow import Flow, FlowTracker
+from anyprec.network.output_search import Outputs
+from anyprec.network.outputs import OutputTracker
 from anyprec.network.preserving import left_as_it_was
 from anyprec.network.readers import Readers, Reading, is_transformed, unwrapped
 from anyprec.network.weights import Weights, named_layers
@@ -75,6 +77,7 @@ class Observation:
         readings: Path of any other weight that was read to what read it.
         uncounted: Costs that belong to no weight: name to calls and MACs of the whole batch.
         flow: How layers are connected.
+        outputs: Values that can be quantized between layers; empty if nobody asked for them.
     """
 
     samples: int
@@ -84,17 +87,24 @@ class Observation:
     readings: dict[str, Reading] = field(default_factory=dict)
     uncounted: dict[str, tuple[int, int]] = field(default_factory=dict)
     flow: Flow = field(default_factory=Flow)
+    outputs: Outputs = field(default_factory=Outputs)
 
 
-def observe(model: nn.Module, example_input: Tensor) -> Observation:
+def observe(model: nn.Module, example_input: Tensor, *, outputs: bool = False) -> Observation:
     """Run `model`, which is in eval mode, once. Nothing of what it remembers is left.
 
+    Args:
+        model: Any network.
+        example_input: A batch that it takes.
+        outputs: Look for values that can be quantized between layers, too.
+
     Raises:
-        ConversionError: The network does not run on `example_input`.
+        ConversionError: The network does not run on `example_input`, or one of those values could
+            not be replaced.
     """
     # A copy, since a network may work in place.
     images = example_input.clone()
-    watcher = _Watcher(model, images)
+    watcher = _Watcher(model, images, outputs=outputs)
     try:
         with (
             left_as_it_was(model), torch.no_grad(), _watching_modules(model, watcher),
@@ -114,6 +124,8 @@ def observe(model: nn.Module, example_input: Tensor) -> Observation:
         raise ConversionError(msg) from error
     watcher.note_readings()
     watcher.observation.flow = watcher.flow.finish(output)
+    if watcher.outputs is not None:
+        watcher.observation.outputs = watcher.outputs.finish(output)
     return watcher.observation
 
 
@@ -136,7 +148,7 @@ def _watching_modules(model: nn.Module, watcher: _Watcher) -> Iterator[None]:
 class _Watcher(FunctionMode):
     """Records every operator of one forward pass, with the module that it runs in."""
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, example_input: Tensor, *, outputs: bool) -> None:
         super().__init__()
         self._weights = Weights(model)
         self.observation = Observation(example_input.shape[0], self._weights.parameters)
@@ -145,6 +157,7 @@ class _Watcher(FunctionMode):
         self._running: list[tuple[str, nn.Module]] = [("", model)]
         self.readers = Readers(self._weights.rows)
         self.flow = FlowTracker(model, example_input)
+        self.outputs = OutputTracker(model, self.flow.values) if outputs else None
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `func`, or what hides in it, and record what it does."""
@@ -152,8 +165,9 @@ class _Watcher(FunctionMode):
         is_hidden = any(map(is_transformed, tensors_in(arguments)))
         body = body_of(func, args, kwargs)
         if body is not None and not is_hidden:
-            with self:
-                return body(*args, **kwargs)
+            return self._run_body(body, args, kwargs)
+        if self.outputs is not None:
+            self.outputs.function_starts(func, args, kwargs)
         is_recorded = not is_hidden and self._has_record(func, args, kwargs)
         with self.readers.within(func, arguments, counted=is_recorded):
             result = func(*args, **kwargs)
@@ -164,6 +178,20 @@ class _Watcher(FunctionMode):
         else:
             self._record(func, args, kwargs, result)
         self.flow.function_ran(func, args, result)
+        if self.outputs is not None:
+            return self.outputs.function_ends(args, result)
+        return result
+
+    def _run_body(
+        self, body: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a function operator by operator, and watch these."""
+        if self.outputs is not None:
+            self.outputs.body_starts()
+        with self:
+            result = body(*args, **kwargs)
+        if self.outputs is not None:
+            self.outputs.body_ends()
         return result
 
     def enter_module(
@@ -173,11 +201,15 @@ class _Watcher(FunctionMode):
         path = self._module_paths[id(module)]
         self._running.append((path, module))
         self.flow.module_starts(path, module, next(iter((*args, *kwargs.values())), None))
+        if self.outputs is not None:
+            self.outputs.module_starts(path, module)
 
     def leave_module(self, module: nn.Module, _args: Any, output: Any) -> None:
         """Forward hook: the innermost module ends."""
         path, _ = self._running.pop()
         self.flow.module_ends(path, module, output)
+        if self.outputs is not None:
+            self.outputs.module_ends()
 
     def note_readings(self) -> None:
         """After the forward pass: take over what read parameters besides what was recorded."""
@@ -256,7 +288,7 @@ class _Watcher(FunctionMode):
             use.axes.add(None)
             use.only_rows = False
         use.derived |= self._weights.find(operand) is None
-        self.flow.layer_ran(path, input_, operand, result)
+        self._note_layer(path, input_, operand, result)
 
     def _weight_behind(self, operand: Tensor) -> tuple[str, Tensor] | None:
         """Path and weight of what the operand is, is a view of, or was made from."""
@@ -293,9 +325,15 @@ class _Watcher(FunctionMode):
                     func, args, kwargs, parameter=weight, factor=factor, index=index
                 )
                 use.axes.add(axis)
-                self.flow.layer_ran(path, factors[1 - index], factor, result)
+                self._note_layer(path, factors[1 - index], factor, result)
                 return
         self._add_uncounted(getattr(func, "__name__", str(func)).strip("_"), macs)
+
+    def _note_layer(self, path: str, input_: Tensor, weight: Tensor, result: Any) -> None:
+        """Note a call of a layer for those who follow values."""
+        self.flow.layer_ran(path, input_, weight, result)
+        if self.outputs is not None:
+            self.outputs.layer_ran(path, input_)
 
     def _add_use(self, path: str, macs: int, input_: Tensor, operand: Tensor) -> WeightUse:
         """Add a call to the use of a weight; what else depends on the operator is the caller's."""

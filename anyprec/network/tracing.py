@@ -12,6 +12,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from anyprec.network.preserving import left_as_it_was
 from anyprec.network.weights import named_layers
 from anyprec.nn.norms import NORM_TYPES
 from anyprec.nn.operators import LAYER_TYPES
+from anyprec.nn.specialize import ORIGINAL_FORWARD, Specialized
 
 
 def trace(model: nn.Module, *, opaque: tuple[type, ...] = ()) -> tuple[fx.Graph | None, str | None]:
@@ -72,7 +74,8 @@ def _try_to_trace(
     opaque: tuple[type, ...],
 ) -> tuple[fx.Graph | None, str | None]:
     """One attempt; notes all proxies."""
-    tracer = _Tracer(proxies, opening=opening, opaque=opaque)
+    is_specialized = isinstance(model, Specialized)
+    tracer = _Tracer(proxies, opening=opening, opaque=opaque, root_is_specialized=is_specialized)
     try:
         graph = tracer.trace(model, concrete_args=_default_arguments(model))
     # Tracing runs any code with proxies: every error means that there is no graph.
@@ -107,6 +110,7 @@ class _Tracer(fx.Tracer):
         opening: Trace through timm's untraceable blocks after all if they hold layers, which they
             would hide.
         opaque: More classes of modules that are not traced through.
+        root_is_specialized: The network has a mixin of ours, which may have a forward of its own.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class _Tracer(fx.Tracer):
         *,
         opening: bool,
         opaque: tuple[type, ...],
+        root_is_specialized: bool,
     ) -> None:
         # timm is slow to import.
         from timm.models import get_notrace_functions, get_notrace_modules  # noqa: PLC0415
@@ -124,6 +129,8 @@ class _Tracer(fx.Tracer):
             autowrap_functions=tuple(get_notrace_functions()),
             param_shapes_constant=True,
         )
+        if root_is_specialized:
+            self.traced_func_name = ORIGINAL_FORWARD
         self._proxies = proxies
         self._opening = opening
         self._leaf_types = (*LAYER_TYPES, *NORM_TYPES, *opaque)
@@ -160,7 +167,10 @@ class _Tracer(fx.Tracer):
 def _default_arguments(model: nn.Module) -> dict[str, Any]:
     """Defaults of all arguments but the first, so that branches on them are taken as in use."""
     defaults = {}
-    for parameter in list(inspect.signature(model.forward).parameters.values())[1:]:
+    forward = model.forward
+    if isinstance(model, Specialized):
+        forward = MethodType(getattr(type(model), ORIGINAL_FORWARD), model)
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.default is not inspect.Parameter.empty:
             defaults[parameter.name] = parameter.default
     return defaults

@@ -12,7 +12,7 @@ here what they put out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,7 @@ class ValueTracker(OperationMode):
     Attributes:
         numbers_left: A number that is no constant of the code has left torch (`item()`, `if`,
             `tolist()`). With other numbers the code may go on differently than in this pass.
+        listener: Called after every operation, with its result; None is nobody.
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
@@ -77,6 +78,7 @@ class ValueTracker(OperationMode):
         # A weak reference as key keeps a storage's address from being used again.
         self._storages: dict[StorageWeakRef | None, _Storage] = {}
         self.numbers_left = False
+        self.listener: Callable[[Call, object], None] | None = None
         for tensor in _tensors_of(model):
             self._set(tensor, ValueFacts(varies=False, dtype=tensor.dtype))
         self._set(example_input, ValueFacts(from_input=True, dtype=example_input.dtype))
@@ -104,7 +106,7 @@ class ValueTracker(OperationMode):
         for tensor in tensors_in([result]):
             facts = self.of(tensor)
             layers = calls
-            if not _fills_its_storage(tensor):
+            if not fills_its_storage(tensor):
                 layers |= facts.layers
             self._set(tensor, dataclasses.replace(facts, layers=layers, from_input=False))
 
@@ -121,6 +123,8 @@ class ValueTracker(OperationMode):
         facts = self._facts_of(call)
         result = func(*args, **kwargs)
         self._note(call, facts, result)
+        if self.listener is not None:
+            self.listener(call, result)
         return result
 
     def _facts_of(self, call: Call) -> ValueFacts:
@@ -139,9 +143,9 @@ class ValueTracker(OperationMode):
             # Operations that write several tensors are in no table.
             is_result = call.returns_written and len(written) == 1
             self._write(tensor, facts, nonnegative=facts.nonnegative and is_result)
-        inputs = set(map(_reference, call.tensors()))
+        inputs = set(map(reference_of, call.tensors()))
         for index, tensor in enumerate(tensors_in([result])):
-            if _reference(tensor) not in inputs:
+            if reference_of(tensor) not in inputs:
                 # What comes second are indices, or of another sign.
                 nonnegative = facts.nonnegative and index == 0
                 self._set(tensor, _typed(facts, tensor.dtype, nonnegative=nonnegative))
@@ -167,7 +171,7 @@ class ValueTracker(OperationMode):
 
     def _write(self, tensor: Tensor, facts: ValueFacts, *, nonnegative: bool) -> None:
         before = self.of(tensor)
-        if not _fills_its_storage(tensor):
+        if not fills_its_storage(tensor):
             nonnegative &= before.nonnegative and before.dtype == tensor.dtype
             facts = _merged([before, facts])
         self._set(tensor, _typed(facts, tensor.dtype, nonnegative=nonnegative))
@@ -176,10 +180,10 @@ class ValueTracker(OperationMode):
             storage.writes += 1
 
     def _find(self, tensor: Tensor) -> _Storage | None:
-        return self._storages.get(_reference(tensor))
+        return self._storages.get(reference_of(tensor))
 
     def _set(self, tensor: Tensor, facts: ValueFacts) -> None:
-        reference = _reference(tensor)
+        reference = reference_of(tensor)
         if reference is not None:
             self._storages.setdefault(reference, _Storage()).facts = facts
 
@@ -192,7 +196,7 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
         yield from tensors_in(vars(module).values())
 
 
-def _reference(tensor: Tensor) -> StorageWeakRef | None:
+def reference_of(tensor: Tensor) -> StorageWeakRef | None:
     """The storage of `tensor`; None if it has none of its own (a sparse or batched tensor)."""
     storage = storage_of(tensor)
     return None if storage is None else reference_to(storage)
@@ -230,7 +234,7 @@ def _literal(tensor: Tensor) -> ValueFacts:
     return _typed(facts, tensor.dtype, nonnegative=is_number and bool(tensor >= 0))
 
 
-def _fills_its_storage(tensor: Tensor) -> bool:
+def fills_its_storage(tensor: Tensor) -> bool:
     """Whether every byte of the storage belongs to exactly one number of `tensor`."""
     storage = storage_of(tensor)
     if storage is None:

@@ -32,6 +32,7 @@ def fake_quantize(
     qmax: int,
     axis: Axis | None = None,
     gradient_scale: float = 1.0,
+    keep_result: bool = True,
 ) -> Tensor:
     """Quantize and dequantize: `step * clamp(round(values / step), qmin, qmax)`.
 
@@ -51,6 +52,8 @@ def fake_quantize(
             None for one step size.
         gradient_scale: Factor on the gradient of `step`. LSQ (section 2.2) recommends
             `1 / sqrt(numel * qmax)`.
+        keep_result: With one step size, keep the result for the backward pass. Without, that takes
+            longer, but others may change the result in place.
 
     Returns:
         Fake-quantized values, with the shape and dtype of `values`.
@@ -63,7 +66,7 @@ def fake_quantize(
         tensor([-2., 0., 1., 1.])
     """
     if axis is None:
-        result = _PerTensor.apply(values, step, qmin, qmax, gradient_scale)
+        result = _PerTensor.apply(values, step, qmin, qmax, gradient_scale, keep_result)
     else:
         result = _PerChannel.apply(values, step, axis, qmin, qmax, gradient_scale)
     return result  # type: ignore[no-any-return]
@@ -153,18 +156,25 @@ class _WithLimits(torch.autograd.Function):
 class _PerTensor(torch.autograd.Function):
     """One step size. Works in place forward.
 
-    Backward needs the input and the result, which other operations save anyway.
+    Backward needs the input and the result, which other operations save anyway. A result that may
+    be changed in place is computed again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, step: Tensor, qmin: int, qmax: int, gradient_scale: float
+        ctx: Any,
+        values: Tensor,
+        step: Tensor,
+        qmin: int,
+        qmax: int,
+        gradient_scale: float,
+        keep_result: bool,  # noqa: FBT001 (autograd passes no names)
     ) -> Tensor:
         scale = effective_step(step.reshape(()))
         # In place on the one new tensor: three more of the size of an activation cost more time.
         result = _ratio(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
         result = _narrowed(result, values.dtype)
-        ctx.save_for_backward(values, step, scale, result)
+        ctx.save_for_backward(values, step, scale, result if keep_result else None)
         ctx.constants = qmin, qmax, gradient_scale
         return result
 
@@ -176,8 +186,10 @@ class _PerTensor(torch.autograd.Function):
         dtype = values.dtype
         if dtype == torch.float16:
             # The result that was kept is rounded to float16: too coarse for the differences below.
-            values, gradient = values.float(), gradient.float()
+            values, gradient, result = values.float(), gradient.float(), None
+        if result is None:
             result = _ratio(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
+            result = result.to(values.dtype)
         if values.device.type == "cpu" and not torch.compiler.is_compiling():
             # Reading the step size as a number costs nothing on a CPU and saves a pass over the
             # tensor.
@@ -187,7 +199,7 @@ class _PerTensor(torch.autograd.Function):
             measured, low, high = values / scale, qmin, qmax
         inside = torch.ops.aten.hardtanh_backward(gradient, measured, low, high)
         if not ctx.needs_input_grad[1]:
-            return inside.to(dtype), None, None, None, None
+            return inside.to(dtype), None, None, None, None, None
         # Inside the range the code contributes round(v/s) - v/s, outside it qmin or qmax.
         # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
         # whole sum.
@@ -195,7 +207,7 @@ class _PerTensor(torch.autograd.Function):
             scale, step.reshape(())
         )
         step_gradient = (step_gradient * gradient_scale).to(step.dtype).reshape(step.shape)
-        return inside.to(dtype), step_gradient, None, None, None
+        return inside.to(dtype), step_gradient, None, None, None, None
 
 
 class _PerChannel(torch.autograd.Function):

@@ -26,12 +26,16 @@ from anyprec.nn.backward import BackwardGuard, follow_precision
 from anyprec.nn.bodies import body_of
 from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
+from anyprec.nn.counting import run_body, uncounted
+from anyprec.nn.grids import GridRule
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
+from anyprec.nn.outputs import OUTPUTS, OutputQuantizer
 from anyprec.nn.packed import PackedOperand, stand_in
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.recomputation import recomputing
+from anyprec.nn.shared import input_quantizer_of
 from anyprec.nn.specialize import Specialized, despecialize, specialize
 from anyprec.nn.weights import LatentWeight, PackedCodes, WeightSource
 
@@ -100,6 +104,11 @@ class QuantizedLayer(nn.Module):
         return self._weight_index
 
     @property
+    def input_index(self) -> int:
+        """Index of the input's active candidate; compiled networks never read it either."""
+        return self._input_index
+
+    @property
     def is_intercepted(self) -> bool:
         """Whether its operator must be intercepted."""
         return self._active or bool(self.operand_observers)
@@ -129,11 +138,12 @@ class QuantizedLayer(nn.Module):
         # Quantizing would turn bytes into numbers where the float operator refuses them.
         if not self._active or not input_.is_floating_point():
             return operator(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
-        else:
-            quantized_input = self.input_quantizer(input_, self._input_index)
-        quantized_weight = self.quantized_operand(weight)
+        with uncounted():
+            if torch.compiler.is_compiling():
+                quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
+            else:
+                quantized_input = self.input_quantizer(input_, self._input_index)
+            quantized_weight = self.quantized_operand(weight)
 
         # By identity, since operators take their operands by position, by name or in a list.
         def replaced(value: Any) -> Any:
@@ -183,7 +193,7 @@ class QuantizedLayer(nn.Module):
         tensors = [*self._parameters.values(), *self._buffers.values()]
         # torch's parametrizations keep the weight's factors in children.
         for name, child in self._modules.items():
-            if child is not None and name not in _ADDED_CHILDREN:
+            if child is not None and name not in (*_ADDED_CHILDREN, OUTPUTS):
                 tensors += [*child.parameters(), *child.buffers()]
         return [tensor for tensor in tensors if tensor is not None]
 
@@ -226,8 +236,7 @@ class _LayerInterceptor(FunctionMode):
             if not _is_foreign(weight, self.layer):
                 return self.layer.run_operator(func, args, kwargs, input_, weight)
         elif (body := body_of(func, args, kwargs)) is not None:
-            with self:
-                return body(*args, **kwargs)
+            return run_body(self, body, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -238,6 +247,8 @@ def quantize_layer(
     nonnegative: bool,
     axis: Axis | None,
     dynamic: bool = False,
+    rule: GridRule | None = None,
+    trunk: OutputQuantizer | None = None,
 ) -> None:
     """Turn a layer into a `QuantizedModule`, in place, in floating point until switched.
 
@@ -248,10 +259,14 @@ def quantize_layer(
         nonnegative: Its input cannot be negative.
         axis: Output channels of the weight operand, with a step size each; None for one step size.
         dynamic: The weight operand may change with the input.
+        rule: What is allowed of the input's grid; None is any.
+        trunk: What quantizes the values that it reads before it does; None if nothing does.
     """
     # What another module makes of its weight can be anything, so it counts as dynamic.
     source = LatentWeight(dynamic=dynamic or not isinstance(layer, LAYER_TYPES))
-    add_precision(layer, candidates, source, nonnegative=nonnegative, axis=axis)
+    add_precision(
+        layer, candidates, source, nonnegative=nonnegative, axis=axis, rule=rule, trunk=trunk
+    )
     specialize(layer, QuantizedModule)
 
 
@@ -262,6 +277,8 @@ def add_precision(
     *,
     nonnegative: bool,
     axis: Axis | None,
+    rule: GridRule | None = None,
+    trunk: OutputQuantizer | None = None,
 ) -> None:
     """Give a module with a `weight` what else a `QuantizedLayer` has, in floating point."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -271,7 +288,9 @@ def add_precision(
         channels = channel_count(weight.shape, axis)
         weight_quantizer = WeightQuantizer(candidates.weight, channels=channels, axis=axis)
     weight_quantizer.to(weight.device).initialize(weight)
-    input_quantizer = InputQuantizer(candidates.activation, nonnegative=nonnegative)
+    input_quantizer = input_quantizer_of(
+        candidates.activation, nonnegative=nonnegative, rule=rule, trunk=trunk
+    )
     layer.weight_quantizer = weight_quantizer.train(layer.training)
     layer.input_quantizer = input_quantizer.to(weight.device).train(layer.training)
     chosen = Chosen("weight", "input", device=weight.device)

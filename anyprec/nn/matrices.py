@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from anyprec.bits import LayerCandidates
 from anyprec.nn.channels import Axis
+from anyprec.nn.grids import GridRule
 from anyprec.nn.layers import QuantizedLayer, add_precision
 from anyprec.nn.operators import MATRICES
+from anyprec.nn.outputs import OutputQuantizer
 from anyprec.nn.weights import LatentWeight
 
 
@@ -69,7 +71,13 @@ class Matrices(nn.Module):
 
 
 def quantize_parameter(
-    holder: nn.Module, name: str, candidates: LayerCandidates, *, axis: Axis | None
+    holder: nn.Module,
+    name: str,
+    candidates: LayerCandidates,
+    *,
+    axis: Axis | None,
+    rule: GridRule | None = None,
+    trunk: OutputQuantizer | None = None,
 ) -> None:
     """Make a bare parameter of `holder` a quantized layer, in place.
 
@@ -81,10 +89,12 @@ def quantize_parameter(
         name: The parameter's name in it.
         candidates: The bit-widths that it may take.
         axis: Output channels of the parameter, with a step size each; None for one step size.
+        rule: What is allowed of the input's grid; None is any.
+        trunk: What quantizes the values that it multiplies before it does; None if nothing does.
     """
     layer = QuantizedParameter(holder, name)
     source = LatentWeight(dynamic=False)
-    add_precision(layer, candidates, source, nonnegative=False, axis=axis)
+    add_precision(layer, candidates, source, nonnegative=False, axis=axis, rule=rule, trunk=trunk)
     matrices = holder._modules.get(MATRICES)  # noqa: SLF001 (past a `__getattr__` of its own)
     if matrices is None:
         matrices = Matrices()

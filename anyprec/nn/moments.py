@@ -10,9 +10,7 @@ from torch import Tensor
 
 from anyprec.nn.channels import Axis, GroupedAxis, along, rows_of_channels
 from anyprec.nn.functional import STEP_FLOOR
-
-_EXPONENT = 0x7F800000
-"""The bits of a float32 that hold its exponent."""
+from anyprec.nn.powers import power_of_two
 
 
 def match_moments(quantized: Tensor, weight: Tensor, *, axis: Axis) -> Tensor:
@@ -54,16 +52,6 @@ def moments(weight: Tensor, *, axis: Axis) -> tuple[Tensor, Tensor]:
     scale = power_of_two(deviation.abs().amax(dims, keepdim=True))
     length = deviation.div_(scale).square_().sum(dims).sqrt()
     return mean.flatten(), length.mul_(scale.flatten())
-
-
-def power_of_two(values: Tensor) -> Tensor:
-    """The largest powers of two that are not above `values`, which are float32 and not negative.
-
-    To divide by them and to multiply by them again rounds nothing. They and their reciprocals are
-    normal numbers, so those of extreme values are only near them.
-    """
-    exponents = values.view(torch.int32) & _EXPONENT
-    return exponents.view(torch.float32).clamp_(2.0**-100, 2.0**100)
 
 
 def with_moments(

@@ -44,7 +44,7 @@ from anyprec.nn.norm_stand_ins import (
     standing_in,
 )
 from anyprec.nn.observers import Observers
-from anyprec.nn.specialize import Specialized, despecialize, specialize
+from anyprec.nn.specialize import Specialized, despecialize, specialize, user_class
 from anyprec.nn.staleness import TrainedNetwork
 
 NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -325,7 +325,7 @@ def switch_norm(
         bank.train(norm.training)
         chosen = Chosen("row", "statistics", device=bank.running_mean.device)
         chosen.train(norm.training)
-    kind = type(norm)
+    kind = user_class(type(norm))
     specialize(norm, SwitchableNorm)
     # None too, and past a `__getattr__` of its own.
     norm._modules.update(bank=bank, chosen=chosen)  # noqa: SLF001

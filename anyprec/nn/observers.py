@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from anyprec.nn.counting import uncounted
+
 Observer = Callable[..., None]
 
 
@@ -45,8 +47,11 @@ class Observers:
 
     def notify(self, *values: Any) -> None:
         """Call every observer with these values, in the order in which they came."""
-        for observer in self._active:
-            observer(*values)
+        if not self._active:
+            return
+        with uncounted():
+            for observer in self._active:
+                observer(*values)
 
     def __reduce__(self) -> tuple[type[Observers], tuple[()]]:
         """Copy and pickle as one without observers."""

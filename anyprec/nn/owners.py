@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anyprec.errors import ConversionError
 from anyprec.nn.backward import follow_precision
 from anyprec.nn.bodies import body_of
+from anyprec.nn.counting import run_body
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.operators import operands, operator_of
@@ -77,8 +78,7 @@ class _OwnerInterceptor(FunctionMode):
             body = body_of(func, args, kwargs)
             if body is not None:
                 # torch switched this mode off for the call: on again, to see the operators inside.
-                with self:
-                    return body(*args, **kwargs)
+                return run_body(self, body, args, kwargs)
         return func(*args, **kwargs)
 
     def _run_product(

@@ -15,8 +15,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from anyprec.errors import CalibrationError
 from anyprec.nn.channels import GroupedAxis, rows_of_channels
-from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+from anyprec.nn.functional import (
+    STEP_FLOOR,
+    effective_step,
+    fake_quantize,
+    fake_quantize_with,
+    integer_codes,
+)
+from anyprec.nn.grids import GridRule, middle
+from anyprec.nn.powers import power_of_two_step
 from anyprec.nn.precision import FullPrecision
 from anyprec.nn.undecayed import Undecayed
 
@@ -155,39 +164,64 @@ class InputQuantizer(_Switchable):
 
     The grid of b bits is `[-z, 2^b - 1 - z]` with the integer zero point z: 0 for inputs that
     cannot be negative, `2^(b-1)` for symmetric ones, anything between for lopsided ones (SiLU,
-    GELU, hard-swish).
+    GELU, hard-swish). A rule may allow only some of these grids, since not every target has all.
 
     Args:
         candidates: Bit-widths, ascending.
-        nonnegative: The input is known to be never negative, so the zero point is 0.
+        nonnegative: The input is known to be never negative, so the zero point is 0 where the rule
+            allows it.
+        rule: Which zero points and step sizes are allowed.
 
     Attributes:
-        step: Learned step sizes, shape `(len(candidates),)`; NaN until calibrated.
-        zero_point: Integer zero points, shape `(len(candidates),)`.
+        step: Learned step sizes, shape `(len(own_candidates),)`; NaN until calibrated. What they
+            are used as is said by `step_in_use`.
+        zero_point: Integer zero points, shape `(len(own_candidates),)`.
         calibrated: Whether step sizes have been set.
     """
 
     zero_point: Tensor
+    # Nobody but the layer's operator sees the result.
+    _keeps_result: bool = True
 
-    def __init__(self, candidates: tuple[int, ...], *, nonnegative: bool) -> None:
+    def __init__(
+        self, candidates: tuple[int, ...], *, nonnegative: bool, rule: GridRule | None = None
+    ) -> None:
         super().__init__(candidates)
         self.nonnegative = nonnegative
+        self.rule = GridRule() if rule is None else rule
         self.calibrated = False
-        self.step = unknown_steps(len(candidates))
-        symmetric = [2 ** (bits - 1) for bits in candidates]
-        start = [0] * len(candidates) if nonnegative else symmetric
+        own = self.own_candidates
+        self.step = unknown_steps(len(own))
+        start = [self.rule.start(bits, nonnegative=nonnegative) for bits in own]
         self.register_buffer("zero_point", torch.tensor(start, dtype=torch.int32))
         # The same as Python numbers: reading the buffer would stall a GPU.
         self._zero_points = tuple(start)
+
+    @property
+    def own_candidates(self) -> tuple[int, ...]:
+        """The candidates with a step size of this quantizer: all, unless a grid is shared."""
+        return self.candidates
+
+    def grid(self, index: int) -> tuple[Tensor, int]:
+        """Step size, shape `()`, and zero point of the candidate at `index`.
+
+        The step size is differentiable, and a power of two where the rule demands one.
+        """
+        return self._ruled(self.step[index]), self._zero_points[index]
 
     @property
     def kind(self) -> str:
         """`"unsigned"`, `"signed"` or `"affine"`, which the zero points determine."""
         if not any(self._zero_points):
             return "unsigned"
-        if self._zero_points == tuple(2 ** (bits - 1) for bits in self.candidates):
+        if self._zero_points == tuple(map(middle, self.own_candidates)):
             return "signed"
         return "affine"
+
+    @property
+    def zero_points(self) -> tuple[int, ...]:
+        """The zero points as Python numbers."""
+        return self._zero_points
 
     def limits(self, index: int) -> tuple[int, int]:
         """Lowest and highest code at a candidate, less the zero point."""
@@ -197,8 +231,14 @@ class InputQuantizer(_Switchable):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
-        scale = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
-        return fake_quantize(values, self.step[index], qmin=qmin, qmax=qmax, gradient_scale=scale)
+        return fake_quantize(
+            values,
+            self._ruled(self.step[index]),
+            qmin=qmin,
+            qmax=qmax,
+            gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
+            keep_result=self._keeps_result,
+        )
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""
@@ -208,16 +248,34 @@ class InputQuantizer(_Switchable):
         largest = torch.maximum(qmax, zero).clamp_min(1)
         return fake_quantize_with(
             values,
-            self.step.index_select(0, choice),
+            self._ruled(self.step.index_select(0, choice)),
             qmin=-zero,
             qmax=qmax,
             axis=None,
             gradient_scale=gradient_scale(_features(values), largest, top - 1),
         )
 
+    def step_in_use(self, index: int) -> Tensor:
+        """The step size at a candidate as inputs are quantized with it, without gradient.
+
+        It is positive, and a power of two where the rule demands one: read it, and not `step`, to
+        compute or to export what the network computes.
+
+        Shape:
+            The result is `()`.
+        """
+        return effective_step(self.grid(index)[0].detach())
+
     @torch.no_grad()
     def set_grid(self, steps: Tensor, zero_points: Tensor) -> None:
-        """Take over calibrated step sizes and zero points, each of shape `(len(candidates),)`."""
+        """Take over calibrated step sizes and zero points, one for each own candidate.
+
+        Raises:
+            CalibrationError: The rule does not allow a zero point; nothing is changed.
+        """
+        problem = self._problem_of(zero_points)
+        if problem is not None:
+            raise CalibrationError(problem)
         self.step.copy_(steps)
         self.zero_point.copy_(zero_points)
         self._refresh()
@@ -233,9 +291,30 @@ class InputQuantizer(_Switchable):
         suffix = "" if self.calibrated else ", not calibrated"
         return f"bits={self.candidates}, {self.kind}{suffix}"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._refresh()
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(f"{prefix}zero_point")
+        problem = None
+        # torch reports another shape itself.
+        if isinstance(loaded, Tensor) and loaded.shape == self.zero_point.shape:
+            problem = self._problem_of(loaded)
+        if problem is None:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self._refresh()
+        else:
+            error_messages: list[str] = args[-1]
+            error_messages.append(f"{prefix}zero_point: {problem}")
+
+    def _ruled(self, step: Tensor) -> Tensor:
+        """Step sizes as the rule has them, differentiable."""
+        return power_of_two_step(step) if self.rule.scale == "power-of-two" else step
+
+    def _problem_of(self, zero_points: Tensor) -> str | None:
+        """Why the rule does not allow these zero points; None if it does."""
+        if zero_points.is_meta:
+            return None
+        return self.rule.problem(zero_points.tolist(), self.own_candidates)
 
     def _refresh(self) -> None:
         if not self.zero_point.is_meta:

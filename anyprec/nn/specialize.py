@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+ORIGINAL_FORWARD = "_anyprec_original_forward"
+"""Name of the forward of the user's own class, which a mixin's may hide."""
+
 
 class Specialized(nn.Module):
     """Base of the mixins: knows the class that an object had before, and how to pickle it."""
@@ -59,6 +62,11 @@ def despecialize(module: Specialized) -> None:
     module.__class__ = cls
 
 
+def user_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The user's own class below every mixin, or `kind` itself."""
+    return kind.original_class if issubclass(kind, Specialized) else kind
+
+
 def names_of(mixin: type[Specialized]) -> frozenset[str]:
     """Every name that `mixin` takes on a module, in its class or on the object.
 
@@ -74,7 +82,7 @@ def names_of(mixin: type[Specialized]) -> frozenset[str]:
         if cls not in nn.Module.__mro__:
             names.update(vars(cls))
     # What `_make_class` writes into the body of the class.
-    names |= {"original_class", "_anyprec_class_before", "_anyprec_mixins"}
+    names |= {"original_class", "_anyprec_class_before", "_anyprec_mixins", ORIGINAL_FORWARD}
     names -= extended | set(dir(nn.Module))
     return frozenset(name for name in names if not name.startswith("__"))
 
@@ -89,13 +97,13 @@ def specialized_class(mixin: type[Specialized], original: type[nn.Module]) -> ty
 
 @functools.cache
 def _make_class(mixin: Any, original: Any) -> Any:
-    user_class, mixins = original, (mixin,)
+    mixins = (mixin,)
     if issubclass(original, Specialized):
-        user_class = original.original_class
         mixins += original._anyprec_mixins  # noqa: SLF001 (same file)
     body = {
-        "original_class": user_class,
+        "original_class": user_class(original),
         "_anyprec_class_before": original,
+        ORIGINAL_FORWARD: user_class(original).forward,
         "_anyprec_mixins": mixins,
         "__module__": mixin.__module__,
         "__doc__": original.__doc__,

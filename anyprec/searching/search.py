@@ -16,6 +16,7 @@ from anyprec.bits import BitConfig
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.cost import UserCost
 from anyprec.model.costing import cost_model
+from anyprec.model.fitting import runnable_pairs
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import first_reason, holding_back_interrupts
@@ -42,6 +43,7 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     batches: int | None = None,
     costs: Mapping[str, UserCost] | None = None,
     allowed: AllowedBits | Mapping[str, AllowedBits] | None = None,
+    hardware: str | None = None,
     tied: TiedLayers = (),
     alpha: float = 1.5,
     seed: int = 0,
@@ -89,6 +91,8 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
             `{path: {"W4A8": 0.0012, ...}}`, or functions of path and `Bits`.
         allowed: What hardware can run: `(4, 8)`, `("W4A4", "W8A8")`, or a mapping from paths or
             patterns to these.
+        hardware: Choose only precisions that this target runs (see `anyprec.hardware`); by default
+            those of the target that the model was converted for, if any.
         tied: Groups of paths or patterns that take one precision; `"inputs"` ties the layers that
             read the same tensor, `"residual"` those whose outputs are added.
         alpha: Weight of the loss against the cost in the choice of a greedy move.
@@ -111,7 +115,8 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
         NotCalibratedError: Activations have no step sizes yet.
         BudgetError: The budget cannot be read, or nothing fits it (the message says what is
             achievable).
-        BitsError: `allowed` or `tied` do not fit the model.
+        BitsError: `allowed`, `hardware` or `tied` do not fit the model.
+        HardwareError: `hardware` is not known.
         SearchError: Another argument cannot be used, the labels or the network's outputs do not fit
             the objective, no configuration that fits has a finite score, or the file of `resume` is
             of another search.
@@ -131,7 +136,14 @@ def search(  # noqa: PLR0913 (each has a default, and its own subject)
     # What needs no images is checked before they are held.
     require_algorithm(algorithm)
     settings = Settings(alpha=alpha, seed=seed)
-    space = make_space(model.current_candidates, allowed=allowed, tied=tied_groups(model, tied))
+    target, pairs = runnable_pairs(model, hardware)
+    space = make_space(
+        model.current_candidates,
+        allowed=allowed,
+        tied=tied_groups(model, tied),
+        hardware=target,
+        pairs=pairs,
+    )
     parse_budgets(budget, cost_model(model).with_costs(costs))
     with (
         evaluating(model),

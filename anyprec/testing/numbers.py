@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from anyprec.calibration.step_sizes import calibrate
+from anyprec.model.checks import uncalibrated
 from anyprec.model.converted import ConvertedModel
 from anyprec.nn.operators import tensors_in
 from anyprec.testing.outputs import are_equal, require, require_finite, require_same, run
@@ -83,7 +84,7 @@ def _require_new_classifier(network: Any, trial: Trial) -> None:
     before = network.quantized_layers.keys()
     network.reset_classifier(_CLASSES)
     layers = network.quantized_layers
-    if not all(layer.input_quantizer.calibrated for layer in layers.values()):
+    if uncalibrated(network):
         calibrate_briefly(network, trial.images)
     network.set_bits(trial.lowest)
     outputs = run(network, trial.images)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyprec.model.conversion import DEFAULT_BITS, convert
+from anyprec.model.conversion import convert
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.costing import cost_model
+from anyprec.model.presets import DEFAULT_BITS
 from anyprec.testing.outputs import require
 from anyprec.testing.report import Report
 

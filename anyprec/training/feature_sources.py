@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.switching import outputs_in_float
 from anyprec.network.activations import function_is_identity, is_activation
 from anyprec.network.tracing import trace
 from anyprec.nn.layers import QuantizedLayer
@@ -78,7 +79,7 @@ def _sources_after_activations(
         model: A converted model.
         of_norms: Path of a norm to that of its layer.
     """
-    with evaluating(model):
+    with evaluating(model), outputs_in_float(model):
         graph, _ = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
     if graph is None:
         return {}

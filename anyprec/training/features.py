@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.model.converted import ConvertedModel
+from anyprec.nn.counting import uncounted
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import device_of
@@ -156,13 +157,15 @@ def _watch(module: nn.Module, tap: _Tap) -> AbstractContextManager[Any]:
     if tap.source.side == "input":
 
         def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            tap(args[0])
+            with uncounted():
+                tap(args[0])
 
         return module.register_forward_pre_hook(before)
     if tap.source.side == "observed" and isinstance(module, (SwitchableNorm, QuantizedLayer)):
         return module.output_observers.including(tap)
 
     def after(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        tap(output)
+        with uncounted():
+            tap(output)
 
     return module.register_forward_hook(after)

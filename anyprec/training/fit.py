@@ -21,7 +21,7 @@ from anyprec.calibration.norm_statistics import update_norms
 from anyprec.calibration.norm_updates import hand_over_affine
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import TrainingError
-from anyprec.model.checks import require_latents, require_values
+from anyprec.model.checks import require_latents, require_values, uncalibrated
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.runtime.batches import Batch, device_of
 from anyprec.runtime.processes import process_count
@@ -147,7 +147,7 @@ def fit(  # noqa: PLR0913 (the settings of a training run, by keyword)
         seed=seed,
     )
     resumed_from = _existing(settings.snapshot)
-    if resumed_from is None and not _is_calibrated(model):
+    if resumed_from is None and uncalibrated(model):
         calibrate(model, train_loader)
     optimizers = _optimizers(model, recipe) if optimizer is None else [optimizer]
     with contextlib.ExitStack() as leaving:
@@ -198,10 +198,6 @@ def _existing(snapshot: Path | None) -> Path | None:
     if snapshot is None or not snapshot.exists():
         return None
     return snapshot
-
-
-def _is_calibrated(model: ConvertedModel) -> bool:
-    return all(layer.input_quantizer.calibrated for layer in model.quantized_layers.values())
 
 
 def _optimizers(model: ConvertedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -13,6 +13,7 @@ from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.shared import SharedInputQuantizer
 
 STEP_SIZES = "step sizes"
 """Name of the group of step sizes."""
@@ -74,6 +75,19 @@ def unused_parameters(model: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, SwitchableNorm) and module.bank is not None:
             unused.extend(module.parameters(recurse=False))
     return unused
+
+
+def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a pass may leave without a gradient, whatever the paths are.
+
+    Those that no quantized path uses, and step sizes of layers that share the grid of what they
+    read, which are not used at 8 bits.
+    """
+    idle = unused_parameters(model)
+    for module in model.modules():
+        if isinstance(module, SharedInputQuantizer):
+            idle.append(module.step)
+    return idle
 
 
 def touch(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count
 from anyprec.training.losses import distillation_loss, quantization_error, require_logits
 from anyprec.training.operands import WeightOperands
-from anyprec.training.parameters import touch, unused_parameters
+from anyprec.training.parameters import idle_parameters, touch
 from anyprec.training.recipe import Recipe
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -157,8 +157,8 @@ class PathLoss:
         loss = path.weight * torch.stack([term.weighted() for term in terms]).sum()
         if process_count() == 1:
             return loss
-        # DDP waits for a gradient of every parameter, those of unused float norms included.
-        return touch(loss, unused_parameters(self._model))
+        # DDP waits for a gradient of every parameter, also of those that this path does not use.
+        return touch(loss, idle_parameters(self._model))
 
     def _task_and_distillation(
         self, path: TrainingPath, step: StepState, output: Any, task: Tensor

@@ -55,7 +55,7 @@ class Track:
     pretrained: bool = False
     seeds: tuple[int, ...]
     fewer: Mapping[Group, tuple[int, ...]] = field(default_factory=dict)
-    bits: tuple[int, ...] = anyprec.model.conversion.DEFAULT_BITS
+    bits: tuple[int, ...] = anyprec.model.presets.DEFAULT_BITS
     size: int
     images: int
     search_images: int

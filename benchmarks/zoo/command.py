@@ -22,12 +22,8 @@ result too. One model is tried in `trials.py`, the page is made in `page.py`.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
-import resource
 import sys
-import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,55 +33,20 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.common.records import ROOT, append, commit
+from benchmarks.common.supervision import preload, supervised
 from benchmarks.zoo import beyond
 from benchmarks.zoo.page import write_page
 from benchmarks.zoo.records import read_last, shortfalls
 from benchmarks.zoo.trials import try_model
 
-GIB = 2**30
-
-
 # --- One model, in a process of its own ---
 
 
-def try_supervised(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The record of a model, tried in a process that is ended when its time is over."""
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_record, args=(name, options, sender))
-    start = time.perf_counter()
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(options.seconds):
-            return {"name": name, "died": f"not done after {options.seconds} s"}
-        record: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        reason = (
-            f"ended with exit code {process.exitcode} after {time.perf_counter() - start:.0f} s"
-        )
-        return {"name": name, "died": reason}
-    else:
-        return record
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
-
-
-def _send_record(name: str, options: argparse.Namespace, sender: Any) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if options.memory:
-        resource.setrlimit(resource.RLIMIT_DATA, (int(options.memory * GIB),) * 2)
+def try_one(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The record of a model."""
     if name in beyond.NETWORKS:
-        record = beyond.try_network(name)
-    else:
-        record = try_model(
-            name, options.largest, device=options.device, structure_only=options.structure
-        )
-    sender.send(record)
+        return beyond.try_network(name)
+    return try_model(name, options.largest, device=options.device, structure_only=options.structure)
 
 
 # --- All models ---
@@ -128,14 +89,13 @@ def _is_open(record: dict[str, Any] | None, options: argparse.Namespace) -> bool
 def try_all(names: list[str], options: argparse.Namespace) -> None:
     """Try models side by side, and append their records."""
     stamp = {"commit": commit(), "timm": timm.__version__, "torch": torch.__version__}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "torch", "anyprec.testing"])
+    preload("timm", "torch", "anyprec.testing")
     with (
         Progress(disable=not sys.stdout.isatty()) as progress,
         ThreadPoolExecutor(options.workers) as pool,
     ):
         task = progress.add_task("models", total=len(names))
-        for record in pool.map(lambda name: try_supervised(name, options), names):
+        for record in pool.map(lambda name: supervised(try_one, name, options), names):
             append(options.results, {**record, **stamp})
             progress.advance(task)
             for shortfall in shortfalls(record):

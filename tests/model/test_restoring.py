@@ -22,7 +22,7 @@ STEPS = [
     (conversion, "specialize"),
     (conversion, "Structure"),
     (layers, "WeightQuantizer"),
-    (layers, "InputQuantizer"),
+    (layers, "input_quantizer_of"),
     (layers, "specialize"),
     (layers, "Observers"),
     (matrices, "add_precision"),

@@ -79,10 +79,27 @@ class Slotted:
         self.value: Any = 0
 
 
+class Computed(Slotted):
+    """Its property hides the slot of its base, and computes what it gives (as in mpmath)."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __deepcopy__(self, memo: Any) -> Computed:
+        return self
+
+    @property
+    def value(self) -> Any:
+        return 0.5
+
+
 class InSlots(Remembering):
     def __init__(self) -> None:
         super().__init__()
         self.state = Slotted()
+        self.computed = Computed()
 
     def note(self, y: Any) -> None:
         self.state.value = self.state.late = y

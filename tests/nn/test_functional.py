@@ -158,3 +158,19 @@ def test_a_channel_that_rounds_to_one_code_keeps_its_mean_and_is_not_stretched()
     weight = torch.tensor([[0.1, 0.2, 0.3]])
     matched = match_moments(torch.zeros(1, 3), weight, axis=0)
     torch.testing.assert_close(matched, torch.full((1, 3), 0.2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_result_that_is_not_kept_may_change_in_place(dtype: torch.dtype) -> None:
+    start = torch.randn(2, 3, 8, 8).to(dtype)
+    upstream = torch.randn(2, 3, 8, 8).to(dtype)
+    gradients = []
+    for keep_result in (True, False):
+        values = start.clone().requires_grad_()
+        step = torch.tensor(0.05, requires_grad=True)
+        result = fake_quantize(values, step, qmin=-20, qmax=20, keep_result=keep_result)
+        if not keep_result:
+            result.add_(1.0)
+        gradients.append(torch.autograd.grad(result, (values, step), upstream))
+    for kept, computed in zip(*gradients, strict=True):
+        assert torch.equal(kept, computed)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import anyprec
 from anyprec.calibration.least_squares import input_grid, weight_steps
 from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
-from anyprec.nn.moments import match_moments, moments, power_of_two
+from anyprec.nn.moments import match_moments, moments
 from anyprec.nn.packed import PackedOperand
+from anyprec.nn.powers import power_of_two
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
 HALVES = [torch.float16, torch.bfloat16]

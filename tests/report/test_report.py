@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import anyprec
+from anyprec.report.agreement import agreement_plot
 from anyprec.report.frontiers import frontier_plot, frontier_table
 from anyprec.report.plots import plot_accuracy
 from anyprec.report.results import Result
@@ -110,3 +112,44 @@ def test_a_frontier_is_plotted_in_the_unit_that_its_label_names(
     frontier_plot(series, tmp_path / "f.png", cost=cost, score="loss", chosen=[(2 * one, 0.5)])
     assert drawn == [[1, 2], [2]]
     assert [axes.get_xlabel() for axes in all_axes] == [f"{label} (log scale)"]
+
+
+SHARES = {"stem": (100.0, 100.0), "fc": (90.0, 99.5)}
+LOGIT_PAIRS = ((0.0, 0.1), (1.0, 1.0), (-2.0, -2.1))
+
+
+def axes_of_agreement(
+    shares: dict[str, tuple[float, float]], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
+    saved: list[Any] = []
+    original = Figure.savefig
+
+    def note(figure: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(figure)
+        original(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", note)
+    agreement_plot(shares, LOGIT_PAIRS, path, title="network.onnx")
+    assert path.stat().st_size > 0
+    (figure,) = saved
+    assert figure.get_suptitle() == "network.onnx"
+    return figure.axes
+
+
+def test_agreement_has_equal_codes_of_each_layer_and_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, logits = axes_of_agreement(SHARES, tmp_path / "plot.png", monkeypatch)
+    lines = {line.get_label(): list(line.get_ydata()) for line in codes.lines}
+    assert lines == {"whole network": [100.0, 90.0], "each layer alone": [100.0, 99.5]}
+    assert [label.get_text() for label in codes.get_xticklabels()] == ["stem", "fc"]
+    diagonal, points = logits.lines
+    assert list(zip(*points.get_data(), strict=True)) == list(LOGIT_PAIRS)
+    assert [tuple(data) for data in diagonal.get_data()] == [(-2.1, 1.0), (-2.1, 1.0)]
+
+
+def test_without_codes_agreement_has_logits_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (logits,) = axes_of_agreement({}, tmp_path / "plot.svg", monkeypatch)
+    assert logits.get_ylabel() == "logit of the file"

@@ -130,3 +130,59 @@ def test_fit_trains_compiled_networks(images: Tensor, labels: Tensor) -> None:
     assert not net.pointwise_norm.output_observers
     net.set_bits(3)
     assert torch.isfinite(net(images)).all()
+
+
+def test_compiled_networks_use_powers_of_two_too(images: Tensor, labels: Tensor) -> None:
+    net = anyprec.convert(
+        Net().eval(),
+        bits=(2, 8),
+        activation_grid="signed",
+        activation_scale="power-of-two",
+        example_input=images[:1],
+    )
+    anyprec.calibrate(net, [images])
+    with torch.no_grad():
+        for layer in net.quantized_layers.values():
+            layer.input_quantizer.step.mul_(1.3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    gradients = []
+    for network in (compiled, net):
+        for bits in (2, 8):
+            net.set_bits(bits)
+            loss = F.cross_entropy(network(images), labels)
+            gradients += torch.autograd.grad(loss, net.head.input_quantizer.step)
+    torch.testing.assert_close(gradients[:2], gradients[2:], rtol=1e-3, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore::anyprec.StaleNormsWarning")  # equal programs are the matter
+def test_integer_placement_is_compiled_once_whatever_the_bits(
+    images: Tensor, labels: Tensor
+) -> None:
+    net = anyprec.convert(
+        Net().eval(), bits=(2, 4, 8), example_input=images[:1], placement="integer"
+    )
+    anyprec.calibrate(net, [images])
+    eager = copy.deepcopy(net)
+    assert any(name.endswith("output_quantizers.0.step") for name, _ in net.named_parameters())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for bits in (2, 8, (2, 8), {"head": (4, 2)}):
+            net.set_bits(bits)
+            eager.set_bits(bits)
+            torch.testing.assert_close(compiled(images), eager(images))
+    assert counter.frame_count == 1
+    for bits in (8, 2):
+        gradients = []
+        for model, network in ((net, compiled), (eager, eager)):
+            model.train().set_bits(bits)
+            model.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
+            gradients.append(
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            )
+        for name, gradient in gradients[1].items():
+            torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-2, atol=1e-4)
+    assert counter.frame_count == 2

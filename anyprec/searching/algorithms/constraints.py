@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from anyprec.bits import Bits, Candidates, check_bit_width, match_paths, shorten
 from anyprec.errors import BitsError
@@ -19,6 +20,8 @@ def make_space(
     *,
     allowed: AllowedBits | Mapping[str, AllowedBits] | None = None,
     tied: Iterable[Sequence[str]] = (),
+    hardware: str = "",
+    pairs: Mapping[str, Sequence[Bits]] = MappingProxyType({}),
 ) -> Space:
     """The space of a network's candidates under constraints.
 
@@ -30,6 +33,8 @@ def make_space(
             at 8 bits under `4`) raises.
         tied: Groups of paths or patterns; the layers of a group take the same precision. Groups
             that overlap are one.
+        hardware: The target that `pairs` are of, for messages.
+        pairs: The precisions that a target runs, by path of the layer; all other ones are left out.
 
     Raises:
         BitsError: A path or pattern matches nothing, a bit-width is out of range, or nothing is
@@ -37,14 +42,29 @@ def make_space(
     """
     options = {}
     for path, layer in candidates.items():
-        pairs = itertools.product(layer.weight, layer.activation)
-        options[path] = list(itertools.starmap(Bits, pairs))
+        product = itertools.product(layer.weight, layer.activation)
+        options[path] = list(itertools.starmap(Bits, product))
+    for path, runnable in pairs.items():
+        options[path] = _on_hardware(options[path], runnable, path, hardware)
     if allowed is not None:
         rules = allowed if isinstance(allowed, Mapping) else {"*": allowed}
         for pattern, rule in rules.items():
             _restrict(options, _matching(pattern, candidates), rule, candidates)
     groups = _groups(candidates, tied)
     return Space(tuple(_choice(paths, options) for paths in groups))
+
+
+def _on_hardware(
+    options: list[Bits], runnable: Sequence[Bits], path: str, hardware: str
+) -> list[Bits]:
+    """The options that a target runs."""
+    common = [bits for bits in options if bits in runnable]
+    if not common:
+        msg = f"{hardware} can run no precision that layer {path!r} may take: it runs "
+        msg += f"{', '.join(map(str, runnable)) or 'no such layer in integers'}, and the layer may "
+        msg += f"take {', '.join(map(str, options))}: convert with hardware={hardware!r}"
+        raise BitsError(msg)
+    return common
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from anyprec.network.tracing import graph_module, trace
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.nn.operators import tensors_in
+from anyprec.nn.outputs import OutputOwner
 from anyprec.nn.owners import FunctionalOwner
 
 DEFAULT_MEMORY = 2 * 2**30
@@ -79,6 +80,8 @@ class PartialExecution:
             return None, f"torch.fx cannot trace it: {reason}"
         if isinstance(model, FunctionalOwner):
             return None, "the network itself uses weights without calling their layers"
+        if isinstance(model, OutputOwner):
+            return None, "outputs are quantized in the forward of the network itself"
         execution = cls(model, graph, batches=len(images), memory=memory)
         if reason := execution._try(images):
             return None, reason
@@ -244,7 +247,7 @@ def trace_converted(model: ConvertedModel) -> tuple[fx.Graph | None, str | None]
     Quantized layers and what runs their operators are single nodes. None, and the reason, where
     torch.fx cannot trace it.
     """
-    return trace(model, opaque=(QuantizedLayer, FunctionalOwner))
+    return trace(model, opaque=(QuantizedLayer, FunctionalOwner, OutputOwner))
 
 
 def _switching_modules(model: ConvertedModel, node: fx.Node) -> list[_Switching]:

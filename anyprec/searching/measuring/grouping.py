@@ -10,9 +10,11 @@ from torch import fx
 
 from anyprec.errors import SearchError
 from anyprec.model.converted import ConvertedModel
+from anyprec.model.switching import outputs_in_float
+from anyprec.network.tracing import trace
 from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.owners import FunctionalOwner
 from anyprec.runtime.modes import evaluating
-from anyprec.searching.measuring.execution import trace_converted
 
 TiedLayers = Literal["inputs", "residual"] | Iterable[Sequence[str]]
 """A rule, or groups of paths or patterns."""
@@ -31,8 +33,8 @@ def tied_groups(model: ConvertedModel, tied: TiedLayers) -> list[Sequence[str]]:
     if tied not in ("inputs", "residual"):
         msg = f"tied={tied!r} is unknown: use 'inputs', 'residual', or a list of groups of layers"
         raise SearchError(msg)
-    with evaluating(model):
-        graph, reason = trace_converted(model)
+    with evaluating(model), outputs_in_float(model):
+        graph, reason = trace(model, opaque=(QuantizedLayer, FunctionalOwner))
     if graph is None:
         msg = f"tied={tied!r} needs the network's graph, and torch.fx cannot trace it ({reason}): "
         msg += "name the groups yourself"

@@ -195,3 +195,19 @@ def test_uniform_configurations_round_up_to_what_is_offered() -> None:
     assert len(make_space(CANDIDATES).uniform) == 9
     assert space.config(space.lowest) == BitConfig(dict.fromkeys(free, (4, 4)) | fixed)
     assert space.config(space.highest) == BitConfig(dict.fromkeys(CANDIDATES, (8, 8)))
+
+
+def test_pairs_of_a_target_leave_only_what_it_runs() -> None:
+    runnable = [Bits(2, 8), Bits(4, 4), Bits(4, 8), Bits(8, 8)]
+    pairs = {"block.0.conv": runnable, "stem": [Bits(8, 8)]}
+    assert options_of("block.0.conv", pairs=pairs) == ["W2A8", "W4A4", "W4A8", "W8A8"]
+    assert options_of("block.0.conv", pairs=pairs, allowed={"block.*": 4}) == ["W4A4"]
+    assert len(options_of("block.0.skip", pairs=pairs)) == 9
+    with pytest.raises(
+        BitsError,
+        match="chip can run no precision that layer 'stem' may take: it runs W4A8, and the layer "
+        "may take W8A8: convert with hardware='chip'",
+    ):
+        make_space(CANDIDATES, hardware="chip", pairs={"stem": [Bits(4, 8)]})
+    with pytest.raises(BitsError, match="no such layer in integers"):
+        make_space(CANDIDATES, hardware="chip", pairs={"fc": []})

@@ -1,0 +1,1 @@
+"""The table of hardware as a page of the documentation."""
