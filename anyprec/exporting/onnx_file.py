@@ -29,6 +29,7 @@ from anyprec.exporting.onnx_graph import (
     GLOBAL_AVERAGE,
     REQUANTIZE,
     arrange_for_onnx,
+    bits_of_codes,
     layers_of_codes,
 )
 from anyprec.exporting.onnx_names import name_layers
@@ -64,7 +65,7 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     )
     name_layers(model, layers_of_codes(graph))
     merge_pads(model)
-    store_narrow_weights(model, narrowest=narrowest)
+    store_narrow_weights(model, narrowest=narrowest, bits=bits_of_codes(graph))
     return model
 
 

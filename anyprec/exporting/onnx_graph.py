@@ -185,6 +185,15 @@ def layers_of_codes(graph: fx.GraphModule) -> dict[str, str]:
     return layers
 
 
+def bits_of_codes(graph: fx.GraphModule) -> dict[str, int]:
+    """Bit-width of the codes in each such buffer."""
+    bits: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if is_call(node, DEQUANTIZE_LINEAR):
+            bits[str(node.args[0].target)] = node.args[3]
+    return bits
+
+
 def _with_vector_scale(graph: fx.GraphModule, node: Node) -> None:
     codes, scale = (tensor_of(graph, operand) for operand in node.args[:2])
     axes = [axis for axis in range(scale.ndim) if scale.shape[axis] > 1]

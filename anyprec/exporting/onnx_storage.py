@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -88,13 +89,22 @@ def _spatial_pads(pad: Any, constants: _Constants) -> list[int] | None:
     return [*map(int, before[2:]), *map(int, after[2:])]
 
 
-def store_narrow_weights(model: onnx.ModelProto, *, narrowest: int) -> None:
+def store_narrow_weights(
+    model: onnx.ModelProto, *, narrowest: int, bits: Mapping[str, int] | None = None
+) -> None:
     """Store weights of at most four bits in as many, in place.
 
     What they were multiplied by to fill eight bits is stored beside them, and nodes for both stand
     between them and their DequantizeLinear. Runtimes compute them once, when they load the file,
     and then run as if all weights had eight bits. Four bits that go into DequantizeLinear directly
     are dequantized in every pass instead.
+
+    Args:
+        model: The model.
+        narrowest: Fewest bits to store.
+        bits: Bit-width of weights, by the name of their initializer: a weight of eight bits whose
+            codes happen to fit into two stays as it is, since few runtimes read those. None lets
+            the codes decide.
     """
     graph = model.graph
     readers = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -106,7 +116,8 @@ def store_narrow_weights(model: onnx.ModelProto, *, narrowest: int) -> None:
         codes = numpy_helper.to_array(tensor)
         factor = _factors(codes, _axis(readers[tensor.name]))
         narrow = codes // factor
-        kind = _narrowest_type(narrow, narrowest)
+        fewest = max(narrowest, 2 if bits is None else bits[tensor.name])
+        kind = _narrowest_type(narrow, fewest)
         if kind is None:
             continue
         tensor.CopyFrom(numpy_helper.from_array(narrow.astype(kind), tensor.name))

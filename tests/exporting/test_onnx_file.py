@@ -170,6 +170,16 @@ def test_channels_of_zeros_have_the_factor_of_the_others() -> None:
     assert onnx.numpy_helper.to_array(stored["codes_factor"]).tolist() == [[16]]
 
 
+def test_a_weight_of_eight_bits_stays_though_its_codes_fit_into_fewer(images: Tensor) -> None:
+    network = SmallNet()
+    nn.init.zeros_(network.depthwise_norm.weight)  # as networks begin that are trained to be deep
+    model = converted(network, images)
+    written = onnx_model(integers(model, 8))
+    kinds = {onnx.TensorProto.DataType.Name(t.data_type) for t in written.graph.initializer}
+    assert not kinds & {"INT2", "INT4"}
+    assert written.opset_import[0].version == 21
+
+
 def test_a_file_of_few_bits_is_small() -> None:
     images = torch.randn(2, 3, 8, 8)
     layers = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
