@@ -23,7 +23,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A record for each placement, target and precision; calibrated, not trained."""
     images, labels = _images(options.data, options.count)
     half = options.count // 2
-    for placement in ("layers", "integer"):
+    for placement in options.placements:
         model = anyprec.convert(efficientnet_lite0().eval(), bits=(2, 4, 8), placement=placement)
         anyprec.calibrate(model, list(images[:half].split(25)))
         for target, suffix in (("onnx", ".onnx"), ("openvino", ".xml")):

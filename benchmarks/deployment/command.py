@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     agreement.add_argument(
         "--data", type=Path, required=True, help="folder of val.tar, synsets.txt"
     )
+    agreement.add_argument("--placements", nargs="+", default=["layers", "integer"])
     agreement.add_argument("--count", type=int, default=500, help="half calibrate, half report")
     agreement.set_defaults(command=run_accuracy)
     rendering = commands.add_parser("render", help="write the page")
