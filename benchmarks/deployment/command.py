@@ -31,8 +31,11 @@ def run_families(options: argparse.Namespace) -> None:
         if record["kind"] == "family" and not ("died" in record and options.again)
     }
     preload("timm", "torch", "anyprec", "onnxruntime")
-    for family, name in families.networks_of_families(options.zoo).items():
-        if name in done or (options.only and name not in options.only):
+    networks = families.networks_of_families(options.zoo)
+    order = {name: family for family, name in networks.items()}
+    for name in options.only or list(order):
+        family = order[name]
+        if name in done:
             continue
         record = supervised(families.try_export, name, options)
         stamp = {"kind": "family", "family": family, "commit": records.commit()}
