@@ -14,10 +14,11 @@ from anyprec.errors import BitsError, CheckpointError
 from anyprec.model.converted import ConvertedModel
 from anyprec.model.costing import weight_name
 from anyprec.model.intact import output_quantizers
-from anyprec.model.placement import output_prefix, owners_of
+from anyprec.model.placement import owners_of
 from anyprec.model.selection import layer_candidates
 from anyprec.network.facts import LayerFacts, NetworkFacts
 from anyprec.nn.operators import LAYER_TYPES, matrix_path, transposed_groups
+from anyprec.nn.outputs import output_prefix
 from anyprec.nn.quantizers import InputQuantizer
 
 

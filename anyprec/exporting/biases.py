@@ -13,10 +13,10 @@ eight bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import Node
 
 from anyprec.exporting.constants import clean
 from anyprec.exporting.graphs import (
@@ -25,6 +25,7 @@ from anyprec.exporting.graphs import (
     is_call,
     multiplication,
     quantizer_of,
+    replace_weight,
     tensor_of,
     with_buffer,
 )
@@ -83,7 +84,8 @@ def _quantize_bias(
     # Both are exact: the codes fit into int8, and the scale is far from float32's smallest number.
     codes = tensor_of(graph, weight.args[0]) * finer
     scale = tensor_of(graph, weight.args[1]) / finer
-    bias = tensor_of(graph, product.bias).double()
+    bias_node: Any = product.bias
+    bias = tensor_of(graph, bias_node).double()
     by_channel = _channel_scales(scale, codes, product)
     factor = _factors(bias, by_channel.double() * input_scale)
     if bool((factor != 1).any()):
@@ -92,27 +94,20 @@ def _quantize_bias(
         # A channel without any scale has codes that mean nothing.
         coarser = torch.where(spread == 0, 0, codes.double() / spread.clamp_min(1)).round()
         codes, scale = coarser.to(torch.int8), along(by_channel.float(), product.axis, codes)
-    _replace_weight(graph, product, codes, scale)
+    replace_weight(graph, product, scale, codes=codes)
     accumulator = (torch.tensor(input_scale) * by_channel.float()).float()
     bias_codes = (bias / accumulator.double()).round().to(torch.int32)
     with graph.graph.inserting_before(product.node):
         held = with_buffer(graph, "bias", bias_codes), with_buffer(graph, "scale", accumulator)
         layer = f"{product.layer}.bias"
         dequantized = graph.graph.call_function(DEQUANTIZE, (*held, 32, layer))
-    dequantized.meta = dict(_node(product.bias).meta)
+    dequantized.meta = dict(bias_node.meta)
     product.replace_bias(dequantized)
     # Up to the factor that made the codes finer, they get coarser again without a loss.
     raised = (factor > finer) | (factor == 0)
     if not bool(raised.any()):
         return None
     return RaisedScale(product.layer, int(raised.sum()), max(1.0, float(factor.max()) / finer))
-
-
-def _node(node: Node | None) -> Node:
-    if node is None:  # pragma: no cover (asked before)
-        msg = "there is no bias"
-        raise ValueError(msg)
-    return node
 
 
 def _channel_scales(scale: Tensor, codes: Tensor, product: Multiplication) -> Tensor:
@@ -131,14 +126,3 @@ def _scale_for(bias: Tensor, input_scale: float) -> Tensor:
     """A weight scale on which the bias is exact to 30 bits; 1 where that is zero."""
     scale = bias.abs() / (LARGEST_BIAS * input_scale)
     return torch.where(bias == 0, torch.ones_like(scale), scale)
-
-
-def _replace_weight(
-    graph: fx.GraphModule, product: Multiplication, codes: Tensor, scale: Tensor
-) -> None:
-    weight = product.weight
-    with graph.graph.inserting_before(product.node):
-        held = with_buffer(graph, "codes", codes), with_buffer(graph, "scale", scale)
-        dequantized = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))
-    dequantized.meta = dict(weight.meta)
-    product.replace_weight(dequantized)

@@ -27,14 +27,14 @@ from anyprec.exporting.points import point_of
 
 def simplify_quantizers(graph: fx.GraphModule) -> None:
     """Do all passes of this file, in place; the graph computes the same, bit for bit."""
-    quantize_before_arranging(graph)
+    quantize_before_padding(graph)
     absorb_clamps(graph)
     share_quantizers(graph)
     drop_repeated_quantizers(graph)
     clean(graph)
 
 
-def quantize_before_arranging(graph: fx.GraphModule) -> None:
+def quantize_before_padding(graph: fx.GraphModule) -> None:
     """Let zeros be added to codes, and not to what is quantized then: `pad(x)` to be quantized.
 
     So the padding can become that of the convolution behind it.

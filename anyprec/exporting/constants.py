@@ -14,38 +14,28 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Node
 
-from anyprec.exporting.graphs import is_call, tensor_of, with_buffer
+from anyprec.exporting.graphs import ATEN, RESHAPING, is_call, tensor_of, with_buffer
 from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE_WEIGHT, weight_codes
 
-_ATEN = torch.ops.aten
-_VIEWS = {
-    _ATEN.as_strided.default,
-    _ATEN.t.default,
-    _ATEN.numpy_T.default,
-    _ATEN.transpose.int,
-    _ATEN.permute.default,
-    _ATEN.view.default,
-    _ATEN.reshape.default,
-    _ATEN.slice.Tensor,
-    _ATEN.select.int,
-    _ATEN.unsqueeze.default,
-    _ATEN.squeeze.dim,
-    _ATEN.contiguous.default,
-    _ATEN.clone.default,
-    _ATEN.alias.default,
-    _ATEN.detach.default,
+_VIEWS = RESHAPING | {
+    ATEN.as_strided.default,
+    ATEN.t.default,
+    ATEN.numpy_T.default,
+    ATEN.slice.Tensor,
+    ATEN.select.int,
+    ATEN.detach.default,
 }
 """Operators that only choose or arrange values."""
 
 _SPLITS = {
-    _ATEN.chunk.default,
-    _ATEN.split.Tensor,
-    _ATEN.split_with_sizes.default,
-    _ATEN.unbind.int,
+    ATEN.chunk.default,
+    ATEN.split.Tensor,
+    ATEN.split_with_sizes.default,
+    ATEN.unbind.int,
 }
 """The same for operators with several results."""
 
-_ASSERTIONS = {_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default}  # noqa: SLF001
+_ASSERTIONS = {ATEN._assert_tensor_metadata.default, ATEN._assert_scalar.default}  # noqa: SLF001
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from torch import fx
 from anyprec.errors import ExportError
 from anyprec.exporting.codes import drop_repeated_quantizers, share_quantizers
 from anyprec.exporting.constants import clean
+from anyprec.exporting.files import write_bytes
 from anyprec.exporting.graphs import is_call, tensor_of
 from anyprec.exporting.integers import IntegerGraph
 from anyprec.exporting.lowering import Lowered
@@ -35,7 +36,6 @@ from anyprec.exporting.onnx_file import translated, write_onnx
 from anyprec.exporting.onnx_graph import with_matrix_products
 from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.exporting.signs import make_scales_positive
-from anyprec.runtime.storage import replacing
 
 OPSET = 18
 """The first opset that torch's exporter writes without a conversion."""
@@ -68,13 +68,7 @@ def write_encodings(lowered: Lowered, path: Path) -> IntegerGraph:
     network = IntegerGraph(changed, tuple(folded), (), _notes(signed))
     model, encodings = encoded_model(network)
     write_onnx(model, path)
-    beside = path.with_suffix(SUFFIX)
-    try:
-        with replacing(beside) as temporary:
-            Path(temporary).write_text(json.dumps(encodings, indent=1))
-    except OSError as error:
-        msg = f"cannot write {str(beside)!r} ({error})"
-        raise ExportError(msg) from error
+    write_bytes(json.dumps(encodings, indent=1).encode(), path.with_suffix(SUFFIX))
     return network
 
 

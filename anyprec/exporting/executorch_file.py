@@ -24,6 +24,7 @@ from torch.fx.node import Node
 from anyprec.errors import ExportError
 from anyprec.exporting.codes import simplify_quantizers
 from anyprec.exporting.constants import clean
+from anyprec.exporting.files import write_bytes
 from anyprec.exporting.graphs import (
     ATEN,
     Multiplication,
@@ -40,7 +41,6 @@ from anyprec.exporting.lowering import Lowered
 from anyprec.exporting.norms import fold_norms
 from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE
 from anyprec.exporting.signs import make_scales_positive
-from anyprec.runtime.storage import replacing
 
 _DECOMPOSED = torch.ops.quantized_decomposed
 """Operators that the import of `_decomposed` registers."""
@@ -60,13 +60,7 @@ def write_executorch(lowered: Lowered, path: Path) -> IntegerGraph:
         ExportError: ExecuTorch does not take the network, or the file cannot be written.
     """
     network = to_xnnpack(lowered)
-    try:
-        content = program(network)
-        with replacing(path) as temporary:
-            Path(temporary).write_bytes(content)
-    except OSError as error:
-        msg = f"cannot write {str(path)!r} ({error})"
-        raise ExportError(msg) from error
+    write_bytes(program(network), path)
     return network
 
 
@@ -117,7 +111,7 @@ def _floating_layers(graph: fx.GraphModule) -> list[str]:
 
 def _is_integer(product: Multiplication) -> bool:
     """Whether XNNPACK can run a layer on codes: they go in, and only codes come out."""
-    reads_codes = is_call(product.input, FAKE_QUANTIZE) or quantizer_of(product.input) is not None
+    reads_codes = quantizer_of(product.input) is not None
     return reads_codes and is_call(only_reader(product.node), FAKE_QUANTIZE)
 
 

@@ -26,7 +26,7 @@ _TRANSPOSED = {
     ATEN.conv_transpose3d.input,
 }
 
-ARRANGING = {
+RESHAPING = {
     ATEN.view.default,
     ATEN.reshape.default,
     ATEN.flatten.using_ints,
@@ -35,12 +35,16 @@ ARRANGING = {
     ATEN.unsqueeze.default,
     ATEN.squeeze.dim,
     ATEN.squeeze.dims,
-    ATEN.slice.Tensor,
-    ATEN.select.int,
-    ATEN.expand.default,
     ATEN.clone.default,
     ATEN.contiguous.default,
     ATEN.alias.default,
+}
+"""Operators that keep every value of their first argument once, at another place at most."""
+
+ARRANGING = RESHAPING | {
+    ATEN.slice.Tensor,
+    ATEN.select.int,
+    ATEN.expand.default,
     ATEN.pixel_shuffle.default,
     ATEN.pixel_unshuffle.default,
     ATEN.channel_shuffle.default,
@@ -212,6 +216,26 @@ def clamp_of(node: Any) -> tuple[float | None, float | None] | None:
 def is_call(node: Any, *functions: Callable[..., Any]) -> bool:
     """Whether a node, if it is one, calls one of these functions."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in functions
+
+
+def replace_weight(
+    graph: fx.GraphModule, product: Multiplication, scale: Tensor, *, codes: Tensor | None = None
+) -> None:
+    """Let a layer multiply by a weight of another scale.
+
+    Args:
+        graph: The graph of the layer.
+        product: The layer, whose weight is codes.
+        scale: The new scale.
+        codes: The new codes; None keeps them.
+    """
+    weight = product.weight
+    with graph.graph.inserting_before(product.node):
+        held_codes = weight.args[0] if codes is None else with_buffer(graph, "codes", codes)
+        held = held_codes, with_buffer(graph, "scale", scale)
+        dequantized = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))
+    dequantized.meta = dict(weight.meta)
+    product.replace_weight(dequantized)
 
 
 def tensor_of(graph: fx.GraphModule, node: Any) -> Tensor:

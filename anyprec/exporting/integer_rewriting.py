@@ -20,6 +20,7 @@ from anyprec.exporting.graphs import (
     ARRANGING,
     ATEN,
     MAX_POOLS,
+    RESHAPING,
     Grid,
     grid_of,
     is_call,
@@ -34,21 +35,6 @@ INTEGERS, FLOATING = "integers", "floating point"
 """What an operator computes with."""
 
 _SHAPES = (ATEN.sym_size.int, ATEN.sym_numel.default)
-_MOVED = (
-    ATEN.view.default,
-    ATEN.reshape.default,
-    ATEN.flatten.using_ints,
-    ATEN.permute.default,
-    ATEN.transpose.int,
-    ATEN.unsqueeze.default,
-    ATEN.squeeze.dim,
-    ATEN.squeeze.dims,
-    ATEN.clone.default,
-    ATEN.contiguous.default,
-    ATEN.alias.default,
-)
-"""Operators behind which a quantizer may as well stand before."""
-
 _MOVES_NUMBERS = {
     *ARRANGING,
     *MAX_POOLS,
@@ -91,7 +77,7 @@ def quantize_before_views(graph: fx.GraphModule) -> None:
         if not is_call(node, FAKE_QUANTIZE):
             continue
         view: Any = node.args[0]
-        while is_call(view, *_MOVED) and len(view.users) == 1:
+        while is_call(view, *RESHAPING) and len(view.users) == 1:
             source = view.args[0]
             _move_before(node, view)
             view = source

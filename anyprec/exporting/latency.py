@@ -15,7 +15,6 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from anyprec.exporting.extras import require_extra
 from anyprec.exporting.integers import to_integers
 from anyprec.exporting.lowering import lower
 from anyprec.exporting.onnx_profile import layer_of_operators
+from anyprec.exporting.runtimes import onnx_session
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.hardware import hardware as hardware_of
 
@@ -145,7 +145,6 @@ class _ProfiledRun:
     ) -> None:
         # Imported on use: both need libraries that are not installed with anyprec.
         import onnx  # noqa: PLC0415
-        import onnxruntime  # noqa: PLC0415
 
         from anyprec.exporting.onnx_file import onnx_model, write_onnx  # noqa: PLC0415
 
@@ -153,8 +152,14 @@ class _ProfiledRun:
         self._feeds = {"images": images.numpy()}
         file, optimized = prefix.with_suffix(".onnx"), prefix.with_suffix(".optimized.onnx")
         write_onnx(onnx_model(to_integers(lower(model, config, example_input=images))), file)
-        self._profiled = _session(onnxruntime, file, threads, optimized=optimized, profile=prefix)
-        self._plain = _session(onnxruntime, file, threads)
+        self._plain = onnx_session(str(file), threads=threads)
+        self._profiled = onnx_session(
+            str(file),
+            threads=threads,
+            optimized_model_filepath=str(optimized),
+            enable_profiling=True,
+            profile_file_prefix=str(prefix),
+        )
         self._operators = layer_of_operators(onnx.load(optimized), self._layers)
         self._seconds: list[float] = []
 
@@ -180,23 +185,3 @@ class _ProfiledRun:
         whole = statistics.median(self._seconds)
         factor = whole / sum(seconds.values())
         return {path: factor * value for path, value in seconds.items()}
-
-
-def _session(
-    onnxruntime: Any,
-    file: Path,
-    threads: int,
-    *,
-    optimized: Path | None = None,
-    profile: Path | None = None,
-) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

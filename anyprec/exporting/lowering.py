@@ -2,8 +2,7 @@
 
 The graph is that of `torch.export`: torch's own operators, and those of `operators.py` where a
 value is an integer. It computes what `set_bits(config)` computes, bit for bit. What a target needs
-changed (norms in scales, clamps in codes) is done to it by the passes of `folding.py` and
-`placing.py`, which are no part of lowering.
+changed is done to it by passes, which are no part of lowering: `norms.py`, `codes.py`, `biases.py`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from anyprec.exporting.graphs import (
     is_call,
     multiplication,
     only_reader,
+    replace_weight,
     tensor_of,
     with_buffer,
 )
@@ -63,12 +64,9 @@ def _fold(graph: fx.GraphModule, product: Multiplication, norm: Node) -> None:
     if product.bias is not None:
         shift = shift + tensor_of(graph, product.bias).double() * factor
     folded = scale.double() * along(factor, product.axis, codes)
+    replace_weight(graph, product, folded.float())
     with graph.graph.inserting_before(product.node):
-        held = weight.args[0], with_buffer(graph, "scale", folded.float())
-        dequantized = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))
         bias = with_buffer(graph, "bias", shift.float())
-    dequantized.meta = dict(weight.meta)
-    product.replace_weight(dequantized)
     product.replace_bias(bias)
     result = norm
     for reader in list(norm.users):

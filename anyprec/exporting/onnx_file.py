@@ -22,6 +22,7 @@ from onnxscript import opset21 as op
 from torch import Tensor, fx
 
 from anyprec.errors import ExportError
+from anyprec.exporting.files import refusing_to_write, write_bytes
 from anyprec.exporting.integers import IntegerGraph, to_integers
 from anyprec.exporting.lowering import Lowered
 from anyprec.exporting.onnx_graph import (
@@ -29,14 +30,12 @@ from anyprec.exporting.onnx_graph import (
     GLOBAL_AVERAGE,
     REQUANTIZE,
     arrange_for_onnx,
-    bits_of_codes,
-    layers_of_codes,
+    codes_in,
 )
 from anyprec.exporting.onnx_names import name_layers
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
 from anyprec.exporting.operators import FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
 from anyprec.exporting.points import codes_name
-from anyprec.runtime.storage import replacing
 
 _LARGEST_WEIGHT = 8
 """Bits of a weight, at most; biases have more."""
@@ -63,9 +62,11 @@ def onnx_model(network: IntegerGraph, *, narrowest: int = 2) -> onnx.ModelProto:
     model = translated(
         graph, lowered.example, dynamic_batch=lowered.dynamic_batch, layers=lowered.config
     )
-    name_layers(model, layers_of_codes(graph))
+    held = codes_in(graph)
+    name_layers(model, {name: codes.layer for name, codes in held.items()})
     merge_pads(model)
-    store_narrow_weights(model, narrowest=narrowest, bits=bits_of_codes(graph))
+    bits = {name: codes.bits for name, codes in held.items()}
+    store_narrow_weights(model, narrowest=narrowest, bits=bits)
     return model
 
 
@@ -130,15 +131,10 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         ExportError: It is too large for one file, or cannot be written.
     """
-    try:
+    with refusing_to_write(path, ValueError, onnx.checker.ValidationError):
         onnx.checker.check_model(model)
         content = model.SerializeToString()
-        with replacing(path) as temporary:
-            Path(temporary).write_bytes(content)
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        msg = f"cannot write {str(path)!r} ({type(error).__name__}: {error}); what stood there "
-        msg += "before is unchanged"
-        raise ExportError(msg) from error
+    write_bytes(content, path)
 
 
 def _reason(error: BaseException) -> str:

@@ -6,6 +6,7 @@ it is used. Both are arranged here, on the codes, so that no runtime has to move
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -88,6 +89,19 @@ def _(values: Tensor) -> Tensor:
 
 GLOBAL_AVERAGE = torch.ops.anyprec.global_average.default
 DEQUANTIZE_LINEAR = torch.ops.anyprec.dequantize_linear.default
+
+
+@dataclass(frozen=True)
+class HeldCodes:
+    """The codes in a buffer.
+
+    Attributes:
+        layer: Path of the layer whose weight they are, or of its bias.
+        bits: Their bit-width.
+    """
+
+    layer: str
+    bits: int
 
 
 @torch.no_grad()
@@ -176,22 +190,14 @@ def _in_floating_point(graph: fx.GraphModule, bias: object) -> Node:
     return with_buffer(graph, "bias", codes.to(scale.dtype) * scale)
 
 
-def layers_of_codes(graph: fx.GraphModule) -> dict[str, str]:
-    """The layer of each buffer that holds the codes of a weight, by the buffer's name."""
-    layers: dict[str, str] = {}
+def codes_in(graph: fx.GraphModule) -> dict[str, HeldCodes]:
+    """What the buffers with codes of weights hold, by their name."""
+    held: dict[str, HeldCodes] = {}
     for node in graph.graph.nodes:
         if is_call(node, DEQUANTIZE_LINEAR):
-            layers[str(node.args[0].target)] = node.args[4]
-    return layers
-
-
-def bits_of_codes(graph: fx.GraphModule) -> dict[str, int]:
-    """Bit-width of the codes in each such buffer."""
-    bits: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if is_call(node, DEQUANTIZE_LINEAR):
-            bits[str(node.args[0].target)] = node.args[3]
-    return bits
+            *_, bits, layer = node.args
+            held[str(node.args[0].target)] = HeldCodes(layer, bits)
+    return held
 
 
 def _with_vector_scale(graph: fx.GraphModule, node: Node) -> None:

@@ -9,10 +9,10 @@ import onnx
 import openvino
 
 from anyprec.errors import ExportError
+from anyprec.exporting.files import write_bytes
 from anyprec.exporting.integers import IntegerGraph, to_integers
 from anyprec.exporting.lowering import Lowered
 from anyprec.exporting.onnx_file import onnx_model, write_onnx
-from anyprec.runtime.storage import replacing
 
 
 def write_openvino(lowered: Lowered, path: Path) -> IntegerGraph:
@@ -32,7 +32,7 @@ def write_ir(source_model: onnx.ModelProto, path: Path) -> None:
     """Write an ONNX model as IR; `path` holds the old content or the new one.
 
     Raises:
-        ExportError: OpenVINO does not read it.
+        ExportError: OpenVINO does not read it, or a file cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "network.onnx"
@@ -46,5 +46,4 @@ def write_ir(source_model: onnx.ModelProto, path: Path) -> None:
             raise ExportError(msg) from error
         # The weights first: an old file of operators would not fit them, a missing one says so.
         for suffix in (".bin", ".xml"):
-            with replacing(path.with_suffix(suffix)) as temporary:
-                Path(temporary).write_bytes(written.with_suffix(suffix).read_bytes())
+            write_bytes(written.with_suffix(suffix).read_bytes(), path.with_suffix(suffix))

@@ -37,6 +37,25 @@ class Runtime(ABC):
         """
 
 
+def onnx_session(source: str | bytes, *, threads: int, **settings: Any) -> Any:
+    """A session of onnxruntime on the CPU.
+
+    Args:
+        source: Path of a model, or the model.
+        threads: How many it may use.
+        settings: Further attributes of onnxruntime's `SessionOptions`.
+    """
+    import onnxruntime  # noqa: PLC0415 (optional)
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    for name, value in settings.items():
+        setattr(options, name, value)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxRuntime(Runtime):
     """An ONNX model in ONNX Runtime.
 
@@ -55,15 +74,9 @@ class OnnxRuntime(Runtime):
         require_extra("onnxruntime", extra="onnxruntime")
         import onnxruntime  # noqa: PLC0415 (optional)
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         source = str(model) if isinstance(model, Path) else model
         try:
-            session = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
-            )
+            session = onnx_session(source, threads=threads)
         except Exception as error:
             msg = _not_loaded("onnxruntime", model, error)
             raise ExportError(msg) from error

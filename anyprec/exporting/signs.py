@@ -18,6 +18,7 @@ from anyprec.exporting.graphs import (
     Multiplication,
     is_call,
     multiplication,
+    replace_weight,
     tensor_of,
     with_buffer,
 )
@@ -60,21 +61,10 @@ def _make_positive(graph: fx.GraphModule, product: Multiplication, code_bits: in
     lowest = rows_of_channels(codes, product.axis).amin(dim=1).int()
     stuck = negative & (-lowest > 2 ** (bits - 1) - 1)
     flipped = along(torch.where(negative & ~stuck, -1, 1), product.axis, codes)
-    _replace_weight(graph, product, (codes.int() * flipped).to(torch.int8), scale.abs())
+    replace_weight(graph, product, scale.abs(), codes=(codes.int() * flipped).to(torch.int8))
     if bool(stuck.any()):
         _multiply_behind(graph, product, torch.where(stuck, -1.0, 1.0))
     return bool(stuck.any())
-
-
-def _replace_weight(
-    graph: fx.GraphModule, product: Multiplication, codes: Tensor, scale: Tensor
-) -> None:
-    weight = product.weight
-    with graph.graph.inserting_before(product.node):
-        held = with_buffer(graph, "codes", codes), with_buffer(graph, "scale", scale)
-        dequantized = graph.graph.call_function(DEQUANTIZE, (*held, *weight.args[2:]))
-    dequantized.meta = dict(weight.meta)
-    product.replace_weight(dequantized)
 
 
 def _multiply_behind(graph: fx.GraphModule, product: Multiplication, signs: Tensor) -> None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def median_times(
+def times_in_turns(
     calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warm_up: int = 3
-) -> dict[str, float]:
-    """Median time of each call, in seconds.
+) -> dict[str, list[float]]:
+    """Times of each call in every round, in seconds.
 
     Args:
         calls: By name; in each round all are timed, one after the other.
@@ -24,4 +24,12 @@ def median_times(
             call()
             if number >= warm_up:
                 times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_times(
+    calls: Mapping[str, Callable[[], object]], *, rounds: int = 30, warm_up: int = 3
+) -> dict[str, float]:
+    """Median time of each call, in seconds; the arguments are those of `times_in_turns`."""
+    times = times_in_turns(calls, rounds=rounds, warm_up=warm_up)
     return {name: statistics.median(measured) for name, measured in times.items()}

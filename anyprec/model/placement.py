@@ -16,7 +16,6 @@ from torch import nn
 from anyprec.network.facts import NetworkFacts, OutputFacts
 from anyprec.nn.grids import GridRule
 from anyprec.nn.outputs import (
-    OUTPUTS,
     OutputPoint,
     OutputQuantizer,
     add_output_quantizer,
@@ -122,8 +121,3 @@ def trunk_of(
     """What quantizes the values that a layer reads before it does, or None."""
     reads = facts.layers[path].reads
     return None if reads is None else quantizers[reads]
-
-
-def output_prefix(holder: str) -> str:
-    """What the names of all tensors begin with that output quantizers add to a module."""
-    return f"{holder}.{OUTPUTS}." if holder else f"{OUTPUTS}."

@@ -15,7 +15,7 @@ from anyprec.errors import ConversionError
 from anyprec.network.facts import OutputFacts
 from anyprec.network.trail import Trail
 from anyprec.nn.counting import NORM
-from anyprec.nn.outputs import OUTPUTS
+from anyprec.nn.outputs import output_prefix
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that may run all their children: they get none."""
@@ -166,7 +166,7 @@ class OutputSearch:
         key = owner, name, index
         if key not in paths:
             holder = self._holder(end, owner)
-            prefix = f"{holder}.{OUTPUTS}." if holder else f"{OUTPUTS}."
+            prefix = output_prefix(holder)
             number = sum(path.startswith(prefix) for path in paths.values())
             paths[key] = f"{prefix}{number}"
         number = _known(end.result)

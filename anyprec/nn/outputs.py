@@ -33,6 +33,11 @@ OUTPUT_BITS = 8
 """The one bit-width of these values."""
 
 
+def output_prefix(holder: str) -> str:
+    """What the names of all tensors begin with that output quantizers add to a module."""
+    return f"{holder}.{OUTPUTS}." if holder else f"{OUTPUTS}."
+
+
 class OutputQuantizer(InputQuantizer):
     """Quantizer of a value between layers: one candidate of 8 bits.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 import anyprec
+from anyprec.exporting.timing import times_in_turns
 
 NETWORKS = (
     "resnet18",
@@ -49,7 +49,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 ir = file.with_suffix(".xml")
                 is_ir = runtime == "openvino" and ir.exists()
                 runs[key] = session(ir if is_ir else file, image, options.threads)
-            times = interleaved(runs, options.rounds)
+            times = times_in_turns(runs, rounds=options.rounds)
             for key, file in files.items():
                 ratios = [b / a for a, b in zip(times[key], times["float32"], strict=True)]
                 yield {
@@ -64,18 +64,6 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "threads": options.threads,
                     "rounds": options.rounds,
                 }
-
-
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after three rounds that do not count."""
-    times: dict[str, list[float]] = {key: [] for key in runs}
-    for number in range(rounds + 3):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number >= 3:
-                times[key].append(time.perf_counter() - start)
-    return times
 
 
 def _files(name: str, images: torch.Tensor, folder: Path) -> Iterator[tuple[str, Path]]:

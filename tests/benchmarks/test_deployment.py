@@ -11,8 +11,9 @@ from torch import nn
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 
+from anyprec.exporting.timing import times_in_turns
 from benchmarks.common import records
-from benchmarks.deployment import families, page, speed
+from benchmarks.deployment import families, page
 
 ZOO = records.ROOT / "benchmarks" / "results" / "zoo.jsonl"
 
@@ -63,7 +64,7 @@ def test_what_falls_short_is_named(change: dict[str, Any], reason: str | None) -
 def test_runs_take_turns() -> None:
     order: list[str] = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = speed.interleaved(runs, rounds=2)
+    times = times_in_turns(runs, rounds=2)
     assert order == list("ab") * 5  # three rounds do not count
     assert [len(times[name]) for name in "ab"] == [2, 2]
 

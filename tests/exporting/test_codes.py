@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from anyprec.exporting.codes import (
     absorb_clamps,
     drop_repeated_quantizers,
-    quantize_before_arranging,
+    quantize_before_padding,
     quantize_behind_pools,
     share_quantizers,
     simplify_quantizers,
@@ -75,7 +75,7 @@ def test_padding_comes_after_the_quantizer() -> None:
 
     graph = graph_of(build)
     expected = graph(images)
-    quantize_before_arranging(graph)
+    quantize_before_padding(graph)
     graph.recompile()
     pad = next(node for node in graph.graph.nodes if is_call(node, ATEN.pad.default))
     assert is_call(pad.args[0], FAKE_QUANTIZE)
@@ -89,7 +89,7 @@ def test_padding_with_another_value_stays(value: float) -> None:
         return quantized(graph, padded, 0.02, 128)
 
     graph = graph_of(build)
-    quantize_before_arranging(graph)
+    quantize_before_padding(graph)
     pad = next(node for node in graph.graph.nodes if is_call(node, ATEN.pad.default))
     assert pad.args[0].op == "placeholder"
 
