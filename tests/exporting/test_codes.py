@@ -94,6 +94,22 @@ def test_padding_with_another_value_stays(value: float) -> None:
     assert pad.args[0].op == "placeholder"
 
 
+def test_padding_stays_where_zero_is_no_code_in_use() -> None:
+    images = torch.randn(2, 3, 5, 5)
+
+    def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        padded = graph.call_function(ATEN.pad.default, (x, [0, 1, 0, 1], "constant", 0.0))
+        # A clamp to positive numbers was absorbed: zeros become the lowest of them.
+        return graph.call_function(FAKE_QUANTIZE, (padded, 0.02, 100, 120, 255, 8, "layer"))
+
+    graph = graph_of(build)
+    expected = graph(images)
+    quantize_before_padding(graph)
+    graph.recompile()
+    assert torch.equal(graph(images), expected)
+    assert expected.min() > 0
+
+
 def test_equal_grids_of_one_value_are_one_quantizer(values: Tensor) -> None:
     def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
         same = quantized(graph, x, 0.05), quantized(graph, x, 0.05), quantized(graph, x, 0.06)

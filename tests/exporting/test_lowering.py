@@ -14,6 +14,7 @@ from anyprec.errors import BitsError, ExportError, NotCalibratedError
 from anyprec.exporting.graphs import is_call
 from anyprec.exporting.lowering import lower
 from anyprec.exporting.operators import DEQUANTIZE, FAKE_QUANTIZE, FAKE_QUANTIZE_WEIGHT
+from anyprec.nn.norm_bank import NormBank
 from tests.conftest import SmallNet
 from tests.exporting.networks import converted
 from tests.test_networks import NETWORKS
@@ -81,6 +82,16 @@ def test_uniform_precisions_have_the_statistics_of_their_own(
     anyprec.fit(model, [(images, labels)], epochs=1)
     model.eval()
     require_equal(model, bits, images)
+
+
+def test_norms_have_the_scale_and_shift_of_the_precision(images: Tensor) -> None:
+    model = converted(SmallNet(), images, norm="per-pair")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, NormBank):
+                module.weight.uniform_(-2, 2)
+                module.bias.uniform_(-1, 1)
+    require_equal(model, mixed(model), images)
 
 
 class Upsampling(nn.Module):

@@ -256,6 +256,15 @@ def test_refusals_leave_the_old_file(images: Tensor, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_a_file_that_cannot_be_written_is_named(images: Tensor, tmp_path: Path) -> None:
+    model = converted(SmallNet(), images)
+    folder = tmp_path / "network.onnx"
+    folder.mkdir()
+    with pytest.raises(ExportError, match=r"cannot write .*network.onnx.*before is unchanged"):
+        anyprec.export(model, folder, bits=4)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_missing_library_is_named_with_its_extra(
     images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
