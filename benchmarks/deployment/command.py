@@ -4,6 +4,7 @@
     python -m benchmarks.deployment equality       # integer() against onnxruntime, bit for bit
     python -m benchmarks.deployment speed          # time and size against float32, interleaved
     python -m benchmarks.deployment accuracy --data IMAGENET  # EfficientNet-Lite0 on real images
+    python -m benchmarks.deployment trained --data CIFAR10    # one-shot, with integer placement
     python -m benchmarks.deployment render         # docs/deployment-results.md
 
 Each finished measurement is a line of JSON in `--results`; a run that was interrupted goes on where
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.common import records
 from benchmarks.common.supervision import preload, supervised
-from benchmarks.deployment import accuracy, equality, families, page, speed
+from benchmarks.deployment import accuracy, equality, families, page, speed, trained
 
 RESULTS = records.ROOT / "benchmarks" / "results" / "deployment.jsonl"
 ZOO = records.ROOT / "benchmarks" / "results" / "zoo.jsonl"
@@ -69,6 +70,14 @@ def run_accuracy(options: argparse.Namespace) -> None:
         print(record, flush=True)
 
 
+def run_trained(options: argparse.Namespace) -> None:
+    """Train networks with integer placement, and hold their files against them."""
+    for record in trained.measure(options):
+        stamp = {"kind": "trained", "commit": records.commit(), "machine": records.machine()}
+        records.append(options.results, {**stamp, **record})
+        print(record, flush=True)
+
+
 def render(options: argparse.Namespace) -> None:
     """Write the page from the records."""
     page.write_page(options.page, records.read(options.results))
@@ -111,6 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
     agreement.add_argument("--placements", nargs="+", default=["layers", "integer"])
     agreement.add_argument("--count", type=int, default=500, help="half calibrate, half report")
     agreement.set_defaults(command=run_accuracy)
+    training = commands.add_parser("trained", help="one-shot with integer placement, CIFAR-10")
+    training.add_argument("networks", nargs="*", default=["resnet", "mobile"])
+    training.add_argument("--data", type=Path, required=True, help="folder of train.tar, val.tar")
+    training.add_argument("--cache", type=Path, required=True, help="folder for trained networks")
+    training.add_argument("--seeds", type=int, nargs="+", default=[0])
+    training.add_argument("--tiny", action="store_true", help="try the command: no real figures")
+    training.set_defaults(command=run_trained)
     rendering = commands.add_parser("render", help="write the page")
     rendering.add_argument(
         "--page", type=Path, default=records.ROOT / "docs" / "deployment-results.md"
