@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import anyprec
+from anyprec.bits import uniform
 from anyprec.exporting.runtimes import OnnxRuntime
 from benchmarks.common.images import Images, batches
 from benchmarks.study.grid import TRACKS, Run, Track, tiny
@@ -63,7 +64,7 @@ def _configurations(
 ) -> Iterator[tuple[str, anyprec.BitConfig]]:
     """Uniform ones, then one searched for the BitOPs of each of `SEARCHED`."""
     for weight, activation in UNIFORM:
-        yield f"W{weight}A{activation}", model.resolve_bits((weight, activation))
+        yield f"W{weight}A{activation}", uniform((weight, activation), model.candidates)
     images = list(batches(data.search, 128, training=False))
     for weight, activation in SEARCHED:
         limit = anyprec.cost_of(model, (weight, activation)).bitops
