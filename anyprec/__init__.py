@@ -54,7 +54,7 @@ from anyprec.model.hardware import (
 from anyprec.model.pairs import LayerPairs
 from anyprec.model.placement import Placement
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
-from anyprec.model.summary import Summary, SummaryRow
+from anyprec.model.summary import OutputRow, Summary, SummaryRow
 from anyprec.model.trust import trust_weights
 from anyprec.network.facts import LayerKind
 from anyprec.nn.channels import GroupedAxis
@@ -152,6 +152,7 @@ __all__ = [
     "Objective",
     "OneShot",
     "OperatorPlace",
+    "OutputRow",
     "PackedCoding",
     "PackedError",
     "ParityReport",

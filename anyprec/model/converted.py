@@ -22,7 +22,7 @@ from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, Coverage
 from anyprec.model.requests import resolve_request
 from anyprec.model.state_dicts import added_keys, restart_from_float
-from anyprec.model.summary import Summary, summary_row
+from anyprec.model.summary import Summary, output_row, summary_row
 from anyprec.model.switching import switch, switch_to_float
 from anyprec.model.views import PRESENT, Present, make_view
 from anyprec.nn.layers import PACKED, QuantizedLayer
@@ -258,13 +258,19 @@ class ConvertedModel(Specialized):
         return made
 
     def summary(self) -> Summary:
-        """A table of every Conv and Linear layer.
+        """A table of every Conv and Linear layer, and of values between layers.
 
-        It shows candidates, active precision and MACs, and why a layer is not quantized.
+        It shows candidates, active precision and MACs, and why a layer is not quantized. With
+        `placement="integer"` a second table has the values between layers that are quantized.
         """
-        record, layers = self.anyprec_record, self.quantized_layers
-        rows = [summary_row(row, record, layers.get(row.path)) for row in record.coverage]
-        return Summary(type(self).original_class.__name__, tuple(rows))
+        record, parts = self.anyprec_record, parts_of(self)
+        rows = [summary_row(row, record, parts.layers.get(row.path)) for row in record.coverage]
+        outputs = []
+        for facts in record.facts.outputs:
+            owner = parts.owners[facts.owner]
+            quantizer = parts.outputs[facts.path]
+            outputs.append(output_row(facts, quantizer, active=owner.quantizes_outputs))
+        return Summary(type(self).original_class.__name__, tuple(rows), tuple(outputs))
 
     def load_state_dict(
         self,

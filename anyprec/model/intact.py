@@ -39,7 +39,7 @@ class Parts:
         layers: Every quantized layer by path, in network order.
         norms: Every switchable norm by path.
         outputs: Every output quantizer by path.
-        owners: The modules that let them quantize.
+        owners: The modules that let them quantize, by path.
         record: The record that names them.
         root: The children of the network itself.
         slots: Where each of them stands, and all modules around it.
@@ -48,7 +48,7 @@ class Parts:
     layers: dict[str, QuantizedLayer]
     norms: dict[str, SwitchableNorm]
     outputs: dict[str, OutputQuantizer]
-    owners: list[OutputOwner]
+    owners: dict[str, OutputOwner]
     record: ConversionRecord
     root: dict[str, Any]
     slots: list[_Slot] = field(repr=False)
@@ -161,8 +161,8 @@ def _look_through(model: ConvertedModel) -> Parts:
     return Parts(layers, norms, outputs, owners, record, root, list(slots.values()))
 
 
-def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], list[OutputOwner]]:
-    """Output quantizers by path, and their owners."""
+def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], dict[str, OutputOwner]]:
+    """Output quantizers and their owners, by path."""
     quantizers: dict[str, OutputQuantizer] = {}
     owners: dict[str, OutputOwner] = {}
     for output in model.anyprec_record.facts.outputs:
@@ -174,7 +174,7 @@ def _outputs(model: ConvertedModel) -> tuple[dict[str, OutputQuantizer], list[Ou
         owners[output.owner] = _required(
             model, output.owner, OutputOwner, noun="module", remedy=remedy
         )
-    return quantizers, list(owners.values())
+    return quantizers, owners
 
 
 def _require_owner(model: ConvertedModel, path: str) -> None:

@@ -106,7 +106,7 @@ class ActivePrecision(BackwardGuard):
         layers = model.quantized_layers
         self.active = {path: layer.bits for path, layer in layers.items()}
         parts = parts_of(model)
-        for module in (*layers.values(), *parts.norms.values(), *parts.owners):
+        for module in (*layers.values(), *parts.norms.values(), *parts.owners.values()):
             vars(module)["backward_guard"] = self
 
     def changed(self, model: ConvertedModel, active: Precision) -> None:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from anyprec.bits import Bits, LayerCandidates
 from anyprec.model.record import ConversionRecord, Coverage
+from anyprec.network.facts import OutputFacts
 from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.outputs import OUTPUT_BITS, OutputQuantizer
 from anyprec.runtime.tables import TableContent
 
+_OUTPUT_HEADER = ("value between layers", "made by", "in", "bits", "grid", "active")
 _HEADER = ("layer", "class", "weights", "MACs", "weight bits", "input bits", "input", "active")
 
 
@@ -40,17 +43,48 @@ class SummaryRow:
 
 
 @dataclass(frozen=True)
+class OutputRow:
+    """A value between layers with a quantizer of its own (`placement="integer"`).
+
+    Attributes:
+        path: Of its quantizer.
+        source: Path of the layer that makes it, or name of the function (`"add"`, `"mean"`).
+        owner: Path of the module in whose forward it is made; empty for the network itself.
+        grid: `"unsigned"`, `"signed"` or `"affine"`.
+        active: Whether it is quantized at present.
+    """
+
+    path: str
+    source: str
+    owner: str
+    grid: str
+    active: bool
+
+
+@dataclass(frozen=True)
 class Summary:
-    """Every layer of a converted network; prints as a table, frozen candidates in parentheses."""
+    """Every layer of a converted network; prints as a table, frozen candidates in parentheses.
+
+    Attributes:
+        name: Class of the network.
+        rows: Its layers.
+        outputs: Values between layers with quantizers of their own: a second table, if any.
+    """
 
     name: str
     rows: tuple[SummaryRow, ...]
+    outputs: tuple[OutputRow, ...] = ()
 
     def __str__(self) -> str:
         cells = [_cells(row) for row in self.rows]
         quantized = sum(row.candidates is not None for row in self.rows)
         title = f"{self.name}: {quantized} of {len(self.rows)} layers quantized"
-        return TableContent(_HEADER, cells, numbers=("weights", "MACs"), title=title).text()
+        layers = TableContent(_HEADER, cells, numbers=("weights", "MACs"), title=title).text()
+        if not self.outputs:
+            return layers
+        title = f"{len(self.outputs)} values between layers quantized"
+        cells = [_output_cells(row) for row in self.outputs]
+        return f"{layers}\n\n{TableContent(_OUTPUT_HEADER, cells, title=title).text()}"
 
 
 def _cells(row: SummaryRow) -> tuple[str, ...]:
@@ -62,6 +96,11 @@ def _cells(row: SummaryRow) -> tuple[str, ...]:
     activation = _candidates_cell(row.candidates.activation, lowest.activation)
     active = "float" if row.bits is None else str(row.bits)
     return (*layer, weight, activation, row.input_kind, active)
+
+
+def _output_cells(row: OutputRow) -> tuple[str, ...]:
+    active = f"A{OUTPUT_BITS}" if row.active else "float"
+    return (row.path, row.source, row.owner or "(network)", str(OUTPUT_BITS), row.grid, active)
 
 
 def _candidates_cell(candidates: tuple[int, ...], lowest: int) -> str:
@@ -89,3 +128,8 @@ def summary_row(
         lowest=record.frozen.get(coverage.path),
         reason=coverage.reason,
     )
+
+
+def output_row(facts: OutputFacts, quantizer: OutputQuantizer, *, active: bool) -> OutputRow:
+    """The line of a value between layers."""
+    return OutputRow(facts.path, facts.source, facts.owner, quantizer.kind, active)

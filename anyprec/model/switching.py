@@ -39,7 +39,7 @@ def switch(
         layer.switch(chosen)
         if chosen is not None:
             active[path] = chosen
-    for owner in parts_of(model).owners:
+    for owner in parts_of(model).owners.values():
         owner.switch_outputs(active=bool(active))
     if active:
         _switch_norms(model, layers, active)
@@ -57,7 +57,7 @@ def switch_to_float(model: ConvertedModel, layers: Mapping[str, QuantizedLayer])
 @contextmanager
 def outputs_in_float(model: ConvertedModel) -> Iterator[None]:
     """In the block no output is quantized, so that tracers see what happens between layers."""
-    owners = parts_of(model).owners
+    owners = list(parts_of(model).owners.values())
     active = [owner.quantizes_outputs for owner in owners]
     for owner in owners:
         owner.switch_outputs(active=False)

@@ -523,3 +523,21 @@ def test_networks_of_timm(name: str, size: int, outputs: int | None, shared: int
         net.set_bits(8)
         assert torch.equal(net(images), first)
         assert torch.isfinite(first).all()
+
+
+def test_the_summary_lists_values_between_layers() -> None:
+    images = torch.rand(2, 8, 8, 8)
+    model = anyprec.convert(
+        nn.Sequential(Block(), Block()).eval(),
+        bits=(4, 8),
+        example_input=images[:1],
+        placement="integer",
+    )
+    anyprec.calibrate(model, [images])
+    summary = model.summary()
+    assert [row.path for row in summary.outputs] == list(output_quantizers(model))
+    line = next(line for line in str(summary).splitlines() if line.startswith("0.relu."))
+    assert line.split()[1:] == ["add", "0", "8", "unsigned", "float"]
+    model.set_bits(4)
+    assert all(row.active for row in model.summary().outputs)
+    assert "A8" in str(model.summary())
