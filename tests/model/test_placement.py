@@ -469,7 +469,7 @@ def test_features_behind_activations_are_those_of_layers_placement(
     sources = feature_sources(net, "after-activation")
     assert sources == feature_sources(plain, "after-activation")
     assert any(source.side != "observed" for source in sources.values())
-    assert all(owner.quantizes_outputs for owner in parts_of(net).owners)
+    assert all(owner.quantizes_outputs for owner in parts_of(net).owners.values())
 
 
 @pytest.mark.parametrize("rule", ["inputs", "residual"])
