@@ -7,6 +7,7 @@ once, so that the graph holds integers and no latent weight.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -35,6 +36,20 @@ _SPLITS = {
 }
 """The same for operators with several results."""
 
+_LIMITS: dict[Any, tuple[str, ...]] = {
+    ATEN.clamp.Tensor: ("min", "max"),
+    ATEN.clamp_min.Tensor: ("min",),
+    ATEN.clamp_max.Tensor: ("max",),
+    ATEN.maximum.default: ("min",),
+    ATEN.minimum.default: ("max",),
+}
+"""What the operands behind the first one limit, of operators that clamp by tensors."""
+
+_NO_LIMIT = {"min": -math.inf, "max": math.inf}
+
+_SYMMETRIC = {ATEN.maximum.default, ATEN.minimum.default}
+"""Those in which either operand may be the limit."""
+
 _ASSERTIONS = {ATEN._assert_tensor_metadata.default, ATEN._assert_scalar.default}  # noqa: SLF001
 
 
@@ -56,7 +71,64 @@ def fold_constant_weights(graph: fx.GraphModule) -> None:
         if node in constants and _reads_codes(node):
             _move_into_codes(graph, node)
     _fold_the_rest(graph)
+    _limit_by_numbers(graph)
     clean(graph)
+
+
+def _limit_by_numbers(graph: fx.GraphModule) -> None:
+    """Let a clamp by constant tensors of one number be one by numbers; an infinite limit is none.
+
+    Only such clamps go into the limits of codes. Of several that read one value, torch's exporter
+    would give their tensors the same name in ONNX.
+    """
+    for node in list(graph.graph.nodes):
+        if not is_call(node, *_LIMITS):
+            continue
+        clamped, limits = _numbers_of(graph, node)
+        if clamped is None:
+            continue
+        replacement = clamped
+        if limits:
+            with graph.graph.inserting_before(node):
+                bounds = limits.get("min"), limits.get("max")
+                replacement = graph.graph.call_function(ATEN.clamp.default, (clamped, *bounds))
+            replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+
+
+def _numbers_of(graph: fx.GraphModule, node: Node) -> tuple[Node | None, dict[str, float]]:
+    """What a node clamps, and by which numbers; None if it clamps by anything else."""
+    names = _LIMITS[node.target]
+    arguments = dict(zip(("self", *names), node.args, strict=False)) | node.kwargs
+    if "other" in arguments:
+        arguments[names[0]] = arguments.pop("other")
+    clamped: Any = arguments.pop("self")
+    if node.target in _SYMMETRIC and clamped.op == "get_attr":
+        (name,) = names
+        clamped, arguments[name] = arguments[name], clamped
+    limits: dict[str, float] = {}
+    for name, held in arguments.items():
+        if held is None:
+            continue
+        number = _number_for(graph, held, clamped)
+        if number is None:
+            return None, {}
+        if number != _NO_LIMIT[name]:
+            limits[name] = number
+    return clamped, limits
+
+
+def _number_for(graph: fx.GraphModule, held: Any, clamped: Node) -> float | None:
+    """The number that a limit is, of the dtype of what it limits; None if it is something else."""
+    if held.op != "get_attr":
+        return None
+    limit, values = tensor_of(graph, held), clamped.meta["val"]
+    is_number = limit.numel() == 1 and limit.ndim <= values.ndim
+    if not is_number or limit.dtype != values.dtype or not values.is_floating_point():
+        return None
+    number = float(limit)
+    is_limit = math.isfinite(number) or number in _NO_LIMIT.values()
+    return number if is_limit else None
 
 
 def _fold_the_rest(graph: fx.GraphModule) -> None:

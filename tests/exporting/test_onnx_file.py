@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,33 @@ def test_openvino_computes_the_same(images: Tensor, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = network.lowered.graph(images)
     assert (found - expected).abs().max() < 0.05 * expected.std()
+
+
+class Limited(nn.Module):
+    """Several layers that clamp one value by tensors, as Gemma's do; some limits are infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.register_buffer("low", torch.tensor(-0.5))
+        self.register_buffer("high", torch.tensor([0.75]))
+        self.register_buffer("none", torch.tensor(math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        first = self.layers[0](torch.clamp(x, self.low, self.high))
+        second = self.layers[1](torch.clamp(x, -self.none, self.none))
+        third = self.layers[2](torch.maximum(self.low, torch.minimum(x, self.high)))
+        return torch.cat([first, second, third, torch.clamp(x, self.low, self.high)], dim=1)
+
+
+def test_limits_that_are_tensors_become_numbers() -> None:
+    images = torch.randn(4, 6)
+    model = converted(Limited(), images)
+    lowered = lower(model, 8, example_input=images)
+    limits = {str(node.target) for node in lowered.graph.graph.nodes if "clamp" in str(node.target)}
+    assert limits <= {"aten.clamp.default"}
+    with model.using_bits(8), torch.no_grad():
+        assert torch.equal(lowered.graph(images), model(images))
+    network = to_integers(lowered)
+    require_close(network, onnx_model(network), images)
