@@ -31,6 +31,7 @@ from anyprec.exporting.onnx_graph import (
     REQUANTIZE,
     arrange_for_onnx,
     codes_in,
+    write_out_attention,
 )
 from anyprec.exporting.onnx_names import name_layers
 from anyprec.exporting.onnx_storage import merge_pads, store_narrow_weights
@@ -82,7 +83,8 @@ def translated(
     """The ONNX model of a graph, as torch's exporter makes it.
 
     Args:
-        graph: Of torch's operators, and of ours in the form that ONNX has.
+        graph: Of torch's operators, and of ours in the form that ONNX has. Attention over other
+            than four axes is written out, in place.
         example: A batch that it accepts.
         dynamic_batch: Accept batches of any size.
         layers: Paths of the quantized layers, after which codes are named.
@@ -92,6 +94,7 @@ def translated(
     Raises:
         ExportError: An operator has no ONNX form.
     """
+    write_out_attention(graph)
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     try:
         with torch.no_grad(), _quietly():

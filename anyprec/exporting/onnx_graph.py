@@ -6,8 +6,9 @@ it is used. Both are arranged here, on the codes, so that no runtime has to move
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -149,6 +150,46 @@ def _use_global_averages(graph: fx.GraphModule) -> None:
         average.meta = {"val": node.meta["val"]}
         node.replace_all_uses_with(average)
         graph.graph.erase_node(node)
+
+
+_ATTENTION = ATEN.scaled_dot_product_attention.default
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+@torch.no_grad()
+def write_out_attention(graph: fx.GraphModule) -> None:
+    """Write attention over other than four axes (Hiera's windows) as its products, in place.
+
+    torch's exporter knows it on `(batch, heads, tokens, channels)` alone.
+    """
+    for node in list(graph.graph.nodes):
+        if not is_call(node, _ATTENTION) or node.meta["val"].ndim == 4:
+            continue
+        given = dict(zip(_ATTENTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
+        if given.get("is_causal") or given.get("enable_gqa"):
+            continue
+        query, key, value = (cast(Node, given[name]) for name in _ATTENTION_ARGUMENTS[:3])
+        scale = given.get("scale") or query.meta["val"].shape[-1] ** -0.5
+        call = graph.graph.call_function
+        with graph.graph.inserting_before(node):
+            scaled = call(ATEN.mul.Tensor, (query, scale))
+            scores = call(ATEN.matmul.default, (scaled, call(ATEN.transpose.int, (key, -2, -1))))
+            scores = _masked(graph, scores, given.get("attn_mask"))
+            weights = call(ATEN.softmax.int, (scores, -1))
+            result = call(ATEN.matmul.default, (weights, value))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _masked(graph: fx.GraphModule, scores: Node, mask: Any) -> Node:
+    if mask is None:
+        return scores
+    if mask.meta["val"].dtype == torch.bool:
+        hidden = graph.graph.call_function(ATEN.logical_not.default, (mask,))
+        return graph.graph.call_function(ATEN.masked_fill.Scalar, (scores, hidden, -math.inf))
+    return graph.graph.call_function(ATEN.add.Tensor, (scores, mask))
 
 
 def _as_matrix_product(graph: fx.GraphModule, linear: Node) -> None:

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import anyprec
 from anyprec.errors import ExportError
@@ -317,4 +318,30 @@ def test_limits_that_are_tensors_become_numbers() -> None:
     with model.using_bits(8), torch.no_grad():
         assert torch.equal(lowered.graph(images), model(images))
     network = to_integers(lowered)
+    require_close(network, onnx_model(network), images)
+
+
+class Windows(nn.Module):
+    """Attention over five axes, in windows as Hiera's, with the mask that it is given."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        split = self.qkv(x).reshape(batch, 3, 4, 3, 2, 4).permute(3, 0, 4, 1, 2, 5)
+        query, key, value = split.unbind(0)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, torch.tensor([True, False, True, True]), torch.tensor([0.0, -1.0, 0.5, 0.0])],
+    ids=["no mask", "mask of yes and no", "mask that is added"],
+)
+def test_attention_in_windows_is_written_out(mask: Tensor | None) -> None:
+    images = torch.randn(3, 12, 8)
+    network = integers(converted(Windows(mask), images), 8)
     require_close(network, onnx_model(network), images)
