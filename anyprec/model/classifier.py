@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from anyprec.errors import ConversionError
 from anyprec.model.converted import ConvertedModel
-from anyprec.model.intact import Parts, parts_of, submodule_or_none
+from anyprec.model.intact import Parts, outputs_of, parts_of, submodule_or_none
 from anyprec.model.record import Coverage
+from anyprec.model.restoring import restored_on_error
 from anyprec.model.switching import switch_to_float
 from anyprec.network.facts import LayerFacts
 from anyprec.nn.layers import QuantizedLayer, quantize_layer
 from anyprec.nn.norms import SwitchableNorm, switch_norm
 from anyprec.nn.operators import LAYER_TYPES
 from anyprec.nn.shared import SharedInputQuantizer
+from anyprec.runtime.batches import device_of
+from anyprec.runtime.modes import evaluating
 
 
 class ConvertedClassifier(ConvertedModel):
@@ -37,7 +42,9 @@ class ConvertedClassifier(ConvertedModel):
         changed.
 
         Raises:
-            ConversionError: Views of the network are alive (`model.view`).
+            ConversionError: Views of the network are alive (`model.view`), or the call changes
+                values between layers that have a quantizer (`placement="integer"`). The model is
+                left as it was.
         """
         if self.anyprec_precision.family.has_views:
             gc.collect()  # a view that nobody has any more may wait for it
@@ -45,12 +52,43 @@ class ConvertedClassifier(ConvertedModel):
             msg = "reset_classifier exchanges a layer, which other views of the network would not "
             msg += "notice: drop them before, and make new ones afterwards"
             raise ConversionError(msg)
-        before = parts_of(self)
+        before, bits = parts_of(self), self.bits
         switch_to_float(self, before.layers)
-        # The network's own class has it.
-        result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+        try:
+            with restored_on_error(self):
+                # The network's own class has it.
+                result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
+                if before.outputs:
+                    _require_outputs(self)
+        except BaseException:
+            self.set_bits(bits)
+            raise
         _adopt_replacements(self, before)
         return result
+
+
+@torch.no_grad()
+def _require_outputs(model: ConvertedModel) -> None:
+    """Refuse a change of the network after which not all values that are quantized are made.
+
+    Raises:
+        ConversionError: A quantizer is gone, or a forward pass makes other calls than before.
+    """
+    example = torch.zeros(model.anyprec_record.facts.example_shape, device=device_of(model))
+    try:
+        # While anybody observes a value, the module that makes it counts its calls.
+        with ExitStack() as observers, evaluating(model):
+            for quantizer in outputs_of(model).values():
+                observers.enter_context(quantizer.observers.including(_ignore))
+            model(example)
+    except ConversionError as error:
+        msg = "reset_classifier changes values between layers that have a quantizer: call it "
+        msg += f'before anyprec.convert, or convert with placement="layers" ({error})'
+        raise ConversionError(msg) from error
+
+
+def _ignore(_value: Tensor) -> None:
+    """Observe, and do nothing."""
 
 
 def _adopt_replacements(model: ConvertedModel, before: Parts) -> None:

@@ -107,6 +107,15 @@ def output_quantizers(model: ConvertedModel) -> dict[str, OutputQuantizer]:
     return dict(parts_of(model).outputs)
 
 
+def outputs_of(model: ConvertedModel) -> dict[str, OutputQuantizer]:
+    """As `output_quantizers`, of a network whose layers and norms may be others by now.
+
+    Raises:
+        ConversionError: A quantizer, or the module that uses it, was replaced or removed.
+    """
+    return _outputs(model)[0]
+
+
 def require_intact(model: ConvertedModel) -> None:
     """Refuse to run a network at a precision that some of its parts have lost.
 

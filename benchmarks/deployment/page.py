@@ -23,6 +23,10 @@ def write_page(page: Path, records: Records) -> None:
     if compared:
         text = accuracy_text(compared)
         pages.write_part(page, "accuracy", "python -m benchmarks.deployment render", text)
+    trained = [record for record in records if record["kind"] == "trained"]
+    if trained:
+        text = trained_text(trained)
+        pages.write_part(page, "trained", "python -m benchmarks.deployment render", text)
     timed = [record for record in records if record["kind"] == "speed"]
     if timed:
         text = speed_text(timed)
@@ -48,6 +52,23 @@ def accuracy_text(records: Records) -> str:
             }
         )
     return pages.markdown(pd.DataFrame(rows), texts=3)
+
+
+def trained_text(records: Records) -> str:
+    """A row for each configuration of a network that was trained one-shot."""
+    rows = [
+        {
+            "network": record["name"],
+            "bits": record["bits"],
+            "million BitOPs": f"{record['bitops'] / 1e6:.0f}",
+            "same class": f"{record['agreeing']} of {record['images']}",
+            "top-1 %": f"{record['accuracy']:.2f}",
+            "top-1 % of the file": f"{record['file_accuracy']:.2f}",
+            "kB": f"{record['bytes'] / 1e3:.0f}",
+        }
+        for record in records
+    ]
+    return pages.markdown(pd.DataFrame(rows), texts=2)
 
 
 def shortfall(record: Mapping[str, Any]) -> str | None:

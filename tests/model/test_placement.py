@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -541,3 +542,22 @@ def test_the_summary_lists_values_between_layers() -> None:
     model.set_bits(4)
     assert all(row.active for row in model.summary().outputs)
     assert "A8" in str(model.summary())
+
+
+@pytest.mark.parametrize("arguments", [(7, "max"), (0, "")])
+def test_a_classifier_without_its_quantized_values_is_refused(arguments: tuple[Any, ...]) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    for name in ("test_convnext", "test_mambaout"):
+        network = timm.create_model(name, num_classes=5).eval()
+        model = anyprec.convert(network, bits=(4, 8), example_input=images[:1], placement="integer")
+        anyprec.calibrate(model, [images])
+        model.configs["small"] = model.resolve_bits(4)
+        model.set_bits(4)
+        expected = model(images)
+        with pytest.raises(anyprec.ConversionError, match="reset_classifier changes values"):
+            model.reset_classifier(*arguments)
+        assert model.bits == model.configs["small"]
+        assert torch.equal(model(images), expected)
+        model.reset_classifier(7)
+        model.set_bits(4)
+        assert model(images).shape == (2, 7)
