@@ -109,7 +109,8 @@ class WeightQuantizer(_Switchable):
         qmin, qmax = self.limits(index)
         return fake_quantize(
             weight,
-            self.step[index],
+            self.step,
+            row=index,
             qmin=qmin,
             qmax=qmax,
             axis=self.axis,
@@ -231,9 +232,11 @@ class InputQuantizer(_Switchable):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
+        step, row = self._step_and_row(index)
         return fake_quantize(
             values,
-            self._ruled(self.step[index]),
+            step,
+            row=row,
             qmin=qmin,
             qmax=qmax,
             gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
@@ -309,6 +312,12 @@ class InputQuantizer(_Switchable):
     def _ruled(self, step: Tensor) -> Tensor:
         """Step sizes as the rule has them, differentiable."""
         return power_of_two_step(step) if self.rule.scale == "power-of-two" else step
+
+    def _step_and_row(self, index: int) -> tuple[Tensor, int | None]:
+        """The step size at a candidate, as `fake_quantize` takes it: all of them and a row."""
+        if self.rule.scale == "power-of-two":
+            return power_of_two_step(self.step[index]), None
+        return self.step, index
 
     def _problem_of(self, zero_points: Tensor) -> str | None:
         """Why the rule does not allow these zero points; None if it does."""
