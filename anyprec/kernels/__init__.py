@@ -14,7 +14,7 @@ Which one runs is chosen by device and dtype at each call (`choosing.py`):
 `use_kernels(enabled=False)` turns them off, and `describe()` says what runs and why.
 """
 
-from anyprec.kernels.choosing import describe, is_plain, kernel_for, kernels_off, use_kernels
+from anyprec.kernels.choosing import describe, kernel_for, kernels_off, use_kernels
 from anyprec.kernels.fused import FusedKernel, Sizes
 from anyprec.kernels.numbers import STEP_FLOOR, narrowed, widened
 
@@ -23,7 +23,6 @@ __all__ = [
     "FusedKernel",
     "Sizes",
     "describe",
-    "is_plain",
     "kernel_for",
     "kernels_off",
     "narrowed",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_MOST_VALUES = 2**31 - 1
-"""Kernels of GPUs count in 32 bits."""
+_MOST_VALUES = 2**30
+"""Kernels of GPUs count in 32 bits, beyond the end as well."""
 
-# Both without another call, since every quantizer asks in every pass; torch has no public names.
+# torch has no public names for these. They are all that a call costs, in every pass of a layer.
 _watchers: Callable[[], int] = torch._C._len_torch_dispatch_stack  # noqa: SLF001 (see above)
-_is_transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor  # noqa: SLF001
+_keys_of: Callable[[Tensor], Any] = torch._C._dispatch_keys  # noqa: SLF001 (see above)
 
 
 class _Machine:
@@ -34,59 +35,91 @@ class _Machine:
     Attributes:
         enabled: Whether kernels run at all.
         reasons: By type of device: how its kernel was made, or why there is none.
+        plain: The dispatch keys of tensors that a kernel may read, and the kernel.
     """
 
     def __init__(self) -> None:
         self.enabled = True
-        self.reasons = {"meta": "an operation for each launch of a GPU"}
-        self._kernels: dict[str, FusedKernel | None] = {"meta": MetaKernel()}
+        self.reasons: dict[str, str] = {}
+        self.plain: dict[int, FusedKernel] = {}
+        self._kernels: dict[str, FusedKernel | None] = {}
         self._lock = Lock()
 
     def kernel(self, device: str) -> FusedKernel | None:
         """The kernel of a type of device, made now if need be; None if there is none."""
-        try:
-            return self._kernels[device]
-        except KeyError:
-            pass
-        with self._lock:
-            if device not in self._kernels:
-                self._kernels[device], self.reasons[device] = _make(device)
-        return self._kernels[device]
+        if device not in self._kernels:
+            with self._lock:
+                if device not in self._kernels:  # or another thread was first
+                    self._make(device)
+        return self._kernels.get(device)
+
+    def _make(self, device: str) -> None:
+        kernel, reason = _make(device)
+        if kernel is not None:
+            examples = []
+            for inference in (False, True):
+                with torch.inference_mode(mode=inference):
+                    examples.append(torch.empty(0, device=device))
+            if type(examples[0]) is not Tensor:
+                return  # a mode makes other tensors now: the next call tries again
+            for example in examples:
+                self.plain[_keys_of(example).raw_repr()] = kernel
+        self._kernels[device], self.reasons[device] = kernel, reason
 
 
 # What this process has loaded, and the one option. Nothing is loaded at import.
 _MACHINE = _Machine()
 
 
-def kernel_for(values: Tensor, step: Tensor) -> FusedKernel | None:
+def kernel_for(values: Tensor, step: Tensor, gradient: Tensor | None = None) -> FusedKernel | None:
     """The kernel that quantizes `values` with `step`; None if torch's operations are to do so.
 
     None where somebody watches operations (a compiler, a mode, a derived class of tensors), and for
     tensors that are not plain memory on one device.
+
+    Args:
+        values: What is quantized.
+        step: Step sizes.
+        gradient: Of the result, in a backward pass.
     """
     if not _MACHINE.enabled or torch.compiler.is_compiling():
         return None
-    if not (is_plain(values) and is_plain(step)) or values.dtype not in _DTYPES:
-        return None
-    if step.dtype != torch.float32 or not step.is_contiguous():
-        return None
-    if not 0 < values.numel() <= _MOST_VALUES:
-        return None
-    device = values.device
     # On the meta device a mode counts launches: there it is shown what a GPU would run.
-    if device != step.device or (_watchers() > 0 and device.type != "meta"):
+    if _watchers() > 0 and not values.is_meta:
         return None
-    return _MACHINE.kernel(device.type)
+    kernel = _kernel_of(values)
+    if kernel is None or _kernel_of(step) is not kernel or not _is_readable(values, step):
+        return None
+    if gradient is not None and _kernel_of(gradient) is not kernel:
+        return None
+    return kernel
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is just numbers in memory, as it says: no view of another kind."""
+def _is_readable(values: Tensor, step: Tensor) -> bool:
+    """Whether kernels know the dtypes, the number of values and the layout of the step sizes."""
     return (
-        type(tensor) in _PLAIN
-        and tensor.layout == torch.strided
-        and not tensor.is_neg()
-        and not _is_transformed(tensor)
+        step.dtype is torch.float32
+        and values.dtype in _DTYPES
+        and 0 < values.numel() <= _MOST_VALUES
+        and step.is_contiguous()
+        # Devices of the same type may be several; -1 is a CPU.
+        and values.get_device() == step.get_device()
     )
+
+
+def _kernel_of(tensor: Tensor) -> FusedKernel | None:
+    """The kernel of a tensor's device; None too if it is not just numbers in memory.
+
+    The dispatch keys say so: those of a sparse or batched tensor, of a view with the sign turned,
+    or of zeros without memory are not those of a plain one.
+    """
+    if type(tensor) not in _PLAIN:
+        return None
+    keys = _keys_of(tensor).raw_repr()
+    kernel = _MACHINE.plain.get(keys)
+    if kernel is None and _MACHINE.kernel(tensor.device.type) is not None:
+        kernel = _MACHINE.plain.get(keys)
+    return kernel
 
 
 def use_kernels(*, enabled: bool) -> None:
@@ -131,6 +164,8 @@ def _make(device: str) -> tuple[FusedKernel | None, str]:
         except BuildError as error:
             return None, str(error)
         return CKernel(library), reason
+    if device == "meta":
+        return MetaKernel(), "an operation for each launch of a GPU"
     if device != "cuda":
         return None, f"there is no kernel for devices of type {device!r}"
     if find_spec("triton") is None:

@@ -10,6 +10,7 @@ Equations are those of LSQ (Esser et al., ICLR 2020); arguments those of `functi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,14 +19,26 @@ from torch.autograd.function import once_differentiable
 
 from anyprec.kernels import (
     STEP_FLOOR,
-    FusedKernel,
     Sizes,
-    is_plain,
     kernel_for,
     narrowed,
     widened,
 )
 from anyprec.nn.channels import Axis, along, sizes_of_channels, sum_of_channels
+
+Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+
+
+def _once_differentiable(backward: Backward) -> Backward:
+    """As torch's `once_differentiable`, without its cost where nobody differentiates gradients."""
+    guarded = once_differentiable(backward)
+
+    def chosen(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return guarded(ctx, gradient)
+        return backward(ctx, gradient)
+
+    return chosen
 
 
 class PerTensor(torch.autograd.Function):
@@ -46,6 +59,7 @@ class PerTensor(torch.autograd.Function):
         gradient_scale: float,
         keep_result: bool,  # noqa: FBT001 (autograd passes no names)
     ) -> Tensor:
+        """See `functional.fake_quantize`."""
         ctx.constants = row, qmin, qmax, gradient_scale
         kernel = kernel_for(values, step)
         if kernel is not None and 0 <= row < step.numel():
@@ -59,11 +73,12 @@ class PerTensor(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the values and of all step sizes."""
         values, step, result = ctx.saved_tensors
         row, qmin, qmax, gradient_scale = ctx.constants
-        kernel = _kernel_of(values, step, gradient)
+        kernel = kernel_for(values, step, gradient)
         if kernel is not None:
             of_values, of_step = kernel.quantize_backward(
                 gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
@@ -92,6 +107,7 @@ class PerChannel(torch.autograd.Function):
         qmax: int,
         gradient_scale: float,
     ) -> Tensor:
+        """See `functional.fake_quantize`."""
         ctx.save_for_backward(values, step)
         ctx.constants = row, axis, qmin, qmax, gradient_scale
         kernel = kernel_for(values, step)
@@ -104,11 +120,12 @@ class PerChannel(torch.autograd.Function):
         return narrowed(result, values.dtype)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the values and of all step sizes."""
         values, step = ctx.saved_tensors
         row, axis, qmin, qmax, gradient_scale = ctx.constants
-        kernel = _kernel_of(values, step, gradient)
+        kernel = kernel_for(values, step, gradient)
         if kernel is not None:
             sizes = _sizes_in_memory(values, step, row, axis)
             if sizes is not None:
@@ -146,14 +163,6 @@ def ratio_of(values: Tensor, scale: Tensor) -> Tensor:
     if values.element_size() < 4:
         return values.float().div_(scale)
     return values / scale
-
-
-def _kernel_of(values: Tensor, step: Tensor, gradient: Tensor) -> FusedKernel | None:
-    """The kernel for the backward pass, if there is one that can read the gradient."""
-    kernel = kernel_for(values, step)
-    if kernel is None or not is_plain(gradient) or gradient.device != values.device:
-        return None
-    return kernel
 
 
 def _sizes_in_memory(values: Tensor, step: Tensor, row: int, axis: Axis) -> Sizes | None:
