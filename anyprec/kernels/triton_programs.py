@@ -10,7 +10,7 @@ rounds to even, but loses the sign of zero.
 """
 
 # Triton compiles these functions: their arguments are pointers and numbers, without annotations.
-# ruff: noqa: ANN001, ANN202, N803
+# ruff: noqa: ANN001, ANN201, ANN202, N803, PLR0913, PLR0917
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
 import triton
@@ -60,7 +60,7 @@ def _contribution(upstream, value, code, inside, step):
     """
     upper = (step.to(tl.int32, bitcast=True) & UPPER_BITS).to(tl.float32, bitcast=True)
     difference = (code * upper - value) + code * (step - upper)
-    return upstream * tl.where(inside, tl.div_rn(difference, step), code)
+    return upstream * tl.where(inside, difference * tl.div_rn(1.0, step), code)
 
 
 @triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["steps"])

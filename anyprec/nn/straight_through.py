@@ -80,14 +80,17 @@ class PerTensor(torch.autograd.Function):
         row, qmin, qmax, gradient_scale = ctx.constants
         kernel = kernel_for(values, step, gradient)
         if kernel is not None:
-            of_values, of_step = kernel.quantize_backward(
+            gradients = kernel.quantize_backward(
                 gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
             )
-        else:
-            of_values, of_step = _tensor_gradients(
-                gradient, values, step, result, ctx.constants, needs_step=ctx.needs_input_grad[1]
-            )
-        return _wanted(ctx, of_values, of_step)
+            return _wanted(ctx, *gradients)
+        needs_step = ctx.needs_input_grad[1]
+        return _wanted(
+            ctx,
+            *_tensor_gradients(
+                gradient, values, step, result, ctx.constants, needs_step=needs_step
+            ),
+        )
 
 
 class PerChannel(torch.autograd.Function):
@@ -140,10 +143,11 @@ class PerChannel(torch.autograd.Function):
                     factor=gradient_scale,
                 )
                 return _wanted(ctx, *gradients)
-        gradients = _channel_gradients(
-            gradient, values, step, ctx.constants, needs_step=ctx.needs_input_grad[1]
+        needs_step = ctx.needs_input_grad[1]
+        return _wanted(
+            ctx,
+            *_channel_gradients(gradient, values, step, ctx.constants, needs_step=needs_step),
         )
-        return _wanted(ctx, *gradients)
 
 
 def effective_step(step: Tensor) -> Tensor:
