@@ -105,35 +105,45 @@ typedef struct {
   const float *gradient, *values;
   float *output;
   float step, low, high;
+  int64_t count;
   double sums[MOST_THREADS];
 } TensorTask;
 
+/* Threads share whole blocks, so that their number changes no sum in float32. */
+static int64_t blocks(int64_t count) { return (count + BLOCK - 1) / BLOCK; }
+
+static int64_t values_before(const TensorTask *task, int64_t block) {
+  return block * BLOCK < task->count ? block * BLOCK : task->count;
+}
+
 static void tensor_forward(void *argument, int64_t first, int64_t last, int number) {
   TensorTask *task = argument;
+  const int64_t start = values_before(task, first), end = values_before(task, last);
   (void)number;
-  quantize(task->values + first, task->output + first, last - first, task->step, task->low,
+  quantize(task->values + start, task->output + start, end - start, task->step, task->low,
            task->high);
 }
 
 static void tensor_backward(void *argument, int64_t first, int64_t last, int number) {
   TensorTask *task = argument;
-  task->sums[number] = backward(task->gradient + first, task->values + first,
-                                task->output + first, last - first, task->step, task->low,
+  const int64_t start = values_before(task, first), end = values_before(task, last);
+  task->sums[number] = backward(task->gradient + start, task->values + start,
+                                task->output + start, end - start, task->step, task->low,
                                 task->high, 0);
 }
 
 void anyprec_tensor(const float *values, float *result, const float *steps, int64_t row, float low,
                     float high, int64_t count, int threads) {
-  TensorTask task = {NULL, values, result, effective(steps[row]), low, high, {0}};
-  share(tensor_forward, &task, count, threads);
+  TensorTask task = {NULL, values, result, effective(steps[row]), low, high, count, {0}};
+  share(tensor_forward, &task, blocks(count), threads);
 }
 
 void anyprec_tensor_backward(const float *gradient, const float *values, float *values_gradient,
                              const float *steps, float *steps_gradient, int64_t all_steps,
                              int64_t row, float low, float high, double factor, int64_t count,
                              int threads) {
-  TensorTask task = {gradient, values, values_gradient, effective(steps[row]), low, high, {0}};
-  share(tensor_backward, &task, count, threads);
+  TensorTask task = {gradient, values, values_gradient, effective(steps[row]), low, high, count, {0}};
+  share(tensor_backward, &task, blocks(count), threads);
   double total = 0;
   for (int number = 0; number < MOST_THREADS; number++) total += task.sums[number];
   memset(steps_gradient, 0, all_steps * sizeof(float));

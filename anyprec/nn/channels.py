@@ -86,7 +86,7 @@ def sum_of_channels(values: Tensor, axis: Axis) -> Tensor:
     """The sum of each output channel of `values`, shape `(channels,)`."""
     if isinstance(axis, GroupedAxis):
         return rows_of_channels(values, axis).sum(dim=1)
-    others = [dim for dim in range(values.ndim) if dim != axis]
+    others = [dim for dim in range(values.ndim) if dim != axis % values.ndim]
     if not others:  # torch would sum over all dimensions if there are none
         return values
     return values.sum(dim=others)
