@@ -222,9 +222,10 @@ def _tensor_gradients(
     # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
     # whole sum.
     total = (_dot(gradient, result) - _dot(inside, values)) / torch.copysign(scale, used)
-    of_step = torch.zeros_like(step)
-    of_step.view(-1)[row] = total * gradient_scale
-    return inside.to(dtype), of_step
+    of_row = (total * gradient_scale).to(step.dtype)
+    # Not in place: gradients may be batched.
+    of_all = torch.zeros_like(step).reshape(-1).select_scatter(of_row, 0, row)
+    return inside.to(dtype), of_all.reshape(step.shape)
 
 
 def _channel_gradients(
@@ -248,10 +249,10 @@ def _channel_gradients(
     codes = ratio.round().clamp_(qmin, qmax)
     contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
     signed_scale = torch.copysign(torch.full_like(used, gradient_scale), used)
-    of_step = torch.zeros_like(step)
     of_row = sum_of_channels(contributions, axis).to(step.dtype) * signed_scale
-    _row_of(of_step, row).copy_(of_row)
-    return inside.to(values.dtype), of_step
+    if step.ndim > 1:
+        of_row = torch.zeros_like(step).select_scatter(of_row, 0, row)
+    return inside.to(values.dtype), of_row
 
 
 def _wanted(ctx: Any, of_values: Tensor, of_step: Tensor | None) -> tuple[Tensor | None, ...]:
