@@ -102,8 +102,8 @@ def _is_readable(values: Tensor, step: Tensor) -> bool:
         and values.dtype in _DTYPES
         and 0 < values.numel() <= _MOST_VALUES
         and step.is_contiguous()
-        # Devices of the same type may be several; -1 is a CPU.
-        and values.get_device() == step.get_device()
+        # Only of these may there be several.
+        and (not values.is_cuda or values.get_device() == step.get_device())
     )
 
 
