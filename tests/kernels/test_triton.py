@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -18,6 +19,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from anyprec.kernels import triton_programs  # noqa: E402
 from anyprec.kernels.triton_kernel import Launcher  # noqa: E402
+from anyprec.nn.functional import fake_quantize  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["special values", "layouts", "narrow values"]
@@ -135,3 +137,27 @@ def test_a_program_is_compiled_once_for_each_key_and_launched_with_all_its_argum
         ((5,), (5, 6.0), {"BLOCK": 64, "num_warps": 1}),
         ((7, 1, 1), (7, 8.0, 1024), {}),
     ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", [None, 0])
+def test_on_a_gpu_results_are_those_of_a_cpu(axis: int | None, dtype: torch.dtype) -> None:
+    # Twice: the second launch is that of a kept program. Odd sizes and starts are other programs.
+    for count in (4096, 4096, 5001, 1):
+        for start in (0, 1):
+            values, upstream = torch.randn(2, 8 * count + 1).to(dtype)[:, start:].unbind()
+            shape = (8, -1) if axis == 0 else (-1,)
+            values = values[: 8 * count].reshape(shape)
+            upstream = upstream[: 8 * count].reshape(shape)
+            step = torch.rand(3, 8 if axis == 0 else 1) * 0.02 + 0.01
+            results = []
+            for device in ("cpu", "cuda"):
+                input_ = values.to(device).requires_grad_()
+                steps = step.to(device).requires_grad_()
+                result = fake_quantize(input_, steps, row=1, qmin=-128, qmax=127, axis=axis)
+                gradients = torch.autograd.grad(result, (input_, steps), upstream.to(device))
+                results.append([tensor.cpu() for tensor in (result.detach(), *gradients)])
+            for mine, theirs in zip(results[1][:2], results[0][:2], strict=True):
+                assert torch.equal(mine, theirs)
+            torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-3)
