@@ -7,9 +7,13 @@ are computed with here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
+
+from anyprec.kernels import Sizes
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,21 @@ def along(step: Tensor, axis: Axis | None, values: Tensor) -> Tensor:
     return step.reshape(shape)
 
 
+@lru_cache(maxsize=1024)
+def sizes_of_channels(shape: tuple[int, ...], axis: Axis) -> Sizes:
+    """How the channels of a contiguous weight of this shape lie in memory."""
+    if isinstance(axis, GroupedAxis):
+        inner = math.prod(shape[2:])
+        return Sizes(axis.groups, shape[0] // axis.groups, shape[1], inner)
+    axis %= len(shape)
+    return Sizes(1, math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+
+
 def sum_of_channels(values: Tensor, axis: Axis) -> Tensor:
     """The sum of each output channel of `values`, shape `(channels,)`."""
     if isinstance(axis, GroupedAxis):
         return rows_of_channels(values, axis).sum(dim=1)
-    others = [dim for dim in range(values.ndim) if dim != axis]
+    others = [dim for dim in range(values.ndim) if dim != axis % values.ndim]
     if not others:  # torch would sum over all dimensions if there are none
         return values
     return values.sum(dim=others)

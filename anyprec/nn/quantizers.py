@@ -107,13 +107,15 @@ class WeightQuantizer(_Switchable):
     def forward(self, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # its base is a norm by name only
         """Fake-quantize `weight` at a candidate; differentiable in both weight and step size."""
         qmin, qmax = self.limits(index)
+        step = self.step
         return fake_quantize(
             weight,
-            self.step[index],
+            step,
+            row=index,
             qmin=qmin,
             qmax=qmax,
             axis=self.axis,
-            gradient_scale=gradient_scale(self._sharing(weight), qmax, qmax - qmin),
+            gradient_scale=gradient_scale(_sharing(weight, step), qmax, qmax - qmin),
         )
 
     def forward_selected(self, weight: Tensor, choice: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class WeightQuantizer(_Switchable):
             qmin=-half,
             qmax=half - 1,
             axis=self.axis,
-            gradient_scale=gradient_scale(self._sharing(weight), half - 1, 2 * half - 1),
+            gradient_scale=gradient_scale(_sharing(weight, self.step), half - 1, 2 * half - 1),
         )
 
     def codes(self, weight: Tensor, index: int) -> Tensor:
@@ -148,10 +150,6 @@ class WeightQuantizer(_Switchable):
         if self.axis is None:
             return weight.reshape(1, -1)
         return rows_of_channels(weight, self.axis)
-
-    def _sharing(self, weight: Tensor) -> int:
-        """Number of weights that share a step size; at least 1."""
-        return max(1, weight.numel() // max(1, self.step.shape[1]))
 
     def extra_repr(self) -> str:
         """Candidates and granularity, for `print(model)`."""
@@ -231,9 +229,11 @@ class InputQuantizer(_Switchable):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
         qmin, qmax = self.limits(index)
+        step, row = self._step_and_row(index)
         return fake_quantize(
             values,
-            self._ruled(self.step[index]),
+            step,
+            row=row,
             qmin=qmin,
             qmax=qmax,
             gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
@@ -310,6 +310,12 @@ class InputQuantizer(_Switchable):
         """Step sizes as the rule has them, differentiable."""
         return power_of_two_step(step) if self.rule.scale == "power-of-two" else step
 
+    def _step_and_row(self, index: int) -> tuple[Tensor, int | None]:
+        """The step size at a candidate, as `fake_quantize` takes it: all of them and a row."""
+        if self.rule.scale == "power-of-two":
+            return power_of_two_step(self.step[index]), None
+        return self.step, index
+
     def _problem_of(self, zero_points: Tensor) -> str | None:
         """Why the rule does not allow these zero points; None if it does."""
         if zero_points.is_meta:
@@ -322,10 +328,18 @@ class InputQuantizer(_Switchable):
             self.calibrated = bool(torch.isfinite(self.step).all())
 
 
+def _sharing(weight: Tensor, step: Tensor) -> int:
+    """Number of weights that share a step size; at least 1."""
+    return max(1, weight.numel() // max(1, step.shape[1]))
+
+
 def _features(values: Tensor) -> int:
     """Number of values of one image, of a batch with any number of them; at least 1."""
-    shape = values.shape[1:] if values.ndim > 1 else values.shape
-    return max(1, math.prod(shape))
+    count = values.numel()
+    if values.ndim > 1:
+        # A batch without images has features, too.
+        count = count // values.shape[0] if count else math.prod(values.shape[1:])
+    return max(1, count)
 
 
 def unknown_steps(*shape: int) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ from torch import Tensor, nn
 
 import anyprec
 from anyprec.calibration.least_squares import input_grid, weight_steps
-from anyprec.nn.functional import STEP_FLOOR, fake_quantize, fake_quantize_with, integer_codes
+from anyprec.kernels import kernels_off
+from anyprec.nn.functional import (
+    STEP_FLOOR,
+    dequantize,
+    fake_quantize,
+    fake_quantize_with,
+    integer_codes,
+)
 from anyprec.nn.moments import match_moments, moments
 from anyprec.nn.packed import PackedOperand
 from anyprec.nn.powers import power_of_two
@@ -86,29 +94,38 @@ def test_step_sizes_made_under_a_default_of_half_precision_have_32_bits(dtype: t
 
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("size", [1.0, 1e-5, 1e-7, 0.0])
-def test_float16_is_quantized_as_float32_and_rounded_once(axis: int | None, size: float) -> None:
-    values = (torch.randn(4, 30) * size).half()
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+def test_16_bits_are_quantized_as_float32_and_rounded_once(
+    axis: int | None, size: float, dtype: torch.dtype, by: str
+) -> None:
+    values = (torch.randn(4, 300) * size).to(dtype)
     step = torch.full((4 if axis == 0 else 1,), max(size, 1e-30) / 50)
     grid = {"qmin": -128, "qmax": 127}
-    expected = fake_quantize(values.float(), step, axis=axis, **grid).half()
+    expected = fake_quantize(values.float(), step, axis=axis, **grid).to(dtype)
     limits = {name: torch.tensor([float(value)]) for name, value in grid.items()}
     one = torch.tensor([1.0])
-    assert torch.equal(fake_quantize(values, step, axis=axis, **grid), expected)
+    with kernels_off() if by == "torch" else nullcontext():
+        assert torch.equal(fake_quantize(values, step, axis=axis, **grid), expected)
     assert torch.equal(
         fake_quantize_with(values, step, axis=axis, gradient_scale=one, **limits), expected
     )
     codes = integer_codes(values, step, axis=axis, **grid)
     assert torch.equal(codes, integer_codes(values.float(), step, axis=axis, **grid))
+    assert torch.equal(dequantize(codes, step, axis=axis, dtype=dtype), expected)
 
 
-def test_gradients_in_float16_are_those_of_float32() -> None:
-    values, step = torch.randn(64, 50).half(), torch.tensor([0.07], requires_grad=True)
-    upstream = (torch.randn(64, 50) * 100).half()  # their sums do not fit into float16
+@pytest.mark.parametrize("narrow", HALVES)
+@pytest.mark.parametrize("by", ["kernel", "torch"])
+def test_gradients_in_16_bits_are_those_of_float32(narrow: torch.dtype, by: str) -> None:
+    values, step = torch.randn(64, 50).to(narrow), torch.tensor([0.07], requires_grad=True)
+    upstream = (torch.randn(64, 50) * 100).to(narrow)  # their sums do not fit into float16
     gradients = []
-    for dtype in (torch.float16, torch.float32):
+    for dtype in (narrow, torch.float32):
         input_ = values.to(dtype).requires_grad_()
-        quantized = fake_quantize(input_, step, qmin=-8, qmax=7)
-        gradients.append(torch.autograd.grad(quantized, (input_, step), upstream.to(dtype)))
+        with kernels_off() if by == "torch" else nullcontext():
+            quantized = fake_quantize(input_, step, qmin=-8, qmax=7)
+            gradients.append(torch.autograd.grad(quantized, (input_, step), upstream.to(dtype)))
     assert torch.equal(gradients[0][0].float(), gradients[1][0])
     assert torch.equal(gradients[0][1], gradients[1][1])
 
