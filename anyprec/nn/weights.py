@@ -8,7 +8,7 @@ are, in the layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from anyprec.nn.packed import NO_LATENTS, PackedOperand
 if TYPE_CHECKING:
     from anyprec.nn.layers import QuantizedLayer
     from anyprec.nn.quantizers import WeightQuantizer
+
+
+Recompute = Literal["auto", "always", "never"]
+"""Which quantized weights are computed again in the backward pass: see `recompute_weights`."""
+
+_SMALL_BESIDE_INPUT = 4
+"""A weight is small beside an input that has at least as many times its elements."""
+
+_SMALL_WEIGHT = 16_384
+"""A weight of as many elements is small beside anything: 64 KiB in float32."""
 
 
 class WeightSource(ABC):
@@ -81,10 +91,25 @@ class LatentWeight(WeightSource):
 
     Args:
         dynamic: As for `WeightSource`.
+
+    Attributes:
+        recompute: Whether the backward pass computes the quantized weight again, instead of that
+            the forward pass keeps it.
     """
+
+    # A class attribute besides, for layers pickled before there was one.
+    recompute: Recompute = "auto"
 
     def __init__(self, *, dynamic: bool) -> None:
         super().__init__(dynamic=dynamic, corrected_axis=None)
+        self.recompute = "auto"
+
+    def recomputes(self, quantized: Tensor, input_: Tensor) -> bool:
+        """Whether a quantized weight that multiplies this input is computed again for backward."""
+        if self.recompute != "auto":
+            return self.recompute == "always"
+        elements = quantized.numel()
+        return elements > _SMALL_WEIGHT and _SMALL_BESIDE_INPUT * elements > input_.numel()
 
     def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
         """See `WeightSource`; differentiable in the operand and the step size."""
