@@ -11,12 +11,12 @@ own. All other layers are intercepted (`layers.py`), as are all in compiled netw
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from anyprec.nn.attributes import keeps_attributes
 from anyprec.nn.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def input_of_stand_in(
     inner = _FORWARDS[function]
     if inner is not None and not _is_plain_convolution(layer, inner):
         return None
-    if not _reads_attributes(type(layer)):
+    if not keeps_attributes(type(layer), _READ):
         return None
     value = None
     if len(args) == 1 and not kwargs:
@@ -95,17 +95,3 @@ def _is_plain_convolution(layer: nn.Module, inner: Callable[..., Any]) -> bool:
     if getattr(type(layer), "_conv_forward", None) is not inner or "_conv_forward" in attributes:
         return False
     return attributes.get("padding_mode") == "zeros"
-
-
-@functools.cache
-def _reads_attributes(kind: Any) -> bool:
-    """Whether a class of layers keeps what its forward reads in plain attributes, or computes it.
-
-    A property would be computed from the stand-in, and the weight perhaps changed after it was
-    quantized.
-    """
-    if any(hasattr(kind, name) for name in _READ):
-        return False
-    if kind.__getattribute__ is not object.__getattribute__:
-        return False
-    return kind.__getattr__ is nn.Module.__getattr__

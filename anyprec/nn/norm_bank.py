@@ -107,13 +107,14 @@ class NormBank(Undecayed):
             uniform: Statistics of this uniform bit-width, by index, instead of those of the copy.
         """
         values: dict[str, Tensor] = {}
+        rows = self.rows
         for name in names:
-            copies = getattr(self, name)
-            if self._is_shared(copies):
+            copies: Tensor = getattr(self, name)
+            if copies.shape[0] < rows:  # all copies have these values in common
                 values[name] = copies.squeeze(0)
             else:
                 # A view: through it batch_norm updates the statistics of the bank.
-                values[name] = copies[row]
+                values[name] = copies.select(0, row)
         if uniform is not None:
             for name, estimated in zip(STATISTICS, self.statistics(row, uniform), strict=True):
                 values[name] = _finite_or(estimated, values[name])
@@ -238,6 +239,10 @@ class NormBank(Undecayed):
 
 def _finite_or(values: Tensor, fallback: Tensor) -> Tensor:
     # NaN and no flag marks what is missing: averaging weights from outside (EMA) copies no flags.
+    is_readable = type(values) is Tensor and values.device.type == "cpu"
+    # A finite sum has finite summands, and on a CPU to look at it takes the least time.
+    if is_readable and not torch.compiler.is_compiling() and math.isfinite(float(values.sum())):
+        return values
     return torch.where(torch.isfinite(values), values, fallback)
 
 

@@ -40,7 +40,9 @@ from anyprec.nn.norm_stand_ins import (
     OutputWatch,
     is_synchronised,
     passes_values_on,
+    reading_stand_in,
     require_values_of_copies,
+    returns_normalised,
     standing_in,
 )
 from anyprec.nn.observers import Observers
@@ -180,6 +182,13 @@ class SwitchableNorm(Specialized):
             require_values_of_copies(self)
         if not self._passes_values_on or is_synchronised(self):
             return self._forward_of_stand_in(args, kwargs)
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            forward = super().forward
+            stand_in = self._reading_stand_in(forward, args[0])
+            if stand_in is not None:
+                result = forward.__func__(stand_in, args[0])
+                self.output_observers.notify(result)
+                return result
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
 
@@ -193,12 +202,24 @@ class SwitchableNorm(Specialized):
             self.output_observers.notify(result)
         return result
 
+    def _reading_stand_in(self, forward: Any, input_: Any) -> nn.Module | None:
+        """What a known forward can run on; None if `F.batch_norm` must be intercepted in it."""
+        is_normalised = returns_normalised(forward)
+        # Observers see the values before an activation that the forward applies as well.
+        if is_normalised is None or (self.output_observers and not is_normalised):
+            return None
+        # A tensor of another class may see in its operators what a stand-in would change.
+        if type(input_) not in (Tensor, nn.Parameter):
+            return None
+        return reading_stand_in(self, self._selected_values())
+
     def _selected_values(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        if self.bank is not None and self.row is not None:
+        bank, row = self.bank, self.selection.row
+        if bank is not None and row is not None:
             names = [name for name in (*STATISTICS, *AFFINE) if getattr(self, name) is not None]
             # The batch's own statistics are used in training, and update those of the copy.
-            values = self.bank.values(names, self.row, None if self.training else self.uniform)
+            values = bank.values(names, row, None if self.training else self.selection.uniform)
         if self.override is not None and not self.training:
             values["running_mean"], values["running_var"] = self.override
         return values
