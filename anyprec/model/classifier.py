@@ -46,7 +46,7 @@ class ConvertedClassifier(ConvertedModel):
             msg += "notice: drop them before, and make new ones afterwards"
             raise ConversionError(msg)
         before = parts_of(self)
-        switch_to_float(self, before.layers)
+        switch_to_float(self)
         # The network's own class has it.
         result = super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
         _adopt_replacements(self, before)

@@ -54,17 +54,18 @@ def input_of_stand_in(
     inner = _FORWARDS[function]
     if inner is not None and not _is_plain_convolution(layer, inner):
         return None
-    if not keeps_attributes(type(layer), _READ):
+    kind: Any = type(layer)
+    if not keeps_attributes(kind, _READ):
         return None
-    value = None
+    value: Tensor | None = None
     if len(args) == 1 and not kwargs:
         value = args[0]
     elif not args and len(kwargs) == 1:
         value = kwargs.get("input")
     # A tensor of another class may see in its operators what a stand-in would change.
-    if type(value) in _PLAIN_INPUTS and value.is_floating_point():
-        return value
-    return None
+    if value is None or type(value) not in _PLAIN_INPUTS or not value.is_floating_point():
+        return None
+    return value
 
 
 def stand_in_for(layer: QuantizedModule, weight: Tensor) -> nn.Module:

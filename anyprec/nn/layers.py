@@ -228,7 +228,7 @@ class QuantizedModule(QuantizedLayer, Specialized):
         if not self.is_intercepted:
             return super().forward(*args, **kwargs)
         if self._active and not torch.compiler.is_compiling():
-            forward = super().forward
+            forward: Any = super().forward
             input_ = input_of_stand_in(self, forward, args, kwargs)
             if input_ is not None:
                 return _run_stand_in(self, forward.__func__, input_)
@@ -238,7 +238,8 @@ class QuantizedModule(QuantizedLayer, Specialized):
 
 def _run_stand_in(layer: QuantizedModule, forward: Callable[..., Any], input_: Tensor) -> Any:
     """Call the original `forward` of a layer with the quantized input and weight."""
-    weight = layer._parameters["weight"]  # noqa: SLF001 (past nn.Module.__getattr__, which is slow)
+    # Past nn.Module.__getattr__, which is slow.
+    weight: Any = layer._parameters["weight"]  # noqa: SLF001
     quantized_input, quantized_weight = layer.quantized_operands(input_, weight)
     stand_in = stand_in_for(layer, quantized_weight)
     with _saving_no_weight(layer, quantized_weight, weight, input_):

@@ -141,7 +141,7 @@ def reading_stand_in(norm: Any, values: Mapping[str, Tensor]) -> nn.Module | Non
         # Those of a replica are attributes, and parametrized ones properties.
         if name not in own or name in attributes:
             return None
-    kind = type(norm)
+    kind: Any = type(norm)
     if kind._check_input_dim not in _INPUT_CHECKS or "_check_input_dim" in attributes:  # noqa: SLF001 (as above)
         return None
     if not keeps_attributes(kind, _READ):

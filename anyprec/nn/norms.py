@@ -147,20 +147,14 @@ class SwitchableNorm(Specialized):
         uniform = None
         if bank is not None and width in bank.widths:
             uniform = bank.widths.index(width)
-        self._select(NormSelection(row, uniform, override))
         if row is not None and bank is not None and self.chosen is not None:
             statistics = row if uniform is None else bank.rows + uniform
             self.chosen.choose(row=row, statistics=statistics)
-        if bank is not None and bank.stale is not None and bank.stale.network.compiled:
-            self._warn_if_stale(bank)
+        select(self, NormSelection(row, uniform, override))
 
     def override_with(self, statistics: Statistics | None) -> None:
         """Use these statistics in eval mode until the next `switch`; None ends that."""
-        self._select(replace(self.selection, override=statistics))
-
-    def _select(self, selection: NormSelection) -> None:
-        # Past nn.Module.__setattr__, which takes ten times as long: a network has many norms.
-        vars(self)["selection"] = selection
+        vars(self)["selection"] = replace(self.selection, override=statistics)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with what is selected in place of the float values.
@@ -174,7 +168,7 @@ class SwitchableNorm(Specialized):
             # training `OneShot` drops them.
             if self.training:
                 self.bank.forget_uniform()
-            self._warn_if_stale(self.bank)
+            _warn_if_stale(self, self.bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
@@ -183,7 +177,7 @@ class SwitchableNorm(Specialized):
         if not self._passes_values_on or is_synchronised(self):
             return self._forward_of_stand_in(args, kwargs)
         if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
-            forward = super().forward
+            forward: Any = super().forward
             stand_in = self._reading_stand_in(forward, args[0])
             if stand_in is not None:
                 result = forward.__func__(stand_in, args[0])
@@ -237,10 +231,6 @@ class SwitchableNorm(Specialized):
             raise TrainingError(msg)
         super().reset_running_stats()  # type: ignore[misc]
 
-    def _warn_if_stale(self, bank: NormBank) -> None:
-        if bank.stale is not None and not self.training and self.override is None:
-            bank.stale.warn_about(self.row)
-
     @torch.no_grad()
     def take_over_affine(self) -> None:
         """Give the float network's norm the affine parameters of the active copy."""
@@ -257,6 +247,22 @@ class SwitchableNorm(Specialized):
         if self.row is None or self.bank is None:
             return self.running_mean, self.running_var
         return self.bank.statistics(self.row, self.uniform)
+
+
+def select(norm: SwitchableNorm, selection: NormSelection) -> None:
+    """Make this what a norm uses of its copies; its `chosen` is written by the caller."""
+    # Past nn.Module.__setattr__, which takes ten times as long: a network has many norms.
+    vars(norm)["selection"] = selection
+    bank: NormBank | None = norm._modules["bank"]  # type: ignore[assignment]  # noqa: SLF001 (as above)
+    # Compiled forward passes cannot warn.
+    if bank is not None and bank.stale is not None and bank.stale.network.compiled:
+        _warn_if_stale(norm, bank)
+
+
+def _warn_if_stale(norm: SwitchableNorm, bank: NormBank) -> None:
+    selection = norm.selection
+    if bank.stale is not None and not norm.training and selection.override is None:
+        bank.stale.warn_about(selection.row)
 
 
 class _NormInterceptor(FunctionMode):
