@@ -108,8 +108,11 @@ class NormBank(Undecayed):
         """
         values: dict[str, Tensor] = {}
         rows = self.rows
+        # Past nn.Module.__getattr__, since each norm asks in each pass.
+        tensors = self._parameters | self._buffers
         for name in names:
-            copies: Tensor = getattr(self, name)
+            # Those of a replica are attributes.
+            copies: Any = tensors[name] if name in tensors else getattr(self, name)
             if copies.shape[0] < rows:  # all copies have these values in common
                 values[name] = copies.squeeze(0)
             else:
@@ -240,8 +243,12 @@ class NormBank(Undecayed):
 def _finite_or(values: Tensor, fallback: Tensor) -> Tensor:
     # NaN and no flag marks what is missing: averaging weights from outside (EMA) copies no flags.
     is_readable = type(values) is Tensor and values.device.type == "cpu"
-    # A finite sum has finite summands, and on a CPU to look at it takes the least time.
-    if is_readable and not torch.compiler.is_compiling() and math.isfinite(float(values.sum())):
+    # A finite sum of squares has finite summands, and on a CPU to look at it takes the least time.
+    if (
+        is_readable
+        and not torch.compiler.is_compiling()
+        and math.isfinite(float(values.dot(values)))
+    ):
         return values
     return torch.where(torch.isfinite(values), values, fallback)
 

@@ -163,12 +163,13 @@ class SwitchableNorm(Specialized):
             ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
         """
         follow_precision(self)
-        if self.bank is not None and not torch.compiler.is_compiling():
+        bank = self.bank
+        if bank is not None and not torch.compiler.is_compiling():
             # In training the copies move, and statistics beside them would stay behind. In compiled
             # training `OneShot` drops them.
             if self.training:
-                self.bank.forget_uniform()
-            _warn_if_stale(self, self.bank)
+                bank.forget_uniform()
+            _warn_if_stale(self, bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
@@ -211,12 +212,23 @@ class SwitchableNorm(Specialized):
         values: dict[str, Tensor] = {}
         bank, row = self.bank, self.selection.row
         if bank is not None and row is not None:
-            names = [name for name in (*STATISTICS, *AFFINE) if getattr(self, name) is not None]
+            names = self._names_of_values()
             # The batch's own statistics are used in training, and update those of the copy.
             values = bank.values(names, row, None if self.training else self.selection.uniform)
         if self.override is not None and not self.training:
             values["running_mean"], values["running_var"] = self.override
         return values
+
+    def _names_of_values(self) -> list[str]:
+        """Which parameters and statistics the norm has."""
+        # Past nn.Module.__getattr__, since each norm asks in each pass.
+        tensors = self._parameters | self._buffers
+        names: list[str] = []
+        for name in (*STATISTICS, *AFFINE):
+            value = tensors[name] if name in tensors else getattr(self, name)
+            if value is not None:
+                names.append(name)
+        return names
 
     def reset_running_stats(self) -> None:
         """Reset the float network's statistics.

@@ -122,8 +122,7 @@ class LatentWeight(WeightSource):
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         record = None
         if not (layer.training or learns or self.dynamic) and self._can_keep(operand):
-            # Weights change in place, without notice.
-            record = record_of((*layer.weight_tensors(), step))
+            record = _record(layer, operand, step)
         if record is None:
             return self.compute(quantizer, operand, index)
         kept = self._recorded(index, record)
@@ -166,6 +165,14 @@ class LatentWeight(WeightSource):
         if self.corrected_axis is None:
             return quantized
         return match_moments(quantized, operand, axis=self.corrected_axis)
+
+
+def _record(layer: QuantizedLayer, operand: Tensor, step: Tensor) -> Record | None:
+    """Torch's record of all that a quantized weight is made of: weights change without notice."""
+    if layer._parameters.get("weight") is operand:  # noqa: SLF001 (past nn.Module.__getattr__)
+        return record_of((operand, step))
+    # Perhaps made of others (weight standardisation, parametrizations).
+    return record_of((*layer.weight_tensors(), step))
 
 
 class PackedCodes(WeightSource):
