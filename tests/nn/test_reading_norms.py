@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from typing import Any
 
 import pytest
@@ -166,17 +167,64 @@ def test_statistics_move_in_the_bank_that_is_there() -> None:
         lambda norm: norm.double(),
         lambda norm: norm.load_state_dict(replaced, assign=True),
         copy.deepcopy,
+        lambda norm: pickle.loads(pickle.dumps(norm)),
+        moved_by_data,
+        lambda norm: norm.share_memory(),
     ]
     for change in changes:
-        before = norm.bank.running_mean
+        before = norm.bank.running_mean.detach()
         result = change(norm)
         changed = result if isinstance(result, nn.Module) else norm
-        assert changed.bank.running_mean is not before
+        is_shared = changed.bank.running_mean.data_ptr() == before.data_ptr()
         start, left = changed.bank.running_mean.clone(), before.clone()
         changed(x.to(start.dtype))
         assert (changed.bank.running_mean[1] != start[1]).all()
         assert torch.equal(changed.bank.running_mean[0], start[0])
-        assert torch.equal(before, left)
+        assert is_shared or torch.equal(before, left)
+
+
+def moved_by_data(norm: Any) -> None:
+    """As FSDP moves a tensor."""
+    norm.bank.running_mean.data = norm.bank.running_mean.data.clone()
+
+
+def test_rows_that_are_used_again_are_those_of_the_present_values() -> None:
+    norm, x = make().eval(), torch.randn(6, 4, 3, 3)
+    changes = [
+        lambda bank: bank.running_mean.add_(1),
+        lambda bank: bank.weight.data.mul_(2),
+        lambda bank: bank.running_var.numpy().__imul__(2),
+        lambda bank: setattr(bank, "running_mean", bank.running_mean + 1),
+        lambda bank: setattr(bank, "weight", nn.Parameter(bank.weight.detach() * 2)),
+        lambda bank: setattr(bank.bias, "data", bank.bias.data * 2),
+    ]
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for change in changes:
+            with torch.no_grad():
+                before = norm(x)
+                change(norm.bank)
+            with context():
+                output = norm(x)
+            assert not torch.equal(output, before)
+            assert torch.equal(output, of_row(norm, 1)(x))
+
+
+def of_row(norm: Any, row: int) -> nn.Module:
+    """A float norm with the values of a copy."""
+    single = nn.BatchNorm2d(4).eval()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(single, name).data.copy_(getattr(norm.bank, name)[row].detach())
+    return single
+
+
+def test_a_row_that_was_used_without_gradients_takes_some_later() -> None:
+    norm, x = make(shared_affine=True), torch.randn(6, 4, 3, 3)
+    with torch.inference_mode():
+        norm(x)
+    with torch.no_grad():
+        norm(x)
+    norm(x).square().sum().backward()
+    assert norm.bank.weight.grad.all()
 
 
 def test_observers_see_values_before_an_activation(interceptions: list[nn.Module]) -> None:
