@@ -53,6 +53,7 @@ from anyprec.model.hardware import (
 )
 from anyprec.model.pairs import LayerPairs
 from anyprec.model.placement import Placement
+from anyprec.model.recomputing import recompute_weights
 from anyprec.model.record import ConfigNote, ConvertSettings, Coverage
 from anyprec.model.summary import OutputRow, Summary, SummaryRow
 from anyprec.model.trust import trust_weights
@@ -62,6 +63,7 @@ from anyprec.nn.grids import ActivationGrid, ActivationScale, GridRule
 from anyprec.nn.layers import QuantizedLayer
 from anyprec.nn.norms import NormSharing
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.weights import Recompute
 from anyprec.runtime.batches import Batch
 from anyprec.searching.algorithms.constraints import AllowedBits
 from anyprec.searching.budget.budgets import Budget
@@ -161,6 +163,7 @@ __all__ = [
     "QuantizedLayer",
     "RaisedScale",
     "Recipe",
+    "Recompute",
     "SamplerLike",
     "SandwichSampler",
     "SearchError",
@@ -195,6 +198,7 @@ __all__ = [
     "load",
     "measure_latency",
     "param_groups",
+    "recompute_weights",
     "save",
     "search",
     "trust_weights",

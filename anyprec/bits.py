@@ -8,7 +8,7 @@ patterns) against a network's candidates is here too: it is arithmetic on names 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -152,6 +152,20 @@ class BitConfig(Mapping[str, Bits]):
     def __len__(self) -> int:
         return len(self._bits)
 
+    # The three below answer as `Mapping` has them, which takes a call for each layer.
+
+    def keys(self) -> KeysView[str]:
+        """The paths."""
+        return self._bits.keys()
+
+    def values(self) -> ValuesView[Bits]:
+        """The precision of each layer."""
+        return self._bits.values()
+
+    def items(self) -> ItemsView[str, Bits]:
+        """Paths and precisions."""
+        return self._bits.items()
+
     def __hash__(self) -> int:
         return self._hash
 
@@ -266,6 +280,8 @@ def resolve(
     Raises:
         BitsError: unknown path, pattern without a match, or a bit-width that is not a candidate.
     """
+    if type(request) is BitConfig and _fits(request, candidates):
+        return request
     chosen: dict[str, Bits] = {}
     for pattern, value in request.items():
         if pattern not in candidates:
@@ -284,6 +300,14 @@ def resolve(
         raise BitsError(msg)
     # In network order, whatever the order of the request.
     return BitConfig({path: chosen[path] for path in candidates})
+
+
+def _fits(config: BitConfig, candidates: Candidates) -> bool:
+    """Whether a configuration names every layer, in network order, with a candidate of it."""
+    if list(config) != list(candidates):
+        return False
+    layers = candidates.values()
+    return all(bits in layer for bits, layer in zip(config.values(), layers, strict=True))
 
 
 def match_paths(pattern: str, paths: Iterable[str]) -> list[str]:

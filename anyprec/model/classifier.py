@@ -53,7 +53,7 @@ class ConvertedClassifier(ConvertedModel):
             msg += "notice: drop them before, and make new ones afterwards"
             raise ConversionError(msg)
         before, bits = parts_of(self), self.bits
-        switch_to_float(self, before.layers)
+        switch_to_float(self)
         try:
             with restored_on_error(self):
                 # The network's own class has it.

@@ -20,9 +20,9 @@ from anyprec.model.checks import require_calibrated, require_latents
 from anyprec.model.intact import Structure, parts_of, require_intact
 from anyprec.model.precision import ActivePrecision
 from anyprec.model.record import ConversionRecord, Coverage
-from anyprec.model.requests import resolve_request
 from anyprec.model.state_dicts import added_keys, restart_from_float
 from anyprec.model.summary import Summary, output_row, summary_row
+from anyprec.model.switchboard import switchboard_of
 from anyprec.model.switching import switch, switch_to_float
 from anyprec.model.views import PRESENT, Present, make_view
 from anyprec.nn.layers import PACKED, QuantizedLayer
@@ -94,7 +94,7 @@ class ConvertedModel(Specialized):
     @property
     def candidates(self) -> dict[str, LayerCandidates]:
         """The bit-widths that each quantized layer may take, by path."""
-        return {path: layer.candidates for path, layer in self.quantized_layers.items()}
+        return dict(switchboard_of(self).candidates)
 
     @property
     def current_candidates(self) -> dict[str, LayerCandidates]:
@@ -154,7 +154,7 @@ class ConvertedModel(Specialized):
         Raises:
             BitsError: as `set_bits`.
         """
-        return None if request is None else resolve_request(request, self.candidates, self.configs)
+        return None if request is None else switchboard_of(self).resolve(request, self.configs)
 
     def set_bits(self, request: BitsRequest) -> None:
         """Switch the precision of the network, at once and without touching a weight.
@@ -185,16 +185,16 @@ class ConvertedModel(Specialized):
             >>> model.set_bits(None)
         """
         self.anyprec_precision.require_switchable()
-        layers = self.quantized_layers
         if request is None:
             require_latents(self, purpose="set_bits(None)")
-            switch_to_float(self, layers)
+            switch_to_float(self)
             return
         # Everything that can fail comes before the switch.
-        candidates = {path: layer.candidates for path, layer in layers.items()}
-        config = resolve_request(request, candidates, self.configs)
-        require_calibrated(self)
-        switch(self, layers, config)
+        board = switchboard_of(self)
+        config = board.resolve(request, self.configs)
+        if not board.is_calibrated:
+            require_calibrated(self)
+        switch(self, config)
 
     @contextmanager
     def using_bits(self, request: BitsRequest) -> Iterator[None]:

@@ -22,6 +22,7 @@ from anyprec.nn.owners import FunctionalOwner
 if TYPE_CHECKING:
     from anyprec.model.converted import ConvertedModel
     from anyprec.model.record import ConversionRecord
+    from anyprec.model.switchboard import Switchboard
 
 _Part = TypeVar(
     "_Part", QuantizedLayer, SwitchableNorm, FunctionalOwner, OutputOwner, OutputQuantizer
@@ -65,10 +66,11 @@ class Parts:
 
 
 class Structure:
-    """Remembers the parts of one network; a copy of it remembers none."""
+    """Remembers the parts of one network, and their switches; a copy of it remembers none."""
 
     def __init__(self) -> None:
         self.parts: Parts | None = None
+        self.switchboard: Switchboard | None = None
 
     def __reduce__(self) -> tuple[type[Structure], tuple[()]]:
         """Copy and pickle as a new one."""

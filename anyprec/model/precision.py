@@ -180,7 +180,7 @@ class ActivePrecision(BackwardGuard):
         is_innermost = self.blocks.is_innermost(block)
         try:
             if is_innermost:
-                switch(model, model.quantized_layers, block.before)
+                switch(model, block.before)
         finally:
             # Only now, since another thread may be waiting for its turn.
             self.blocks.close(block)
@@ -245,7 +245,7 @@ class ActivePrecision(BackwardGuard):
             raise PrecisionError(msg)
         self._is_following = True
         try:
-            switch(model, layers, precision)
+            switch(model, precision)
         finally:
             self._is_following = False
 
@@ -275,7 +275,7 @@ class ActivePrecision(BackwardGuard):
         """Let norms use statistics that were estimated, or dropped, through another view."""
         sources, used = norm_sources(model, self.active), self._norms_used
         if used is not None and not sources.are_those_of(used):
-            switch(model, model.quantized_layers, self.active)
+            switch(model, self.active)
 
 
 class _AtEnd:

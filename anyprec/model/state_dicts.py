@@ -36,7 +36,7 @@ def added_keys(model: ConvertedModel) -> set[str]:
 def restart_from_float(model: ConvertedModel) -> None:
     """Start step sizes and norm copies anew from the present float weights."""
     layers = model.quantized_layers
-    switch_to_float(model, layers)
+    switch_to_float(model)
     for layer in layers.values():
         layer.weight_quantizer.initialize(layer.weight)
         layer.input_quantizer.forget()

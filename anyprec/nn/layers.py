@@ -5,7 +5,8 @@ A quantized Conv or Linear layer is the float layer itself with a derived class 
 one operator that multiplies the input by the weight (`F.conv2d`, `F.linear`, ...): there the two
 operands are replaced by their fake-quantized values. So no bias, dilation, padding mode, SAME
 padding or weight standardisation is reimplemented, and a standardised weight is quantized after it
-was standardised.
+was standardised. Where the forward is known to do nothing else, it gets the quantized operands at
+once (`layer_stand_ins.py`), which is faster.
 
 Not here: bare parameters (`matrices.py`), weights that are used without calling their layer
 (`owners.py`), where a quantized weight comes from (`weights.py`), which layers a network has
@@ -28,6 +29,7 @@ from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.counting import run_body, uncounted
 from anyprec.nn.grids import GridRule
+from anyprec.nn.layer_stand_ins import input_of_stand_in, stand_in_for
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
@@ -133,17 +135,12 @@ class QuantizedLayer(nn.Module):
         weight: Tensor,
     ) -> Any:
         """Call `operator` with `input_` and `weight`, which are among its arguments, quantized."""
-        if self.operand_observers:
-            self.operand_observers.notify(input_, _whole(weight, self.weight))
         # Quantizing would turn bytes into numbers where the float operator refuses them.
         if not self._active or not input_.is_floating_point():
+            if self.operand_observers:
+                self.operand_observers.notify(input_, _whole(weight, self.weight))
             return operator(*args, **kwargs)
-        with uncounted():
-            if torch.compiler.is_compiling():
-                quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
-            else:
-                quantized_input = self.input_quantizer(input_, self._input_index)
-            quantized_weight = self.quantized_operand(weight)
+        quantized_input, quantized_weight = self.quantized_operands(input_, weight)
 
         # By identity, since operators take their operands by position, by name or in a list.
         def replaced(value: Any) -> Any:
@@ -157,11 +154,22 @@ class QuantizedLayer(nn.Module):
 
         args = tuple(map(replaced, args))
         kwargs = {name: replaced(value) for name, value in kwargs.items()}
-        with _saving_no_weight(self, quantized_weight, weight):
+        with _saving_no_weight(self, quantized_weight, weight, input_):
             result = operator(*args, **kwargs)
         if self.output_observers:
             self.output_observers.notify(result)
         return result
+
+    def quantized_operands(self, input_: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Fake-quantized input and weight at the active precision, shown to observers before."""
+        if self.operand_observers:
+            self.operand_observers.notify(input_, _whole(weight, self.weight))
+        with uncounted():
+            if torch.compiler.is_compiling():
+                quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
+            else:
+                quantized_input = self.input_quantizer(input_, self._input_index)
+            return quantized_input, self.quantized_operand(weight)
 
     def quantized_operand(self, weight: Tensor) -> Tensor:
         """Fake-quantized `weight`: the latent weight, a view of it, or a tensor made of it."""
@@ -219,8 +227,26 @@ class QuantizedModule(QuantizedLayer, Specialized):
         follow_precision(self)
         if not self.is_intercepted:
             return super().forward(*args, **kwargs)
+        if self._active and not torch.compiler.is_compiling():
+            forward: Any = super().forward
+            input_ = input_of_stand_in(self, forward, args, kwargs)
+            if input_ is not None:
+                return _run_stand_in(self, forward.__func__, input_)
         with _LayerInterceptor(self):
             return super().forward(*args, **kwargs)
+
+
+def _run_stand_in(layer: QuantizedModule, forward: Callable[..., Any], input_: Tensor) -> Any:
+    """Call the original `forward` of a layer with the quantized input and weight."""
+    # Past nn.Module.__getattr__, which is slow.
+    weight: Any = layer._parameters["weight"]  # noqa: SLF001
+    quantized_input, quantized_weight = layer.quantized_operands(input_, weight)
+    stand_in = stand_in_for(layer, quantized_weight)
+    with _saving_no_weight(layer, quantized_weight, weight, input_):
+        result = forward(stand_in, quantized_input)
+    if layer.output_observers:
+        layer.output_observers.notify(result)
+    return result
 
 
 class _LayerInterceptor(FunctionMode):
@@ -359,16 +385,19 @@ def _is_foreign(operand: Tensor, layer: nn.Module) -> bool:
 
 
 def _saving_no_weight(
-    layer: QuantizedLayer, quantized: Tensor, weight: Tensor
+    layer: QuantizedLayer, quantized: Tensor, weight: Tensor, input_: Tensor
 ) -> AbstractContextManager[Any]:
     """Let the operator save no quantized weight for its backward pass, which makes it again.
 
-    Saved, it would be a tensor of the size of the weight for each layer; to make it again is cheap.
+    Saved, it would be a tensor of the size of the weight for each layer. Beside a large input,
+    which the operator saves as well, a small weight is saved all the same, since that is faster.
     """
     source = layer.weight_source
     if torch.compiler.is_compiling() or not isinstance(source, LatentWeight):
         return nullcontext()
     if not (torch.is_grad_enabled() and quantized.requires_grad):
+        return nullcontext()
+    if not source.recomputes(quantized, input_):
         return nullcontext()
     operand = _whole(weight, layer.weight)
     quantizer = layer.weight_quantizer

@@ -6,6 +6,7 @@ Which copy is used when is in `norms.py`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,32 @@ Statistics = tuple[Tensor, Tensor]
 
 STATISTICS = ("running_mean", "running_var")
 AFFINE = ("weight", "bias")
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """A view of a row that is used again.
+
+    It keeps the memory that it shows alive, so no other tensor can have the address meanwhile: the
+    same tensor at the same address, in the same layout, still has this row.
+
+    Attributes:
+        tensor: The view.
+        of: The tensor that it shows a row of.
+        address: Of that tensor's memory.
+        strides: Of that tensor.
+    """
+
+    tensor: Tensor
+    of: Tensor
+    address: int
+    strides: tuple[int, ...]
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether it shows a row of `tensor` as that is now."""
+        if self.of is not tensor or tensor.data_ptr() != self.address:
+            return False
+        return tensor.stride() == self.strides
 
 
 class NormBank(Undecayed):
@@ -77,11 +104,16 @@ class NormBank(Undecayed):
             for name in ("uniform_mean", "uniform_var"):
                 self.register_buffer(name, missing.repeat(len(widths), 1))
         self.network = network or TrainedNetwork()
+        self._views: dict[tuple[str, int], _View] = {}
         self._relatives = Relatives()
         self._relatives.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_views": {}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
+        # Those pickled before there was one have none.
+        super().__setstate__({"_views": {}, **state})  # type: ignore[no-untyped-call]  # torch's
         self._relatives.add(self)
 
     @property
@@ -107,17 +139,34 @@ class NormBank(Undecayed):
             uniform: Statistics of this uniform bit-width, by index, instead of those of the copy.
         """
         values: dict[str, Tensor] = {}
+        # Past nn.Module.__getattr__, since each norm asks in each pass.
+        tensors = self._parameters | self._buffers
         for name in names:
-            copies = getattr(self, name)
-            if self._is_shared(copies):
-                values[name] = copies.squeeze(0)
-            else:
-                # A view: through it batch_norm updates the statistics of the bank.
-                values[name] = copies[row]
+            # Those of a replica are attributes.
+            copies: Any = tensors[name] if name in tensors else getattr(self, name)
+            values[name] = self._row(name, copies, row)
         if uniform is not None:
             for name, estimated in zip(STATISTICS, self.statistics(row, uniform), strict=True):
                 values[name] = _finite_or(estimated, values[name])
         return values
+
+    def _row(self, name: str, copies: Tensor, row: int) -> Tensor:
+        """The values of a copy: a view, through which batch_norm updates those of the bank."""
+        view = self._views.get((name, row))
+        is_differentiable = torch.is_grad_enabled() and copies.requires_grad
+        if view is not None and not is_differentiable and view.is_of(copies):
+            return view.tensor
+        if is_differentiable or type(copies) not in (Tensor, nn.Parameter):
+            return self._new_row(copies, row)
+        # Outside inference mode, so that it can be written in any mode.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            tensor = self._new_row(copies, row)
+        self._views[name, row] = _View(tensor, copies, copies.data_ptr(), copies.stride())
+        return tensor
+
+    def _new_row(self, copies: Tensor, row: int) -> Tensor:
+        # To squeeze takes no kernel in the backward pass, to select one does.
+        return copies.squeeze(0) if self._is_shared(copies) else copies.select(0, row)
 
     def chosen_values(
         self, names: list[str], row: Tensor, *, statistics: Tensor | None
@@ -238,6 +287,14 @@ class NormBank(Undecayed):
 
 def _finite_or(values: Tensor, fallback: Tensor) -> Tensor:
     # NaN and no flag marks what is missing: averaging weights from outside (EMA) copies no flags.
+    is_readable = type(values) is Tensor and values.device.type == "cpu"
+    # A finite sum of squares has finite summands, and on a CPU to look at it takes the least time.
+    if (
+        is_readable
+        and not torch.compiler.is_compiling()
+        and math.isfinite(float(values.dot(values)))
+    ):
+        return values
     return torch.where(torch.isfinite(values), values, fallback)
 
 

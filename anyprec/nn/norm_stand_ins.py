@@ -1,12 +1,18 @@
-"""Norms whose forward computes with the module's attributes, and not by `F.batch_norm` alone.
+"""Norms whose original forward runs on a stand-in with the values of a copy.
 
-`nn.SyncBatchNorm` does so between processes, as do norms that users write by hand. Their forward
-runs on a stand-in: an object like the norm, whose parameters and statistics are those of a copy.
-The norm itself stays as it is, so that several threads may use it.
+The stand-in is an object like the norm, whose parameters and statistics are those of a copy. The
+norm itself stays as it is, so that several threads may use it. There are two kinds of such norms:
+
+- Those whose forward computes with the module's attributes, and not by `F.batch_norm` alone, as
+  `nn.SyncBatchNorm` does between processes, and norms that users write by hand (`standing_in`).
+- Those whose forward is known to read the values, and to set nothing: to intercept its
+  `F.batch_norm` would give the same and take longer (`reading_stand_in`).
 """
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from anyprec.errors import ConversionError, TrainingError
+from anyprec.nn.attributes import keeps_attributes
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 
@@ -29,6 +36,24 @@ _PASSING_ON = {
     ("timm.layers.norm_act", "SyncBatchNormAct.forward"),
 }
 """Module and name of the forward methods that pass their values to `F.batch_norm`, no more."""
+
+_READING = {
+    ("torch.nn.modules.batchnorm", "_BatchNorm.forward"): True,
+    ("timm.layers.norm_act", "BatchNormAct2d.forward"): False,
+}
+"""Those of them that read the norm's values, and change nothing but its count of batches: whether
+they return what `F.batch_norm` does."""
+
+_VALUES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+_READ = (*_VALUES, "eps", "momentum", "training", "track_running_stats", "drop", "act")
+"""What these forwards read of a norm."""
+
+_INPUT_CHECKS = (
+    nn.BatchNorm1d._check_input_dim,  # noqa: SLF001 (which `_BatchNorm.forward` calls)
+    nn.BatchNorm2d._check_input_dim,  # noqa: SLF001
+    nn.BatchNorm3d._check_input_dim,  # noqa: SLF001
+)
 
 _COMPUTED_FROM = frozenset({"weight_orig", "bias_orig", "weight_g"})
 """Parameters that torch's pruning and old weight_norm put in the place of weight and bias."""
@@ -76,6 +101,56 @@ def is_synchronised(norm: nn.Module) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return distributed.get_world_size(norm.process_group) > 1
+
+
+def returns_normalised(forward: Any) -> bool | None:
+    """Whether a forward that reads a norm's values returns what `F.batch_norm` does.
+
+    Args:
+        forward: That below the norm's own, bound to it.
+
+    Returns:
+        None if it may do anything else.
+    """
+    function = getattr(forward, "__func__", None)
+    return None if function is None else _returns_normalised(function)
+
+
+@functools.cache
+def _returns_normalised(function: Any) -> bool | None:
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    if (module, name) not in _READING:
+        return None
+    # A function that wraps another one has its name.
+    kind = getattr(sys.modules.get(module), name.partition(".")[0], None)
+    if kind is None or vars(kind).get("forward") is not function:
+        return None
+    return _READING[module, name]
+
+
+def reading_stand_in(norm: Any, values: Mapping[str, Tensor]) -> nn.Module | None:
+    """An object like `norm` for a forward that reads its values; None if it has others than usual.
+
+    Args:
+        norm: A norm.
+        values: Parameters and statistics, by name, that the object has instead of those of `norm`.
+    """
+    attributes = vars(norm)
+    own: dict[str, Any] = {**attributes["_parameters"], **attributes["_buffers"]}
+    for name in _VALUES:
+        # Those of a replica are attributes, and parametrized ones properties.
+        if name not in own or name in attributes:
+            return None
+    kind: Any = type(norm)
+    if kind._check_input_dim not in _INPUT_CHECKS or "_check_input_dim" in attributes:  # noqa: SLF001 (as above)
+        return None
+    if not keeps_attributes(kind, _READ):
+        return None
+    stand_in: nn.Module = object.__new__(norm.original_class)
+    # As attributes, which are found before parameters and buffers.
+    vars(stand_in).update(attributes, **own)
+    vars(stand_in).update(values)
+    return stand_in
 
 
 @contextmanager

@@ -40,7 +40,9 @@ from anyprec.nn.norm_stand_ins import (
     OutputWatch,
     is_synchronised,
     passes_values_on,
+    reading_stand_in,
     require_values_of_copies,
+    returns_normalised,
     standing_in,
 )
 from anyprec.nn.observers import Observers
@@ -145,20 +147,14 @@ class SwitchableNorm(Specialized):
         uniform = None
         if bank is not None and width in bank.widths:
             uniform = bank.widths.index(width)
-        self._select(NormSelection(row, uniform, override))
         if row is not None and bank is not None and self.chosen is not None:
             statistics = row if uniform is None else bank.rows + uniform
             self.chosen.choose(row=row, statistics=statistics)
-        if bank is not None and bank.stale is not None and bank.stale.network.compiled:
-            self._warn_if_stale(bank)
+        select(self, NormSelection(row, uniform, override))
 
     def override_with(self, statistics: Statistics | None) -> None:
         """Use these statistics in eval mode until the next `switch`; None ends that."""
-        self._select(replace(self.selection, override=statistics))
-
-    def _select(self, selection: NormSelection) -> None:
-        # Past nn.Module.__setattr__, which takes ten times as long: a network has many norms.
-        vars(self)["selection"] = selection
+        vars(self)["selection"] = replace(self.selection, override=statistics)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original forward, with what is selected in place of the float values.
@@ -167,12 +163,13 @@ class SwitchableNorm(Specialized):
             ConversionError, TrainingError: A copy cannot stand in for the norm's own values.
         """
         follow_precision(self)
-        if self.bank is not None and not torch.compiler.is_compiling():
+        bank = self.bank
+        if bank is not None and not torch.compiler.is_compiling():
             # In training the copies move, and statistics beside them would stay behind. In compiled
             # training `OneShot` drops them.
             if self.training:
-                self.bank.forget_uniform()
-            self._warn_if_stale(self.bank)
+                bank.forget_uniform()
+            _warn_if_stale(self, bank)
         is_overridden = not self.training and self.selection.override is not None
         if not (self.selection.has_row or is_overridden or self.output_observers):
             return super().forward(*args, **kwargs)
@@ -180,6 +177,13 @@ class SwitchableNorm(Specialized):
             require_values_of_copies(self)
         if not self._passes_values_on or is_synchronised(self):
             return self._forward_of_stand_in(args, kwargs)
+        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+            forward: Any = super().forward
+            stand_in = self._reading_stand_in(forward, args[0])
+            if stand_in is not None:
+                result = forward.__func__(stand_in, args[0])
+                self.output_observers.notify(result)
+                return result
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
 
@@ -193,15 +197,38 @@ class SwitchableNorm(Specialized):
             self.output_observers.notify(result)
         return result
 
+    def _reading_stand_in(self, forward: Any, input_: Any) -> nn.Module | None:
+        """What a known forward can run on; None if `F.batch_norm` must be intercepted in it."""
+        is_normalised = returns_normalised(forward)
+        # Observers see the values before an activation that the forward applies as well.
+        if is_normalised is None or (self.output_observers and not is_normalised):
+            return None
+        # A tensor of another class may see in its operators what a stand-in would change.
+        if type(input_) not in (Tensor, nn.Parameter):
+            return None
+        return reading_stand_in(self, self._selected_values())
+
     def _selected_values(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        if self.bank is not None and self.row is not None:
-            names = [name for name in (*STATISTICS, *AFFINE) if getattr(self, name) is not None]
+        bank, row = self.bank, self.selection.row
+        if bank is not None and row is not None:
+            names = self._names_of_values()
             # The batch's own statistics are used in training, and update those of the copy.
-            values = self.bank.values(names, self.row, None if self.training else self.uniform)
+            values = bank.values(names, row, None if self.training else self.selection.uniform)
         if self.override is not None and not self.training:
             values["running_mean"], values["running_var"] = self.override
         return values
+
+    def _names_of_values(self) -> list[str]:
+        """Which parameters and statistics the norm has."""
+        # Past nn.Module.__getattr__, since each norm asks in each pass.
+        tensors = self._parameters | self._buffers
+        names: list[str] = []
+        for name in (*STATISTICS, *AFFINE):
+            value = tensors[name] if name in tensors else getattr(self, name)
+            if value is not None:
+                names.append(name)
+        return names
 
     def reset_running_stats(self) -> None:
         """Reset the float network's statistics.
@@ -215,10 +242,6 @@ class SwitchableNorm(Specialized):
             msg += "anyprec.update_norms(model, loader), or call set_bits(None) first"
             raise TrainingError(msg)
         super().reset_running_stats()  # type: ignore[misc]
-
-    def _warn_if_stale(self, bank: NormBank) -> None:
-        if bank.stale is not None and not self.training and self.override is None:
-            bank.stale.warn_about(self.row)
 
     @torch.no_grad()
     def take_over_affine(self) -> None:
@@ -236,6 +259,22 @@ class SwitchableNorm(Specialized):
         if self.row is None or self.bank is None:
             return self.running_mean, self.running_var
         return self.bank.statistics(self.row, self.uniform)
+
+
+def select(norm: SwitchableNorm, selection: NormSelection) -> None:
+    """Make this what a norm uses of its copies; its `chosen` is written by the caller."""
+    # Past nn.Module.__setattr__, which takes ten times as long: a network has many norms.
+    vars(norm)["selection"] = selection
+    bank: NormBank | None = norm._modules["bank"]  # type: ignore[assignment]  # noqa: SLF001 (as above)
+    # Compiled forward passes cannot warn.
+    if bank is not None and bank.stale is not None and bank.stale.network.compiled:
+        _warn_if_stale(norm, bank)
+
+
+def _warn_if_stale(norm: SwitchableNorm, bank: NormBank) -> None:
+    selection = norm.selection
+    if bank.stale is not None and not norm.training and selection.override is None:
+        bank.stale.warn_about(selection.row)
 
 
 class _NormInterceptor(FunctionMode):

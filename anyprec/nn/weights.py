@@ -8,7 +8,7 @@ are, in the layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from anyprec.nn.packed import NO_LATENTS, PackedOperand
 if TYPE_CHECKING:
     from anyprec.nn.layers import QuantizedLayer
     from anyprec.nn.quantizers import WeightQuantizer
+
+
+Recompute = Literal["auto", "always", "never"]
+"""Which quantized weights are computed again in the backward pass: see `recompute_weights`."""
+
+_SMALL_BESIDE_INPUT = 4
+"""A weight is small beside an input that has at least as many times its elements."""
+
+_SMALL_WEIGHT = 16_384
+"""A weight of as many elements is small beside anything: 64 KiB in float32."""
 
 
 class WeightSource(ABC):
@@ -81,10 +91,25 @@ class LatentWeight(WeightSource):
 
     Args:
         dynamic: As for `WeightSource`.
+
+    Attributes:
+        recompute: Whether the backward pass computes the quantized weight again, instead of that
+            the forward pass keeps it.
     """
+
+    # A class attribute besides, for layers pickled before there was one.
+    recompute: Recompute = "auto"
 
     def __init__(self, *, dynamic: bool) -> None:
         super().__init__(dynamic=dynamic, corrected_axis=None)
+        self.recompute = "auto"
+
+    def recomputes(self, quantized: Tensor, input_: Tensor) -> bool:
+        """Whether a quantized weight that multiplies this input is computed again for backward."""
+        if self.recompute != "auto":
+            return self.recompute == "always"
+        elements = quantized.numel()
+        return elements > _SMALL_WEIGHT and _SMALL_BESIDE_INPUT * elements > input_.numel()
 
     def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
         """See `WeightSource`; differentiable in the operand and the step size."""
@@ -97,8 +122,7 @@ class LatentWeight(WeightSource):
         learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         record = None
         if not (layer.training or learns or self.dynamic) and self._can_keep(operand):
-            # Weights change in place, without notice.
-            record = record_of((*layer.weight_tensors(), step))
+            record = _record(layer, operand, step)
         if record is None:
             return self.compute(quantizer, operand, index)
         kept = self._recorded(index, record)
@@ -141,6 +165,14 @@ class LatentWeight(WeightSource):
         if self.corrected_axis is None:
             return quantized
         return match_moments(quantized, operand, axis=self.corrected_axis)
+
+
+def _record(layer: QuantizedLayer, operand: Tensor, step: Tensor) -> Record | None:
+    """Torch's record of all that a quantized weight is made of: weights change without notice."""
+    if layer._parameters.get("weight") is operand:  # noqa: SLF001 (past nn.Module.__getattr__)
+        return record_of((operand, step))
+    # Perhaps made of others (weight standardisation, parametrizations).
+    return record_of((*layer.weight_tensors(), step))
 
 
 class PackedCodes(WeightSource):

@@ -238,6 +238,7 @@ def test_threads_that_share_what_is_kept_get_their_own_candidates(trusted: bool)
 
         def __init__(self, index: int) -> None:
             self.training = False
+            self._parameters = {"weight": weight}
             self.weight_quantizer = quantizer
             self.weight_index = index
 

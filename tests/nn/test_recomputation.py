@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import timm
@@ -54,11 +55,15 @@ def test_gradients_are_those_of_kept_weights(name: str, monkeypatch: pytest.Monk
     model = anyprec.convert(network, bits=(2, 8), example_input=images[:1])
     anyprec.calibrate(model, [images])
     model.set_bits(8)
-    found = gradients(model, images)
+    found = {}
+    for when in ("always", "auto", "never"):
+        anyprec.recompute_weights(model, when)
+        found[when] = gradients(model, images)
     monkeypatch.setattr(layers, "recomputing", lambda *_: contextlib.nullcontext())
     kept = gradients(model, images)
-    assert found.keys() == kept.keys()
-    assert all(torch.equal(value, kept[path]) for path, value in found.items())
+    for computed in found.values():
+        assert computed.keys() == kept.keys()
+        assert all(torch.equal(value, kept[path]) for path, value in computed.items())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
@@ -80,18 +85,23 @@ def test_a_weight_that_changed_before_the_backward_pass_is_noticed(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
     net.set_bits(4)
-    output = net(images).sum()
-    with torch.no_grad():
-        net.head.weight.mul_(2)
-    with pytest.raises(
-        RuntimeError, match="a weight or step size was changed in place between the forward pass"
-    ):
-        output.backward()
+    messages = {
+        "always": "a weight or step size was changed in place between the forward pass",
+        "never": "modified by an inplace operation",  # torch's own
+    }
+    for when, message in messages.items():
+        anyprec.recompute_weights(net, when)
+        output = net(images).sum()
+        with torch.no_grad():
+            net.head.weight.mul_(2)
+        with pytest.raises(RuntimeError, match=message):
+            output.backward()
 
 
 def test_the_bits_of_the_forward_pass_count_not_those_of_the_moment(
     net: anyprec.ConvertedModel, images: Tensor
 ) -> None:
+    anyprec.recompute_weights(net, "always")
     net.set_bits(4)
     expected = gradients(net, images)
     net.zero_grad()
@@ -99,3 +109,44 @@ def test_the_bits_of_the_forward_pass_count_not_those_of_the_moment(
     net.set_bits(2)
     loss.backward()
     assert all(torch.equal(net.get_parameter(name).grad, value) for name, value in expected.items())
+
+
+def recomputed(model: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Elements of the weights that the backward pass would compute again."""
+    sizes: set[int] = set()
+
+    def note(tensor: Tensor, *_: object) -> contextlib.AbstractContextManager[None]:
+        sizes.add(tensor.numel())
+        return contextlib.nullcontext()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "recomputing", note)
+        model(images)
+    return sizes
+
+
+def test_large_weights_beside_small_inputs_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 10))
+    images = torch.randn(2, 200)
+    model = anyprec.convert(network, bits=(4, 8), first_last_bits=None, example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    model.set_bits(8)
+    large, small = 200 * 100, 100 * 10
+    # The input has 4 times the elements of the large weight, or fewer.
+    assert recomputed(model, torch.randn(399, 200), monkeypatch) == {large}
+    assert recomputed(model, torch.randn(400, 200), monkeypatch) == set()
+    anyprec.recompute_weights(model, "always")
+    assert recomputed(copy.deepcopy(model), images, monkeypatch) == {large, small}
+    assert recomputed(model.view(4), torch.randn(400, 200), monkeypatch) == {large, small}
+    anyprec.recompute_weights(model, "never")
+    assert recomputed(model, images, monkeypatch) == set()
+
+
+def test_an_unknown_choice_is_refused(net: anyprec.ConvertedModel) -> None:
+    for unknown in ("sometimes", None):
+        with pytest.raises(ValueError, match="use one of"):
+            anyprec.recompute_weights(net, unknown)
+    with pytest.raises(anyprec.ConversionError, match="recompute_weights"):
+        anyprec.recompute_weights(nn.Linear(2, 2), "auto")
