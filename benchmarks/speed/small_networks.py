@@ -53,9 +53,7 @@ def make_pair(name: str, *, batch: int = 2, **conversion: Any) -> Pair:
 
 def _resnet18() -> nn.Module:
     channels = (8, 8, 8, 8)
-    return ResNet(
-        BasicBlock, (2, 2, 2, 2), num_classes=CLASSES, channels=channels, stem_width=8
-    )
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=CLASSES, channels=channels, stem_width=8)
 
 
 def _mobilenetv2() -> nn.Module:
