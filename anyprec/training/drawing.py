@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyprec.bits import BitConfig
+from anyprec.bits import BitConfig, Candidates
 from anyprec.errors import BitsError, TrainingError
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.processes import of_first_process
@@ -44,10 +44,10 @@ class ConfigDrawer:
         self._generator = torch.Generator().manual_seed(seed)
         self._instability: dict[str, dict[int, float]] = {}
 
-    def draw(self, count: int) -> list[BitConfig]:
+    def draw(self, candidates: Candidates, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
         return self._sampler.draw(
-            self._model.current_candidates,
+            candidates,
             count,
             generator=self._generator,
             instability=self._instability,

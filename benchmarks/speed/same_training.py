@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ import anyprec
 from anyprec.model.converted import ConvertedModel
 from anyprec.training.parameters import STEP_SIZES
 from benchmarks.common import pages
-from benchmarks.speed.small_networks import make_pair
+from benchmarks.speed.small_networks import CLASSES, make_pair
 
 NETWORKS = (
     "resnet18",
@@ -90,18 +91,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 def train(network: str, recipe: anyprec.Recipe, *, noise: float) -> dict[str, Tensor]:
     """All parameters and buffers after the training of a network."""
-    model = make_pair(network, batch=BATCH, **recipe.conversion).model
+    pair = make_pair(network, batch=BATCH, **recipe.conversion)
+    model = pair.model
     model.train()
     optimizers = make_optimizers(model, recipe)
     oneshot = anyprec.OneShot(model, total_steps=STEPS, recipe=recipe)
     if recipe.spare_decay:
         oneshot.exempt_from_decay(optimizers[0])
     generator = torch.Generator().manual_seed(1)
-    size = make_pair(network).images.shape[-1]
     torch.manual_seed(2)
     for _ in range(STEPS):
-        images = torch.randn(BATCH, 3, size, size, generator=generator)
-        labels = torch.randint(10, (BATCH,), generator=generator)
+        images = torch.randn(pair.images.shape, generator=generator)
+        labels = torch.randint(CLASSES, (BATCH,), generator=generator)
         for path in oneshot.paths():
             path.loss(model(images), labels, nn.functional.cross_entropy).backward()
         if noise:
@@ -168,10 +169,13 @@ def compare(reference: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> p
 
 
 def relative_difference(reference: Tensor, tensor: Tensor) -> float:
-    """Largest difference of elements, over the largest magnitude of the reference."""
-    if torch.equal(reference, tensor):
-        return 0.0
-    expected, actual = reference.double(), tensor.double()
+    """Largest difference of elements, over the largest magnitude of the reference.
+
+    What is missing in both is equal; what is missing in one of them differs infinitely.
+    """
+    if not torch.equal(reference.isnan(), tensor.isnan()):
+        return math.inf
+    expected, actual = reference.double().nan_to_num(), tensor.double().nan_to_num()
     largest = expected.abs().max().clamp_min(1e-30)
     return float((expected - actual).abs().max() / largest)
 
