@@ -27,7 +27,7 @@ ALLOCATIONS = frozenset(
 UNMARKED_VIEWS = frozenset({"_reshape_alias", "_unsafe_view", "as_strided"})
 """Views whose schema does not say so."""
 
-READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2"})
+READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero"})
 """Operators whose result, or its shape, depends on values: the host waits for the device."""
 
 

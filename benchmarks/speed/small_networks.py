@@ -75,9 +75,9 @@ def _vit_base() -> nn.Module:
     )
 
 
-def _named(name: str) -> Callable[[], nn.Module]:
+def _named(name: str, **options: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        return timm.create_model(name, num_classes=CLASSES)
+        return timm.create_model(name, num_classes=CLASSES, **options)
 
     return make
 
@@ -87,7 +87,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "mobilenetv2_100": (_mobilenetv2, 33),
     "vit_tiny_patch16_224": (_vit_tiny, 16),
     "vit_base_patch16_224": (_vit_base, 16),
+    "test_resnet": (_named("test_resnet"), 32),
     "test_efficientnet": (_named("test_efficientnet"), 32),
     "test_nfnet": (_named("test_nfnet"), 32),
+    "test_vit": (_named("test_vit", img_size=32), 32),
 }
 """Name of a network to what makes it with few channels, and the size of its images."""
