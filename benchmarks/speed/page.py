@@ -103,7 +103,7 @@ def _wait_rows(record: Record) -> list[tuple[str, str, str, str]]:
         ("waits in set_bits, forward, loss, backward, `OneShot.step`", "0", "0", str(step)),
         ("waits in `fit`, 2 steps", "2", "0", str(waits["fit"])),
         ("waits in an evaluation of a search, 3 batches", "3", "1", str(waits["evaluation"])),
-        ("waits in `calibrate`, 3 layers", "45", "few", str(waits["calibrate"])),
+        ("waits in `calibrate`, 3 layers", "54", "few", str(waits["calibrate"])),
         ("waits in `update_norms`, 2 norms", "4", "few", str(waits["update_norms"])),
     ]
 

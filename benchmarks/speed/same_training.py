@@ -46,7 +46,7 @@ STEP_LR_SCALE = 0.01
 """Step sizes learn slowly: one that nears zero would make any two runs differ."""
 
 RECIPES = {
-    "plain": anyprec.Recipe(lr=1e-3),
+    "plain": anyprec.Recipe(lr=1e-3, conversion={"bits": (4, 6, 8)}),
     "all terms": anyprec.Recipe(
         feature_weight=0.01,
         error_weight=0.1,

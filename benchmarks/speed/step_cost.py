@@ -247,10 +247,14 @@ def fake_quantize_by_elementary_operations(
     *,
     qmin: int,
     qmax: int,
+    row: int | None = None,
     axis: int | None = None,
     gradient_scale: float = 1.0,
+    keep_result: bool = True,  # noqa: ARG001 (of the function that it stands in for)
 ) -> Tensor:
     """LSQ as it is usually written, with straight-through estimators by `detach`."""
+    if row is not None:
+        step = step[row]
     step = step * gradient_scale + (step - step * gradient_scale).detach()
     if axis is not None:
         shape = [1] * values.ndim
