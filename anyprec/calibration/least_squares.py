@@ -7,21 +7,23 @@ values those are is the matter of `step_sizes`. For fixed codes q the best step 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from anyprec.errors import CalibrationError
 from anyprec.nn.functional import STEP_FLOOR
 from anyprec.nn.powers import power_of_two, power_of_two_step
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer, usable_steps
+from anyprec.runtime.transfers import numbers_of
 
 _GRID = (0.1, 0.15, 0.2, 0.27, 0.35, 0.45, 0.55, 0.67, 0.8, 1.0)
 """Clipping points to start from, as fractions of the largest magnitude."""
 
 _REFINEMENTS = 4
+
+_TAILS = (0.0, 0.001, 0.01)
+"""Shares of the values that a zero point leaves beyond either end of the range."""
 
 _POWERS = 20
 """Powers of two that are tried: the lowest clips all but a millionth of the range."""
@@ -33,16 +35,14 @@ _CHUNK = 2**18
 def weight_steps(weight: Tensor, quantizer: WeightQuantizer) -> Tensor:
     """Step sizes of least squared error for every candidate.
 
+    Args:
+        weight: Finite values.
+        quantizer: Knows the candidates and the channels.
+
     Shape:
         The result is `(len(candidates), channels or 1)`.
-
-    Raises:
-        CalibrationError: `weight` is not finite.
     """
     rows = quantizer.per_channel(weight.detach().float())
-    if not torch.isfinite(rows).all():
-        msg = "a weight holds NaN or infinite values: calibrate a network with finite weights"
-        raise CalibrationError(msg)
     # In chunks that stay in the CPU's cache, since the search passes over each of them many times.
     chunks = rows.split(max(1, _CHUNK // rows.shape[1]))
     steps = []
@@ -66,60 +66,116 @@ def input_grid(sample: Tensor, quantizer: InputQuantizer) -> tuple[Tensor, Tenso
             negative.
 
     Shape:
-        Each result is `(len(own_candidates),)`.
+        Each result is `(len(own_candidates),)`; zero points are on the CPU.
     """
-    row = sample.float().reshape(1, -1)
-    if not quantizer.own_candidates:
-        return row.new_empty(0), torch.empty(0, dtype=torch.int32)
-    # As in `_least_squares`: the errors of grids are compared, too.
-    scale = power_of_two(row.abs().amax())
-    row = row / scale
+    return input_grids({"": sample}, {"": quantizer})[""]
+
+
+def input_grids(
+    samples: Mapping[str, Tensor], quantizers: Mapping[str, InputQuantizer]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`input_grid` of many inputs, by path; a device is waited for twice in all."""
+    rows = {path: _Row(samples[path]) for path in quantizers}
+    free = [path for path, quantizer in quantizers.items() if _chooses_zero_point(quantizer)]
+    ranges = dict(zip(free, _ranges([rows[path].values for path in free]), strict=True))
+    steps: dict[str, Tensor] = {}
+    zero_points: list[Tensor] = []
+    for path, quantizer in quantizers.items():
+        choices = [
+            _allowed_zero_points(quantizer, ranges.get(path, []), bits)
+            for bits in quantizer.own_candidates
+        ]
+        steps[path], zeros = _best_grids(rows[path], quantizer, choices)
+        zero_points += zeros
+    numbers = iter(numbers_of(zero_points))
+    grids: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, step in steps.items():
+        grids[path] = step, torch.tensor([next(numbers) for _ in step], dtype=torch.int32)
+    return grids
+
+
+class _Row:
+    """A sample as one row whose largest magnitude is about 1, or zero.
+
+    Attributes:
+        values: Shape `(1, values)`.
+        scale: What they were divided by, a power of two. As in `_least_squares`: the errors of
+            grids are compared, too.
+    """
+
+    def __init__(self, sample: Tensor) -> None:
+        row = sample.float().reshape(1, -1)
+        self.scale = power_of_two(row.abs().amax())
+        self.values = row / self.scale
+
+
+def _best_grids(
+    row: _Row, quantizer: InputQuantizer, choices: list[list[int]]
+) -> tuple[Tensor, list[Tensor]]:
+    """The best step sizes, and the zero point of every candidate.
+
+    Args:
+        row: The sample.
+        quantizer: Knows the candidates and its rule.
+        choices: For every candidate, the zero points to choose from; the first wins ties.
+    """
+    if not choices:
+        return row.values.new_empty(0), []
     find = _best_power if quantizer.rule.scale == "power-of-two" else _least_squares
     steps, zeros = [], []
-    for bits in quantizer.own_candidates:
-        choices = _allowed_zero_points(quantizer, row, bits)
-        grids = [_grid_at(zero, row, bits, find) for zero in choices]
-        best = min(grids, key=lambda grid: grid.squared_error)
+    for bits, allowed in zip(quantizer.own_candidates, choices, strict=True):
+        grids = [_grid_at(zero, row.values, bits, find) for zero in allowed]
+        errors = torch.stack([squared_error for _, squared_error in grids])
+        best = errors.argmin().reshape(1)
+        step = torch.stack([step for step, _ in grids]).gather(0, best)[0]
         # An input that is always zero has no best step size: take a range of 1.
-        usable = best.step > STEP_FLOOR
-        step = best.step * scale if usable else best.step.new_tensor(1.0 / (2**bits - 1))
+        step = torch.where(step > STEP_FLOOR, step * row.scale, 1.0 / (2**bits - 1))
         steps.append(power_of_two_step(step) if find is _best_power else step)
-        zeros.append(best.zero)
-    return torch.stack(steps), torch.tensor(zeros, dtype=torch.int32)
-
-
-class _Grid(NamedTuple):
-    zero: int
-    step: Tensor
-    squared_error: float
+        zeros.append(torch.tensor(allowed, device=best.device).gather(0, best)[0])
+    return torch.stack(steps), zeros
 
 
 _StepSearch = Callable[[Tensor, int, int], Tensor]
 """From rows of values, the lowest and the highest code to a step size for each row."""
 
 
-def _grid_at(zero: int, row: Tensor, bits: int, find: _StepSearch) -> _Grid:
-    """The best grid with this zero point for the single row of `row`."""
+def _grid_at(zero: int, row: Tensor, bits: int, find: _StepSearch) -> tuple[Tensor, Tensor]:
+    """The best step size with this zero point for a single row, and its squared error."""
     qmin, qmax = -zero, 2**bits - 1 - zero
     step = find(row, qmin, qmax)
-    return _Grid(zero, step[0], float(_squared_error(row, step, qmin, qmax)))
+    return step[0], _squared_error(row, step, qmin, qmax)[0]
 
 
-def _allowed_zero_points(quantizer: InputQuantizer, row: Tensor, bits: int) -> list[int]:
+def _chooses_zero_point(quantizer: InputQuantizer) -> bool:
+    """Whether the zero point depends on the sample."""
+    is_free = not quantizer.nonnegative and quantizer.rule.grid == "affine"
+    return is_free and bool(quantizer.own_candidates)
+
+
+def _allowed_zero_points(
+    quantizer: InputQuantizer, ranges: list[tuple[float, float]], bits: int
+) -> list[int]:
     """The zero points to choose from at a bit-width."""
-    rule = quantizer.rule
-    if quantizer.nonnegative or rule.grid != "affine":
-        return [rule.start(bits, nonnegative=quantizer.nonnegative)]
-    return _zero_points(row, bits)
+    if not _chooses_zero_point(quantizer):
+        return [quantizer.rule.start(bits, nonnegative=quantizer.nonnegative)]
+    return _zero_points(ranges, bits)
 
 
-def _zero_points(row: Tensor, bits: int) -> list[int]:
-    """The symmetric zero point first (it wins ties), then those that fit the range and its bulk."""
+def _ranges(rows: list[Tensor]) -> list[list[tuple[float, float]]]:
+    """For each row its range and that of its bulk, extended to zero."""
+    ends: list[Tensor] = []
+    for row in rows:
+        for tail in _TAILS:
+            ends += [torch.quantile(row, tail), torch.quantile(row, 1 - tail)]
+    numbers = iter(numbers_of(ends))
+    return [[(min(next(numbers), 0.0), max(next(numbers), 0.0)) for _ in _TAILS] for _ in rows]
+
+
+def _zero_points(ranges: list[tuple[float, float]], bits: int) -> list[int]:
+    """The symmetric zero point first (it wins ties), then those that fit the ranges."""
     top = 2**bits - 1
     choices = [2 ** (bits - 1)]
-    for tail in (0.0, 0.001, 0.01):
-        low = min(float(torch.quantile(row, tail)), 0.0)
-        high = max(float(torch.quantile(row, 1 - tail)), 0.0)
+    for low, high in ranges:
         if high > low:
             rounded_down = int(-low / (high - low) * top)
             choices += [min(top, max(0, zero)) for zero in (rounded_down, rounded_down + 1)]

@@ -21,6 +21,7 @@ from anyprec.model.intact import switchable_norms
 from anyprec.nn.norm_bank import NormBank
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.modes import evaluating
+from anyprec.runtime.transfers import numbers_of
 
 
 def update_copies(
@@ -162,11 +163,13 @@ def _require_finite_banks(norms: dict[str, SwitchableNorm]) -> None:
 
 
 def _require_finite(statistics: dict[str, tuple[Tensor, Tensor]]) -> None:
-    broken = []
-    for path, (mean, variance) in statistics.items():
-        if not (torch.isfinite(mean).all() and torch.isfinite(variance).all()):
-            broken.append(path)
+    are_finite = numbers_of([_is_finite(*values) for values in statistics.values()])
+    broken = [path for path, is_finite in zip(statistics, are_finite, strict=True) if not is_finite]
     if broken:
         msg = f"norm statistics of {shorten(broken, 3)} came out not finite: check the calibration "
         msg += "data"
         raise CalibrationError(msg)
+
+
+def _is_finite(mean: Tensor, variance: Tensor) -> Tensor:
+    return torch.isfinite(mean).all() & torch.isfinite(variance).all()

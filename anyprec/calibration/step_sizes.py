@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from anyprec.calibration.least_squares import input_grid, weight_steps
+from anyprec.calibration.least_squares import input_grids, weight_steps
 from anyprec.calibration.norm_statistics import update_norms
 from anyprec.calibration.passes import (
     held_images,
@@ -32,6 +32,7 @@ from anyprec.nn.quantizers import InputQuantizer
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count
+from anyprec.runtime.transfers import numbers_of, to_device
 
 SAMPLE_SIZE = 32_768
 """Input values kept of each layer, over all batches."""
@@ -88,15 +89,15 @@ def calibrate(
     require_count(norm_batches, name="norm_batches")
     images = held_images(model, loader, max(batches, norm_batches), purpose="calibrate")
     layers, quantizers = model.quantized_layers, _input_quantizers(model)
-    grids, steps = {}, {}
+    steps = {}
     with evaluating(model), model.using_bits(None):
         samplers = _sample_inputs(model, images[:batches], seed)
         samples = {path: sampler.sample(path) for path, sampler in samplers.items()}
+    _require_finite(samples, {path: samplers[path].weight for path in layers})
     with _refuted_signs_dropped(model, samples), undo_on_error(model):
         with evaluating(model), model.using_bits(None):
             facts = facts_at_size_of(model, images[0])
-        for path, quantizer in quantizers.items():
-            grids[path] = input_grid(samples[path], quantizer)
+        grids = input_grids(samples, quantizers)
         for path, layer in layers.items():
             steps[path] = weight_steps(samplers[path].weight, layer.weight_quantizer)
         for path, quantizer in quantizers.items():
@@ -124,10 +125,10 @@ def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) ->
         samples: Values of each layer's input, and of each output, by path, the lowest among them.
     """
     record, quantizers = model.anyprec_record, _input_quantizers(model)
-    refuted: dict[str, float] = {}
-    for path, sample in samples.items():
-        if quantizers[path].nonnegative and sample.min() < 0:
-            refuted[path] = float(sample.min())
+    nonnegative = [path for path in samples if quantizers[path].nonnegative]
+    lowest_values = numbers_of([samples[path].min() for path in nonnegative])
+    lowest_of = dict(zip(nonnegative, lowest_values, strict=True))
+    refuted = {path: lowest for path, lowest in lowest_of.items() if lowest < 0}
     if not refuted:
         yield
         return
@@ -191,7 +192,7 @@ class _Sampler:
             index = torch.randint(flat.numel(), (self._size,), generator=self._generator)
             # The range is exact, whatever was drawn.
             extremes = torch.stack((flat.amin(), flat.amax()))
-            flat = torch.cat((flat[index.to(flat.device)], extremes))
+            flat = torch.cat((flat[to_device(index, flat.device)], extremes))
         if flat.numel():  # a batch may have no rows for this layer
             # A copy, since the network may change the tensor in place.
             self._samples.append(flat.float().clone())
@@ -204,10 +205,6 @@ class _Sampler:
         sample = torch.cat(self._samples)
         if process_count() > 1:
             sample = torch.cat(of_all_processes(sample.cpu())).to(sample.device)
-        if not torch.isfinite(sample).all():
-            msg = f"the input of layer {path!r} holds NaN or infinite values: check the "
-            msg += "calibration data (and its normalisation) and the network's weights"
-            raise CalibrationError(msg)
         return sample
 
 
@@ -221,9 +218,27 @@ def _sample_inputs(model: ConvertedModel, batches: list[Tensor], seed: int) -> d
             observed.enter_context(output.observers.including(samplers[path]))
         for path, layer in layers.items():
             observed.enter_context(layer.operand_observers.including(samplers[path]))
+        if not all(numbers_of([torch.isfinite(images).all() for images in batches])):
+            msg = "the calibration images hold NaN or infinite values"
+            raise CalibrationError(msg)
         for images in batches:
-            if not torch.isfinite(images).all():
-                msg = "the calibration images hold NaN or infinite values"
-                raise CalibrationError(msg)
             run_on_images(model, images)
     return samplers
+
+
+def _require_finite(samples: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse what has no best step size, in one transfer for all layers.
+
+    Raises:
+        CalibrationError: The input or the weight of a layer is not finite.
+    """
+    values = [*samples.values(), *weights.values()]
+    are_finite = numbers_of([torch.isfinite(value).all() for value in values])
+    for path, is_finite in zip(samples, are_finite, strict=False):
+        if not is_finite:
+            msg = f"the input of layer {path!r} holds NaN or infinite values: check the "
+            msg += "calibration data (and its normalisation) and the network's weights"
+            raise CalibrationError(msg)
+    if not all(are_finite):
+        msg = "a weight holds NaN or infinite values: calibrate a network with finite weights"
+        raise CalibrationError(msg)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyprec.bits import BitConfig
+from anyprec.bits import BitConfig, Candidates
 from anyprec.errors import BitsError, TrainingError
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.processes import of_first_process
+from anyprec.runtime.transfers import numbers_of
 from anyprec.training.recipe import Recipe
 from anyprec.training.samplers import InstabilitySampler, sampler_of
 from anyprec.training.scheduler import BitWidthScheduler, unstable_fractions
@@ -43,10 +44,10 @@ class ConfigDrawer:
         self._generator = torch.Generator().manual_seed(seed)
         self._instability: dict[str, dict[int, float]] = {}
 
-    def draw(self, count: int) -> list[BitConfig]:
+    def draw(self, candidates: Candidates, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
         return self._sampler.draw(
-            self._model.current_candidates,
+            candidates,
             count,
             generator=self._generator,
             instability=self._instability,
@@ -110,13 +111,17 @@ class ConfigDrawer:
         Layers with one weight bit-width are left out. Processes of a distributed run agree on the
         figures of the first.
         """
-        measured: dict[str, dict[int, float]] = {}
+        fractions: dict[tuple[str, int], Tensor] = {}
         for path, layer in self._model.quantized_layers.items():
             if len(layer.candidates.weight) == 1:
                 continue
             operand = derived.get(path, layer.weight)
-            fractions = unstable_fractions(
+            of_layer = unstable_fractions(
                 operand, layer.weight_quantizer, margin=self._times.margin
             )
-            measured[path] = {bits: float(fraction) for bits, fraction in fractions.items()}
+            fractions.update({(path, bits): value for bits, value in of_layer.items()})
+        measured: dict[str, dict[int, float]] = {}
+        values = numbers_of(list(fractions.values()))
+        for (path, bits), fraction in zip(fractions, values, strict=True):
+            measured.setdefault(path, {})[bits] = fraction
         return of_first_process(measured)

@@ -16,6 +16,7 @@ from anyprec.errors import TrainingError
 from anyprec.model.accepted_images import explaining_images, require_batch_axis
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.batches import Batch, device_of, images_of, labels_of
+from anyprec.runtime.transfers import Transfer, to_device
 from anyprec.training.oneshot import OneShot
 from anyprec.training.training_path import Criterion
 
@@ -84,11 +85,10 @@ class Learner:
         # The schedule is read in the middle of each step: neither the first nor the last is lost.
         for schedule in self.schedules:
             schedule.step_update(self.oneshot.steps_done + 0.5)
-        losses: list[Tensor] = []
+        losses = _Losses()
         for index, batch in enumerate(group):
-            losses += self._backward(batch, len(group), is_last=index == len(group) - 1)
-        # One transfer from the device for all paths and batches.
-        means = torch.stack(losses).double().reshape(len(group), -1).sum(dim=0).tolist()
+            self._backward(batch, len(group), losses, is_last=index == len(group) - 1)
+        means = losses.means(len(group))
         self._require_finite(means)
         self.oneshot.recipe.clip_gradients(*self.optimizers)
         for optimizer in self.optimizers:
@@ -118,33 +118,31 @@ class Learner:
             optimizer.load_state_dict(optimizer_state)
         self.oneshot.load_state_dict(state["oneshot"])
 
-    def _backward(self, batch: Batch, batches: int, *, is_last: bool) -> list[Tensor]:
+    def _backward(self, batch: Batch, batches: int, losses: _Losses, *, is_last: bool) -> None:
         """Back-propagate all paths of one batch.
 
         Args:
             batch: Images and labels.
             batches: In this optimizer step; the loss is their mean.
+            losses: Takes the unweighted losses of the paths, divided by the number of batches.
             is_last: Whether this is the last of them.
-
-        Returns:
-            The unweighted losses of the paths, divided by the number of batches.
         """
         images, labels = self._prepare(batch)
-        losses = []
         for path in self.oneshot.paths(images):
             with self._synchronising(is_last=path.is_last and is_last):
                 with self._autocasting(images.device):
                     with explaining_images(self.model, images, only_known=True):
                         output = self.network(images)
                     loss = path.loss(output, labels, self.settings.criterion)
+                losses.add(loss.detach() / path.weight / batches)
+                if path.is_last and is_last:
+                    losses.send()
                 # Outside of autocast, as torch advises for backward passes.
                 (loss / batches).backward()
-            losses.append(loss.detach() / path.weight / batches)
-        return losses
 
     def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = device_of(self.model)
-        images, labels = images_of(batch).to(device), labels_of(batch).to(device)
+        images, labels = to_device(images_of(batch), device), to_device(labels_of(batch), device)
         require_batch_axis(self.model, images)
         if self.settings.mixup is None:
             return images, labels
@@ -171,3 +169,30 @@ class Learner:
             msg = f"the loss of the {path} is {loss} at step {self.oneshot.steps_done}: lower the "
             msg += "learning rate, or check the data; the weights are those of the last finite step"
             raise TrainingError(msg)
+
+
+class _Losses:
+    """The losses of one optimizer step, on their way to the host.
+
+    They are sent before the last backward pass. So they are known before the weights change, and a
+    device still has that pass to do while the host reads them and goes on.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._transfer: Transfer | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """Take in the loss of the next path."""
+        self._losses.append(loss)
+
+    def send(self) -> None:
+        """Begin the transfer; all are there."""
+        self._transfer = Transfer(torch.stack(self._losses))
+
+    def means(self, batches: int) -> list[float]:
+        """Of every path the sum over its losses on the batches."""
+        transfer = self._transfer or Transfer(torch.stack(self._losses))
+        losses = transfer.result().double().reshape(batches, -1)
+        means: list[float] = losses.sum(dim=0).tolist()
+        return means

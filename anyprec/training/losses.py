@@ -28,8 +28,31 @@ def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: flo
     Raises:
         TrainingError: Either is no tensor of shape `(batch, classes)`, or their shapes differ.
     """
-    require_logits(logits, of="the network's output")
-    require_logits(target_logits, of="the target of distillation")
+    require_comparable(logits, target_logits)
+    return divergence(logits, log_softmax(target_logits.detach(), temperature), temperature)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Softened log-probabilities, in float32 at least."""
+    logits = widened(logits)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """`distillation_loss` from the target's `log_softmax`."""
+    student = log_softmax(logits, temperature)
+    loss = F.kl_div(student, target, reduction="batchmean", log_target=True)
+    return loss if temperature == 1 else temperature**2 * loss
+
+
+def require_comparable(logits: object, target_logits: object) -> None:
+    """Refuse logits that distillation cannot compare.
+
+    Raises:
+        TrainingError: as `distillation_loss`.
+    """
+    logits = require_logits(logits, of="the network's output")
+    target_logits = require_logits(target_logits, of="the target of distillation")
     if logits.shape != target_logits.shape:
         msg = "distillation compares logits of one shape: the network returned "
         msg += (
@@ -37,12 +60,9 @@ def distillation_loss(logits: Tensor, target_logits: Tensor, *, temperature: flo
         )
         msg += f"of a step the same batch, and the teacher the same classes; {_REMEDY}"
         raise TrainingError(msg)
-    student = F.log_softmax(widened(logits) / temperature, dim=-1)
-    teacher = F.log_softmax(widened(target_logits.detach()) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def require_logits(output: object, *, of: str) -> None:
+def require_logits(output: object, *, of: str) -> Tensor:
     """Refuse what the distillation term cannot compare: anything but logits `(batch, classes)`.
 
     A softmax over the last axis of a dense output would run over image columns, and over a single
@@ -52,11 +72,14 @@ def require_logits(output: object, *, of: str) -> None:
         output: What a network returned.
         of: Whose it is, for the message.
 
+    Returns:
+        The logits.
+
     Raises:
         TrainingError: It is no tensor of two axes with at least two classes.
     """
     if isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] > 1:
-        return
+        return output
     what = type(output).__name__
     if isinstance(output, Tensor):
         what = f"a tensor of shape {tuple(output.shape)}"

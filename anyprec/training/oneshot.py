@@ -159,7 +159,8 @@ class OneShot:
             # The precision that `using_bits` restores is the one from before the first path.
             with self.model.using_bits(paths[0].config):
                 for path in paths:
-                    self.model.set_bits(path.config)
+                    if not path.is_max:
+                        self.model.set_bits(path.config)
                     with self._watching(path, step, paths):
                         yield path
         finally:
@@ -169,7 +170,7 @@ class OneShot:
 
     def random_configs(self, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
-        return self._drawer.draw(count)
+        return self._drawer.draw(self.model.current_candidates, count)
 
     def step(self) -> None:
         """Say that the optimizer has stepped: at its times, the scheduler decides what is frozen.
@@ -314,8 +315,9 @@ class OneShot:
 
     def _draw_paths(self, step: StepState) -> list[TrainingPath]:
         """The max path, then the random ones, which share their weight."""
-        random_configs = self.random_configs(self.recipe.random_paths)
-        configs = [highest_config(self.model.candidates), *random_configs]
+        random_configs = self._drawer.draw(step.candidates, self.recipe.random_paths)
+        # What is frozen is never the highest bit-width.
+        configs = [highest_config(step.candidates), *random_configs]
         paths = []
         for index, config in enumerate(configs):
             weight = self.recipe.random_weight / len(random_configs) if index > 0 else 1.0

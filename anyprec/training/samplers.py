@@ -169,12 +169,17 @@ def _draw(
     """A configuration; `probabilities` are those of each layer's weight candidates."""
     # In float64, and one call for all layers: every process gets the same numbers.
     draws = torch.rand(len(candidates), 2, generator=generator, dtype=torch.float64).tolist()
-    chosen = {}
+    chosen: dict[str, Bits] = {}
+    # A network has many layers and few precisions: to make one takes as long as the draw.
+    precisions: dict[tuple[int, int], Bits] = {}
     for path, (weight_draw, activation_draw) in zip(candidates, draws, strict=True):
         layer = candidates[path]
         weight = _pick(layer.weight, probabilities[path], weight_draw)
         activation = layer.activation[int(activation_draw * len(layer.activation))]
-        chosen[path] = Bits(weight, activation)
+        bits = precisions.get((weight, activation))
+        if bits is None:
+            bits = precisions[weight, activation] = Bits(weight, activation)
+        chosen[path] = bits
     return BitConfig(chosen)
 
 

@@ -19,7 +19,13 @@ from anyprec.model.converted import ConvertedModel
 from anyprec.nn.functional import widened
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count
-from anyprec.training.losses import distillation_loss, quantization_error, require_logits
+from anyprec.training.losses import (
+    divergence,
+    log_softmax,
+    quantization_error,
+    require_comparable,
+    require_logits,
+)
 from anyprec.training.operands import WeightOperands
 from anyprec.training.parameters import idle_parameters, touch
 from anyprec.training.recipe import Recipe
@@ -40,6 +46,7 @@ class StepState:
         error_weight: Present weight of the quantization-error term.
         teacher_logits: None without a teacher.
         max_logits: The max path's, as soon as its loss is taken.
+        max_predictions: What the random paths mimic: its softened log-probabilities.
         feature_distances: Returns those of the active path.
         is_over: Whether the loop over the paths is left.
     """
@@ -48,6 +55,7 @@ class StepState:
     error_weight: float
     teacher_logits: Tensor | None
     max_logits: Tensor | None = None
+    max_predictions: Tensor | None = None
     feature_distances: Callable[[], list[Tensor]] = list
     is_over: bool = False
 
@@ -154,7 +162,7 @@ class PathLoss:
             name = getattr(term, "__name__", type(term).__name__)
             terms.append(_WeightedTerm(name, 1.0, term(path, output, targets)))
         self.last_terms = {term.name: term.value.detach() for term in terms}
-        loss = path.weight * torch.stack([term.weighted() for term in terms]).sum()
+        loss = _scaled(_sum([term.weighted() for term in terms]), path.weight)
         if process_count() == 1:
             return loss
         # DDP waits for a gradient of every parameter, also of those that this path does not use.
@@ -164,7 +172,7 @@ class PathLoss:
         self, path: TrainingPath, step: StepState, output: Any, task: Tensor
     ) -> list[_WeightedTerm]:
         if isinstance(output, Tensor) and path.is_max:
-            step.max_logits = output.detach()
+            step.max_logits, step.max_predictions = output.detach(), None
         share = self._recipe.distillation
         has_target = not path.is_max or self._teacher is not None
         if share > 0 and (has_target or not path.is_last):
@@ -172,20 +180,27 @@ class PathLoss:
             require_logits(output, of="the network's output")
         if share == 0 or not has_target:
             return [_WeightedTerm("task", 1.0, task)]
-        target = _target_logits(path, step)
-        distillation = distillation_loss(output, target, temperature=self._recipe.temperature)
+        distillation = self._distillation(path, step, output)
         return [
             _WeightedTerm("task", 1 - share, task),
             _WeightedTerm("distillation", share, distillation),
         ]
 
+    def _distillation(self, path: TrainingPath, step: StepState, output: Any) -> Tensor:
+        temperature = self._recipe.temperature
+        logits = _target_logits(path, step)
+        require_comparable(output, logits)
+        if path.is_max:
+            return divergence(output, log_softmax(logits, temperature), temperature)
+        if step.max_predictions is None:
+            step.max_predictions = log_softmax(logits, temperature)
+        return divergence(output, step.max_predictions, temperature)
+
     def _features(self, step: StepState) -> list[_WeightedTerm]:
         distances = step.feature_distances()
         if not distances:
             return []
-        return [
-            _WeightedTerm("features", self._recipe.feature_weight, torch.stack(distances).sum())
-        ]
+        return [_WeightedTerm("features", self._recipe.feature_weight, _sum(distances))]
 
     def _quantization_error(self, path: TrainingPath, step: StepState) -> list[_WeightedTerm]:
         if path.is_max or step.error_weight == 0:
@@ -206,7 +221,7 @@ class PathLoss:
                 coarser=2 ** (bits - step.candidates[name].weight[0]),
             )
             errors.append(error)
-        return [_WeightedTerm("quantization error", step.error_weight, torch.stack(errors).sum())]
+        return [_WeightedTerm("quantization error", step.error_weight, _sum(errors))]
 
 
 @dataclass(frozen=True)
@@ -216,7 +231,17 @@ class _WeightedTerm:
     value: Tensor
 
     def weighted(self) -> Tensor:
-        return self.weight * widened(self.value)
+        return _scaled(widened(self.value), self.weight)
+
+
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    # Each operation that is left out is a launch less, forward and backward.
+    return value if factor == 1 else factor * value
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    is_alone = len(values) == 1 and values[0].ndim == 0
+    return values[0] if is_alone else torch.stack(list(values)).sum()
 
 
 def _target_logits(path: TrainingPath, step: StepState) -> Tensor:

@@ -33,6 +33,7 @@ from anyprec.runtime.processes import (
     process_rank,
     sum_over_processes,
 )
+from anyprec.runtime.transfers import numbers_of, to_device
 from anyprec.searching.measuring.execution import DEFAULT_MEMORY, PartialExecution
 from anyprec.searching.measuring.scores import ClassLabels, number_of, require_logits
 
@@ -105,7 +106,7 @@ class Evaluator:
         if callable(objective):
             self.unable = "the objective is a function of the whole model"
             return
-        self._image_count = self._total(list(map(len, self._images)))
+        self._image_count = sum(of_all_processes(sum(map(len, self._images))))
         self._try()
         if objective == "divergence":
             self._targets = [F.log_softmax(logits, dim=-1) for logits in self._reference()]
@@ -171,13 +172,13 @@ class Evaluator:
             elif number % process_count() != process_rank():
                 continue
             self._positions.append(position)
-            images = images_of(batch).to(device)
+            images = to_device(images_of(batch), device)
             require_batch_axis(self._model, images)
             self._images.append(images)
             if self._objective in ("loss", "error"):
                 labels = labels_of(batch)
                 self._labels.add(labels, images=len(images))
-                self._targets.append(labels.to(device))
+                self._targets.append(to_device(labels, device))
         self._batches = max(of_all_processes(count)) * (process_count() if shared_out else 1)
         if not self._batches and not callable(self._objective):
             msg = "the loader yields no batch: "
@@ -210,7 +211,7 @@ class Evaluator:
         with self._model.using_bits(config), torch.no_grad():
             return [self._logits(self._model(images)) for images in self._images]
 
-    def _judge(self, number: int) -> float:
+    def _judge(self, number: int) -> Tensor:
         """The objective summed over the images of one batch."""
         images, targets = self._images[number], self._targets[number]
         if self._execution is None:
@@ -221,21 +222,24 @@ class Evaluator:
         logits = self._logits(output)
         if self._objective == "divergence":
             predictions = F.log_softmax(logits, dim=-1)
-            return float(F.kl_div(predictions, targets, reduction="sum", log_target=True))
+            return F.kl_div(predictions, targets, reduction="sum", log_target=True)
         if self._objective == "error":
-            return float((logits.argmax(dim=-1) != targets).sum())
-        return float(F.cross_entropy(logits, targets.long(), reduction="sum"))
+            return (logits.argmax(dim=-1) != targets).sum()
+        return F.cross_entropy(logits, targets.long(), reduction="sum")
 
     def _logits(self, output: Any) -> Tensor:
         return require_logits(output, objective=str(self._objective))
 
-    def _total(self, values: list[float]) -> float:
-        """The sum over the batches of all processes, in their order: that of one process."""
+    def _total(self, values: list[Tensor]) -> float:
+        """The sum over the batches of all processes, in their order: that of one process.
+
+        The device is waited for here, once in an evaluation.
+        """
         if process_count() == 1:
-            return math.fsum(values)
-        device = device_of(self._model)
-        of_all = torch.zeros(self._batches, dtype=torch.float64, device=device)
-        of_all[self._positions] = torch.tensor(values, dtype=torch.float64, device=device)
+            return math.fsum(numbers_of(values))
+        of_all = torch.zeros(self._batches, dtype=torch.float64, device=device_of(self._model))
+        for position, value in zip(self._positions, values, strict=True):
+            of_all[position] = value
         return math.fsum(sum_over_processes(of_all).tolist())
 
     def _normalising(self) -> AbstractContextManager[Any]:

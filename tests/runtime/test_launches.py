@@ -1,0 +1,60 @@
+"""How many kernels quantization launches on an accelerator, counted on the meta device.
+
+A fused operation counts as one launch. What a step costs on a GPU is launches, long before it is
+bandwidth.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.speed.launch_counts import LaunchCounts, count_launches
+from benchmarks.speed.operations import Launches, launches
+from benchmarks.speed.small_networks import make_pair
+
+FORWARD, BACKWARD, EVALUATION = 2, 4, 1
+"""Launches of a layer beyond those of the float network, at most."""
+
+SET_BITS = 1
+"""Launches of a switch of the whole network, at most."""
+
+NETWORKS = ("test_resnet", "test_efficientnet", "test_vit")
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def counts(request: pytest.FixtureRequest) -> LaunchCounts:
+    return count_launches(make_pair(request.param, bits=(2, 8)))
+
+
+@pytest.mark.xfail(reason="the fused operation (KERNELS) brings it: 12 without", strict=True)
+def test_a_forward_pass_launches_two_kernels_a_layer_more(counts: LaunchCounts) -> None:
+    assert 0 < counts.forward <= FORWARD
+
+
+@pytest.mark.xfail(reason="the fused operation (KERNELS) brings it: 32 without", strict=True)
+def test_a_backward_pass_launches_four_kernels_a_layer_more(counts: LaunchCounts) -> None:
+    assert 0 < counts.backward <= BACKWARD
+
+
+@pytest.mark.xfail(reason="the fused operation (KERNELS) brings it: 6 without", strict=True)
+def test_in_eval_mode_only_the_input_of_a_layer_is_quantized(counts: LaunchCounts) -> None:
+    assert 0 < counts.evaluation <= EVALUATION
+
+
+@pytest.mark.xfail(reason="the table of active indices (SWITCHING) brings it", strict=True)
+def test_a_switch_of_the_whole_network_launches_one_kernel(counts: LaunchCounts) -> None:
+    assert counts.set_bits <= SET_BITS
+
+
+def test_launches_are_counted_and_views_and_allocations_are_not() -> None:
+    values = torch.ones(2, 3, device="meta")
+    with Launches() as counted:
+        torch.empty_like(values).detach().view(-1)[None].expand(4, 6)
+    assert counted.count == 0
+    with Launches() as counted:
+        nn.functional.relu(values + 1).mul_(2).t().contiguous()
+    assert counted.names == {"add": 1, "relu": 1, "mul_": 1, "clone": 1}
+    assert not launches(torch.ops.aten.slice.Tensor)
+    assert launches(torch.ops.aten.fill_.Scalar)
