@@ -16,10 +16,11 @@
 #define BLOCK 4096      /* values whose contributions are summed in float32 */
 #define MOST_THREADS 64
 
+/* The product is not rounded: it is nearly as large as the value. */
 #if defined(__FMA__) || defined(__aarch64__)
 #define DIFFERENCE(code, step, value) __builtin_fmaf((code), (step), -(value))
 #else
-#define DIFFERENCE(code, step, value) ((code) * (step) - (value))
+#define DIFFERENCE(code, step, value) ((float)((double)(code) * (step) - (value)))
 #endif
 
 /* As step sizes are used: positive, and 2^-120 at least. NaN stays. */

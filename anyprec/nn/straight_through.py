@@ -76,6 +76,7 @@ class PerTensor(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the values and of all step sizes."""
+        gradients: tuple[Tensor, Tensor | None]
         values, step, result = ctx.saved_tensors
         row, qmin, qmax, gradient_scale = ctx.constants
         kernel = kernel_for(values, step, gradient)
@@ -83,14 +84,12 @@ class PerTensor(torch.autograd.Function):
             gradients = kernel.quantize_backward(
                 gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
             )
-            return _wanted(ctx, *gradients)
-        needs_step = ctx.needs_input_grad[1]
-        return _wanted(
-            ctx,
-            *_tensor_gradients(
+        else:
+            needs_step = ctx.needs_input_grad[1]
+            gradients = _tensor_gradients(
                 gradient, values, step, result, ctx.constants, needs_step=needs_step
-            ),
-        )
+            )
+        return (*gradients, None, None, None, None, None)
 
 
 class PerChannel(torch.autograd.Function):
@@ -142,11 +141,11 @@ class PerChannel(torch.autograd.Function):
                     qmax=qmax,
                     factor=gradient_scale,
                 )
-                return _wanted(ctx, *gradients)
+                return (*gradients, None, None, None, None, None)
         needs_step = ctx.needs_input_grad[1]
-        return _wanted(
-            ctx,
+        return (
             *_channel_gradients(gradient, values, step, ctx.constants, needs_step=needs_step),
+            *[None] * 5,
         )
 
 
@@ -253,13 +252,6 @@ def _channel_gradients(
     if step.ndim > 1:
         of_row = torch.zeros_like(step).select_scatter(of_row, 0, row)
     return inside.to(values.dtype), of_row
-
-
-def _wanted(ctx: Any, of_values: Tensor, of_step: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What `backward` returns: gradients that were asked for, and None for all else."""
-    needs = ctx.needs_input_grad
-    gradients = [of_values if needs[0] else None, of_step if needs[1] else None]
-    return (*gradients, *[None] * (len(needs) - 2))
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

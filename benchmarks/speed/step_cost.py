@@ -187,9 +187,37 @@ def saved_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with (
+        noting_in_layers(note),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved),
+    ):
         nn.functional.cross_entropy(logits(network, images), labels)
     return sum(sizes.values())
+
+
+@contextmanager
+def noting_in_layers(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Call `note` with what layers save, too: hooks of their own hide it from those around them."""
+    layers_module: Any = layers
+    recomputing = layers_module.recomputing
+
+    def noted(*arguments: Any) -> Any:
+        hooks = recomputing(*arguments)
+        pack = getattr(hooks, "pack_hook", None)
+        if pack is not None:
+
+            def pack_and_note(saved: Tensor) -> Any:
+                packed = pack(saved)
+                return note(packed) if isinstance(packed, Tensor) else packed
+
+            hooks.pack_hook = pack_and_note
+        return hooks
+
+    layers_module.recomputing = noted
+    try:
+        yield
+    finally:
+        layers_module.recomputing = recomputing
 
 
 def seconds(run: Callable[[], None], device: str) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
@@ -139,25 +140,32 @@ def test_a_program_is_compiled_once_for_each_key_and_launched_with_all_its_argum
     ]
 
 
+def placed(tensor: Tensor, device: str, start: int) -> Tensor:
+    """A copy on a device that begins so many values behind an aligned address."""
+    memory = torch.zeros(tensor.numel() + start, dtype=tensor.dtype, device=device)
+    memory[start:] = tensor.flatten().to(device)
+    return memory[start:].reshape(tensor.shape)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("axis", [None, 0])
-def test_on_a_gpu_results_are_those_of_a_cpu(axis: int | None, dtype: torch.dtype) -> None:
-    # Twice: the second launch is that of a kept program. Odd sizes and starts are other programs.
+@pytest.mark.parametrize("start", [0, 1])
+def test_on_a_gpu_results_are_those_of_a_cpu(
+    axis: int | None, dtype: torch.dtype, start: int
+) -> None:
+    # The second launch is that of a kept program; odd sizes are other programs.
     for count in (4096, 4096, 5001, 1):
-        for start in (0, 1):
-            values, upstream = torch.randn(2, 8 * count + 1).to(dtype)[:, start:].unbind()
-            shape = (8, -1) if axis == 0 else (-1,)
-            values = values[: 8 * count].reshape(shape)
-            upstream = upstream[: 8 * count].reshape(shape)
-            step = torch.rand(3, 8 if axis == 0 else 1) * 0.02 + 0.01
-            results = []
-            for device in ("cpu", "cuda"):
-                input_ = values.to(device).requires_grad_()
-                steps = step.to(device).requires_grad_()
-                result = fake_quantize(input_, steps, row=1, qmin=-128, qmax=127, axis=axis)
-                gradients = torch.autograd.grad(result, (input_, steps), upstream.to(device))
-                results.append([tensor.cpu() for tensor in (result.detach(), *gradients)])
-            for mine, theirs in zip(results[1][:2], results[0][:2], strict=True):
-                assert torch.equal(mine, theirs)
-            torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-3)
+        values, upstream = torch.randn(2, 8, count).to(dtype).unbind()
+        step = torch.rand(3, 8 if axis == 0 else 1) * 0.02 + 0.01
+        results = []
+        for device in ("cpu", "cuda"):
+            input_ = placed(values, device, start).requires_grad_()
+            steps = step.to(device).requires_grad_()
+            result = fake_quantize(input_, steps, row=1, qmin=-128, qmax=127, axis=axis)
+            output_gradient = placed(upstream, device, start)
+            gradients = torch.autograd.grad(result, (input_, steps), output_gradient)
+            results.append([tensor.cpu() for tensor in (result.detach(), *gradients)])
+        for mine, theirs in zip(results[1][:2], results[0][:2], strict=True):
+            assert torch.equal(mine, theirs)
+        torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-3)
