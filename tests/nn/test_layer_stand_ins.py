@@ -319,6 +319,17 @@ def test_a_tensor_of_another_class_is_intercepted(interceptions: list[nn.Module]
     assert interceptions == [layer]
 
 
+def test_a_weight_of_another_class_is_intercepted(interceptions: list[nn.Module]) -> None:
+    class Special(Tensor):
+        pass
+
+    layer = conv()
+    expected = layer(X)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Special))
+    assert torch.equal(layer(X).as_subclass(Tensor), expected)
+    assert interceptions == [layer]
+
+
 def test_a_replica_of_data_parallel_is_intercepted(interceptions: list[nn.Module]) -> None:
     layer = conv()
     replica = layer._replicate_for_data_parallel()

@@ -137,6 +137,8 @@ def test_large_weights_beside_small_inputs_are_computed_again(
     # The input has 4 times the elements of the large weight, or fewer.
     assert recomputed(model, torch.randn(399, 200), monkeypatch) == {large}
     assert recomputed(model, torch.randn(400, 200), monkeypatch) == set()
+    # The small weight is larger than its input, and small all the same.
+    assert recomputed(model, images, monkeypatch) == {large}
     anyprec.recompute_weights(model, "always")
     assert recomputed(copy.deepcopy(model), images, monkeypatch) == {large, small}
     assert recomputed(model.view(4), torch.randn(400, 200), monkeypatch) == {large, small}

@@ -186,3 +186,20 @@ def test_integer_placement_is_compiled_once_whatever_the_bits(
         for name, gradient in gradients[1].items():
             torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-2, atol=1e-4)
     assert counter.frame_count == 2
+
+
+def test_blocks_that_are_compiled_by_themselves_share_a_program() -> None:
+    network = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4)))
+    x = torch.randn(2, 6)
+    net = anyprec.convert(network, bits=(2, 8), first_last_bits=None, example_input=x)
+    anyprec.calibrate(net, [x])
+    eager = copy.deepcopy(net.eval())
+    counter = CompileCounterWithBackend("eager")
+    for block in net:
+        block.compile(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for bits in (2, 8, {"1.0": (2, 8), "2.0": (8, 2)}):
+            net.set_bits(bits)
+            eager.set_bits(bits)
+            torch.testing.assert_close(net(x), eager(x))
+    assert counter.frame_count == 1
