@@ -250,7 +250,7 @@ def fake_quantize_by_elementary_operations(
     row: int | None = None,
     axis: int | None = None,
     gradient_scale: float = 1.0,
-    keep_result: bool = True,  # noqa: ARG001 (of the function that it stands in for)
+    keep_result: bool = True,  # noqa: ARG001 (autograd decides what is kept)
 ) -> Tensor:
     """LSQ as it is usually written, with straight-through estimators by `detach`."""
     if row is not None:
