@@ -39,9 +39,7 @@ def update_copies(
         reference = float_statistics(model, norms, images) if anchored else None
         _estimate_uniform(model, norms, images, requests, reference)
         _require_finite_banks(norms)
-    for norm in norms.values():
-        if norm.bank is not None:
-            norm.bank.refresh()
+    _note_uniform(norms)
     if not anchored:  # what is anchored is as stale as the float statistics
         for bank, row in rows_used(model, norms, requests):
             stale_rows(bank).discard(row)
@@ -152,6 +150,14 @@ def _share_with_row(norm: SwitchableNorm) -> None:
     uniform = norm.bank.statistics(norm.row, norm.uniform)
     for target, value in zip(copy, uniform, strict=True):
         target.copy_(value)
+
+
+def _note_uniform(norms: dict[str, SwitchableNorm]) -> None:
+    """Do for all banks what `NormBank.refresh` does for one, in one transfer."""
+    banks = [norm.bank for norm in norms.values() if norm.bank is not None and norm.bank.widths]
+    are_there = numbers_of([_is_finite(bank.uniform_mean, bank.uniform_var) for bank in banks])
+    for bank, is_there in zip(banks, are_there, strict=True):
+        bank.has_uniform = bool(is_there)
 
 
 def _require_finite_banks(norms: dict[str, SwitchableNorm]) -> None:

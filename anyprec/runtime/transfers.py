@@ -41,9 +41,14 @@ class Transfer:
 
 
 def numbers_of(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of scalars of one dtype as Python numbers, in one transfer."""
+    """The values of scalars of one dtype as Python numbers, in one transfer.
+
+    What is sharded over processes (FSDP) is read one by one.
+    """
     if not scalars:
         return []
+    if any(type(scalar) is not Tensor for scalar in scalars):
+        return [scalar.item() for scalar in scalars]
     # A network may be spread over several devices.
     together = [scalar.to(scalars[0].device) for scalar in scalars]
     numbers: list[float] = torch.stack(together).tolist()

@@ -10,8 +10,9 @@ graph for all configurations, `reduce-overhead`, each over the float network com
 in the first arithmetic, since compiling takes minutes), and ModelOpt where it is installed.
 
 Before that, a one-shot step and `fit` run while each wait of the host for the device is an error,
-and a profile prints the ten longest gaps between two kernels, with what comes after them. What needs CUDA
-is left out elsewhere, with a word. Adds a line of JSON to `benchmarks/results/speed.jsonl`.
+and a profile prints the ten longest gaps between two kernels, with what is before and after them.
+What needs CUDA is left out elsewhere, with a word. Adds a line of JSON to
+`benchmarks/results/speed.jsonl`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ALLOCATIONS = frozenset(
     {
@@ -32,7 +33,7 @@ READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero"})
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators in its block that launch a kernel.
+    """Counts the operators in its block that launch a kernel of a device, the CPU aside.
 
     Attributes:
         names: How often each was called.
@@ -50,9 +51,10 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if launches(func):
+        result = func(*args, **(kwargs or {}))
+        if launches(func) and any(map(_is_on_device, tree_leaves((args, kwargs, result)))):
             self.names[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class Waits(TorchDispatchMode):
@@ -120,6 +122,10 @@ def launches(operator: Any) -> bool:
     returns = [result.alias_info for result in operator._schema.returns]  # noqa: SLF001
     is_view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
     return not is_view
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
 
 
 def _first_on_meta(args: tuple[Any, ...]) -> Tensor | None:
