@@ -10,7 +10,7 @@ from torch import Tensor
 
 from anyprec.kernels.fused import FusedKernel, Sizes
 
-VALUES_PER_THREAD = 2**18
+VALUES_PER_THREAD = 2**17
 """To start a thread costs as much time as to quantize about a quarter of these values."""
 
 _POINTER, _SIZE, _CODE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

@@ -166,6 +166,8 @@ def checks() -> dict[str, Callable[[], None]]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # Nothing is built or loaded by an import.
+    assert not choosing._MACHINE.plain
     # On a CPU the programs run in the place of the C kernel.
     choosing._make = lambda _: (triton_kernel.TritonKernel(), "interpreted")
     for name, check in checks().items():
