@@ -103,7 +103,7 @@ class Switchboard:
         self.candidates: dict[str, LayerCandidates] = {}
         self._parts = parts
         self._children: list[tuple[dict[str, Any], str, Any]] = []
-        self._resolved: dict[tuple[type, Any], BitConfig] = {}
+        self._resolved: dict[Any, BitConfig] = {}
         self._uniform: dict[int, dict[str, Bits]] = {}
         chosen: list[Chosen] = []
         self._layers: list[_LayerSwitch] = []
@@ -148,8 +148,7 @@ class Switchboard:
         # Mappings may change.
         if not _is_constant(request):
             return resolve_request(request, self.candidates, configs)
-        # With its type, since 4 == 4.0, which is refused.
-        key = type(request), request
+        key: Any = request
         config = self._resolved.get(key)
         if config is None:
             config = resolve_request(request, self.candidates, configs)
@@ -287,7 +286,10 @@ def _norm_switch(path: str, norm: SwitchableNorm, setter: int | None, pairs: int
 
 
 def _is_constant(request: object) -> bool:
-    """Whether a request means the same each time, and can be looked up."""
+    """Whether a request means the same each time, and can be looked up.
+
+    By exact types, since 4 == 4.0, which is refused.
+    """
     if type(request) is tuple:
         return all(type(bits) is int for bits in request)
     return type(request) in (int, str, Bits)
