@@ -280,8 +280,6 @@ def resolve(
     Raises:
         BitsError: unknown path, pattern without a match, or a bit-width that is not a candidate.
     """
-    if type(request) is BitConfig and _fits(request, candidates):
-        return request
     chosen: dict[str, Bits] = {}
     for pattern, value in request.items():
         if pattern not in candidates:
@@ -300,14 +298,6 @@ def resolve(
         raise BitsError(msg)
     # In network order, whatever the order of the request.
     return BitConfig({path: chosen[path] for path in candidates})
-
-
-def _fits(config: BitConfig, candidates: Candidates) -> bool:
-    """Whether a configuration names every layer, in network order, with a candidate of it."""
-    if list(config) != list(candidates):
-        return False
-    layers = candidates.values()
-    return all(bits in layer for bits, layer in zip(config.values(), layers, strict=True))
 
 
 def match_paths(pattern: str, paths: Iterable[str]) -> list[str]:

@@ -73,6 +73,13 @@ class _NormSwitch:
     rows: int
     selections: dict[tuple[int | None, int | None], NormSelection] = field(default_factory=dict)
 
+    def uniform(self, width: int | None) -> int | None:
+        """Index of this uniform bit-width among those that there are statistics of, if it is."""
+        bank = self.bank
+        if bank is None or not bank.has_uniform or width not in bank.widths:
+            return None
+        return bank.widths.index(width)
+
     def selection(self, row: int | None, uniform: int | None) -> NormSelection:
         """What the norm uses then; it never changes, so that it is made only once."""
         selection = self.selections.get((row, uniform))
@@ -95,9 +102,8 @@ class Switchboard:
     def __init__(self, model: ConvertedModel, parts: Parts) -> None:
         self.candidates: dict[str, LayerCandidates] = {}
         self._parts = parts
-        self._is_shared = model.anyprec_record.settings.norm == "shared"
         self._children: list[tuple[dict[str, Any], str, Any]] = []
-        self._resolved: dict[tuple[type, Any], BitConfig] = {}
+        self._resolved: dict[Any, BitConfig] = {}
         self._uniform: dict[int, dict[str, Bits]] = {}
         chosen: list[Chosen] = []
         self._layers: list[_LayerSwitch] = []
@@ -135,11 +141,14 @@ class Switchboard:
 
     def resolve(self, request: _Request, configs: Mapping[str, BitConfig]) -> BitConfig:
         """The configuration that a request stands for, as `resolve_request` has it."""
-        # Names change their meaning, and mappings may change themselves.
-        if not _is_constant(request) or request in configs:
+        if isinstance(request, str) and request in configs:  # which may mean another one each time
+            request = configs[request]
+        if isinstance(request, BitConfig) and self._fits(request):
+            return request
+        # Mappings may change.
+        if not _is_constant(request):
             return resolve_request(request, self.candidates, configs)
-        # With its type, since 4 == 4.0, which is refused.
-        key = type(request), request
+        key: Any = request
         config = self._resolved.get(key)
         if config is None:
             config = resolve_request(request, self.candidates, configs)
@@ -147,6 +156,13 @@ class Switchboard:
                 self._resolved.clear()
             self._resolved[key] = config
         return config
+
+    def _fits(self, config: BitConfig) -> bool:
+        """Whether a configuration names every layer, in network order, with a candidate of it."""
+        if list(config) != list(self.candidates):
+            return False
+        layers = self.candidates.values()
+        return all(bits in layer for bits, layer in zip(config.values(), layers, strict=True))
 
     def switch(
         self, bits: Mapping[str, Bits | None], statistics: Mapping[str, Statistics]
@@ -189,25 +205,28 @@ class Switchboard:
         """Give every norm the copy that belongs to its layer, and add its indices to those."""
         width = self._uniform_width(active) if self._has_uniform else None
         for switch in self._norms:
-            bank, setter = switch.bank, switch.setter
-            row = None if self._is_shared else 0
-            if setter is not None and row is not None:
-                # Rows stand in the order of pairs (weight, activation), the activation changing
-                # fastest. A layer in floating point has the first one.
-                layer = self._layers[setter]
-                if layer.path in active:
-                    row = indices[2 * setter] * switch.pairs + indices[2 * setter + 1]
-            uniform = None
-            if bank is not None:
-                if bank.has_uniform and width in bank.widths:
-                    uniform = bank.widths.index(width)
-                indices += (row or 0, row or 0 if uniform is None else switch.rows + uniform)
+            row = self._row(switch, active, indices)
+            uniform = switch.uniform(width)
+            if row is not None:
+                indices += (row, row if uniform is None else switch.rows + uniform)
             selection = switch.selection(row, uniform)
             if switch.path in statistics:
                 mean, variance = statistics[switch.path]
                 like = switch.norm.running_mean
                 selection = NormSelection(row, uniform, (mean.to(like), variance.to(like)))
             select(switch.norm, selection)
+
+    def _row(
+        self, switch: _NormSwitch, active: Mapping[str, Bits], indices: list[int]
+    ) -> int | None:
+        """The copy that belongs to the precision of the layer before a norm."""
+        if switch.bank is None:
+            return None
+        setter = switch.setter
+        if setter is None or self._layers[setter].path not in active:
+            return 0
+        # Rows stand in the order of pairs (weight, activation), the activation changing fastest.
+        return indices[2 * setter] * switch.pairs + indices[2 * setter + 1]
 
     @property
     def _has_uniform(self) -> bool:
@@ -267,7 +286,10 @@ def _norm_switch(path: str, norm: SwitchableNorm, setter: int | None, pairs: int
 
 
 def _is_constant(request: object) -> bool:
-    """Whether a request means the same each time, and can be looked up."""
+    """Whether a request means the same each time, and can be looked up.
+
+    By exact types, since 4 == 4.0, which is refused.
+    """
     if type(request) is tuple:
         return all(type(bits) is int for bits in request)
     return type(request) in (int, str, Bits)

@@ -55,8 +55,11 @@ def input_of_stand_in(
     if inner is not None and not _is_plain_convolution(layer, inner):
         return None
     kind: Any = type(layer)
-    if not keeps_attributes(kind, _READ):
-        return None
+    return _plain_input(args, kwargs) if keeps_attributes(kind, _READ) else None
+
+
+def _plain_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The one argument of a call, if it is a float tensor."""
     value: Tensor | None = None
     if len(args) == 1 and not kwargs:
         value = args[0]

@@ -165,27 +165,27 @@ class SwitchableNorm(Specialized):
         follow_precision(self)
         bank = self.bank
         if bank is not None and not torch.compiler.is_compiling():
-            # In training the copies move, and statistics beside them would stay behind. In compiled
-            # training `OneShot` drops them.
-            if self.training:
-                bank.forget_uniform()
-            _warn_if_stale(self, bank)
-        is_overridden = not self.training and self.selection.override is not None
-        if not (self.selection.has_row or is_overridden or self.output_observers):
+            _note_pass(self, bank)
+        if not self._is_changed():
             return super().forward(*args, **kwargs)
         if self.selection.has_row:
             require_values_of_copies(self)
         if not self._passes_values_on or is_synchronised(self):
             return self._forward_of_stand_in(args, kwargs)
-        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+        if not torch.compiler.is_compiling():
             forward: Any = super().forward
-            stand_in = self._reading_stand_in(forward, args[0])
+            stand_in = self._reading_stand_in(forward, args, kwargs)
             if stand_in is not None:
-                result = forward.__func__(stand_in, args[0])
+                result = forward.__func__(stand_in, *args)
                 self.output_observers.notify(result)
                 return result
         with _NormInterceptor(self):
             return super().forward(*args, **kwargs)
+
+    def _is_changed(self) -> bool:
+        """Whether the norm does anything else than the float network's, or is observed."""
+        is_overridden = not self.training and self.selection.override is not None
+        return self.selection.has_row or is_overridden or bool(self.output_observers)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _forward_of_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -197,14 +197,16 @@ class SwitchableNorm(Specialized):
             self.output_observers.notify(result)
         return result
 
-    def _reading_stand_in(self, forward: Any, input_: Any) -> nn.Module | None:
+    def _reading_stand_in(
+        self, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> nn.Module | None:
         """What a known forward can run on; None if `F.batch_norm` must be intercepted in it."""
         is_normalised = returns_normalised(forward)
         # Observers see the values before an activation that the forward applies as well.
         if is_normalised is None or (self.output_observers and not is_normalised):
             return None
         # A tensor of another class may see in its operators what a stand-in would change.
-        if type(input_) not in (Tensor, nn.Parameter):
+        if kwargs or len(args) != 1 or type(args[0]) not in (Tensor, nn.Parameter):
             return None
         return reading_stand_in(self, self._selected_values())
 
@@ -269,6 +271,15 @@ def select(norm: SwitchableNorm, selection: NormSelection) -> None:
     # Compiled forward passes cannot warn.
     if bank is not None and bank.stale is not None and bank.stale.network.compiled:
         _warn_if_stale(norm, bank)
+
+
+def _note_pass(norm: SwitchableNorm, bank: NormBank) -> None:
+    """Note that a norm runs in eager mode."""
+    # In training the copies move, and statistics beside them would stay behind. In compiled
+    # training `OneShot` drops them.
+    if norm.training:
+        bank.forget_uniform()
+    _warn_if_stale(norm, bank)
 
 
 def _warn_if_stale(norm: SwitchableNorm, bank: NormBank) -> None:

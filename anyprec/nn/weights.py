@@ -119,9 +119,8 @@ class LatentWeight(WeightSource):
             chosen = layer.chosen.weight
             return self._corrected(quantizer.forward_selected(operand, chosen), operand)
         index, step = layer.weight_index, quantizer.step
-        learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
         record = None
-        if not (layer.training or learns or self.dynamic) and self._can_keep(operand):
+        if not layer.training and self._can_keep(operand, step):
             record = _record(layer, operand, step)
         if record is None:
             return self.compute(quantizer, operand, index)
@@ -137,8 +136,11 @@ class LatentWeight(WeightSource):
         self._cache[index] = Kept(quantized, record, values)
         return quantized
 
-    def _can_keep(self, operand: Tensor) -> bool:
-        """Whether a later change of the operand would be seen, or is none to be expected."""
+    def _can_keep(self, operand: Tensor, step: Tensor) -> bool:
+        """Whether nothing learns, and a later change would be seen or is not to be expected."""
+        learns = torch.is_grad_enabled() and (operand.requires_grad or step.requires_grad)
+        if learns or self.dynamic:
+            return False
         return self.trusted or is_comparable(operand)
 
     def _is_current(self, kept: Kept, operand: Tensor, step: Tensor) -> bool:
