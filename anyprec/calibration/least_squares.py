@@ -7,6 +7,7 @@ values those are is the matter of `step_sizes`. For fixed codes q the best step 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -75,22 +76,23 @@ def input_grids(
     samples: Mapping[str, Tensor], quantizers: Mapping[str, InputQuantizer]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """`input_grid` of many inputs, by path; a device is waited for twice in all."""
-    rows = {path: _Row(samples[path]) for path in quantizers}
-    free = [path for path, quantizer in quantizers.items() if _chooses_zero_point(quantizer)]
-    ranges = dict(zip(free, _ranges([rows[path].values for path in free]), strict=True))
+    rows: dict[str, _Row] = {}
+    free: dict[str, Tensor] = {}
+    for path, quantizer in quantizers.items():
+        rows[path] = _Row(samples[path])
+        if _chooses_zero_point(quantizer):
+            free[path] = rows[path].values
+    ranges = _ranges(free)
     steps: dict[str, Tensor] = {}
     zero_points: list[Tensor] = []
     for path, quantizer in quantizers.items():
-        choices = [
-            _allowed_zero_points(quantizer, ranges.get(path, []), bits)
-            for bits in quantizer.own_candidates
-        ]
-        steps[path], zeros = _best_grids(rows[path], quantizer, choices)
+        steps[path], zeros = _best_grids(rows[path], quantizer, ranges.get(path, []))
         zero_points += zeros
     numbers = iter(numbers_of(zero_points))
     grids: dict[str, tuple[Tensor, Tensor]] = {}
     for path, step in steps.items():
-        grids[path] = step, torch.tensor([next(numbers) for _ in step], dtype=torch.int32)
+        zeros_on_host = list(itertools.islice(numbers, len(step)))
+        grids[path] = step, torch.tensor(zeros_on_host, dtype=torch.int32)
     return grids
 
 
@@ -110,24 +112,25 @@ class _Row:
 
 
 def _best_grids(
-    row: _Row, quantizer: InputQuantizer, choices: list[list[int]]
+    row: _Row, quantizer: InputQuantizer, ranges: list[tuple[float, float]]
 ) -> tuple[Tensor, list[Tensor]]:
     """The best step sizes, and the zero point of every candidate.
 
     Args:
         row: The sample.
         quantizer: Knows the candidates and its rule.
-        choices: For every candidate, the zero points to choose from; the first wins ties.
+        ranges: Those that zero points may be placed on.
     """
-    if not choices:
+    if not quantizer.own_candidates:
         return row.values.new_empty(0), []
     find = _best_power if quantizer.rule.scale == "power-of-two" else _least_squares
     steps, zeros = [], []
-    for bits, allowed in zip(quantizer.own_candidates, choices, strict=True):
+    for bits in quantizer.own_candidates:
+        allowed = _allowed_zero_points(quantizer, ranges, bits)
         grids = [_grid_at(zero, row.values, bits, find) for zero in allowed]
-        errors = torch.stack([squared_error for _, squared_error in grids])
-        best = errors.argmin().reshape(1)
-        step = torch.stack([step for step, _ in grids]).gather(0, best)[0]
+        steps_at, errors = map(torch.stack, zip(*grids, strict=True))
+        best = errors.argmin().reshape(1)  # the first zero point wins ties
+        step = steps_at.gather(0, best)[0]
         # An input that is always zero has no best step size: take a range of 1.
         step = torch.where(step > STEP_FLOOR, step * row.scale, 1.0 / (2**bits - 1))
         steps.append(power_of_two_step(step) if find is _best_power else step)
@@ -161,14 +164,19 @@ def _allowed_zero_points(
     return _zero_points(ranges, bits)
 
 
-def _ranges(rows: list[Tensor]) -> list[list[tuple[float, float]]]:
+def _ranges(rows: Mapping[str, Tensor]) -> dict[str, list[tuple[float, float]]]:
     """For each row its range and that of its bulk, extended to zero."""
     ends: list[Tensor] = []
-    for row in rows:
+    for row in rows.values():
         for tail in _TAILS:
             ends += [torch.quantile(row, tail), torch.quantile(row, 1 - tail)]
     numbers = iter(numbers_of(ends))
-    return [[(min(next(numbers), 0.0), max(next(numbers), 0.0)) for _ in _TAILS] for _ in rows]
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    for path in rows:
+        ranges[path] = []
+        for _ in _TAILS:
+            ranges[path].append((min(next(numbers), 0.0), max(next(numbers), 0.0)))
+    return ranges
 
 
 def _zero_points(ranges: list[tuple[float, float]], bits: int) -> list[int]:

@@ -125,10 +125,7 @@ def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) ->
         samples: Values of each layer's input, and of each output, by path, the lowest among them.
     """
     record, quantizers = model.anyprec_record, _input_quantizers(model)
-    nonnegative = [path for path in samples if quantizers[path].nonnegative]
-    lowest_values = numbers_of([samples[path].min() for path in nonnegative])
-    lowest_of = dict(zip(nonnegative, lowest_values, strict=True))
-    refuted = {path: lowest for path, lowest in lowest_of.items() if lowest < 0}
+    refuted = _refuted_signs(quantizers, samples)
     if not refuted:
         yield
         return
@@ -149,6 +146,18 @@ def _refuted_signs_dropped(model: ConvertedModel, samples: dict[str, Tensor]) ->
             quantizers[path].nonnegative = True
         vars(model)["anyprec_record"] = record
         raise
+
+
+def _refuted_signs(
+    quantizers: Mapping[str, InputQuantizer], samples: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The lowest value of each input that is negative somewhere, though it was said never to be."""
+    minima: dict[str, Tensor] = {}
+    for path, sample in samples.items():
+        if quantizers[path].nonnegative:
+            minima[path] = sample.min()
+    lowest = zip(minima, numbers_of(list(minima.values())), strict=True)
+    return {path: value for path, value in lowest if value < 0}
 
 
 def _with_signs(facts: NetworkFacts, signed: Collection[str]) -> NetworkFacts:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyprec.bits import BitConfig, Candidates
+from anyprec.bits import BitConfig
 from anyprec.errors import BitsError, TrainingError
 from anyprec.model.converted import ConvertedModel
 from anyprec.runtime.processes import of_first_process
@@ -44,10 +44,10 @@ class ConfigDrawer:
         self._generator = torch.Generator().manual_seed(seed)
         self._instability: dict[str, dict[int, float]] = {}
 
-    def draw(self, candidates: Candidates, count: int) -> list[BitConfig]:
+    def draw(self, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
         return self._sampler.draw(
-            candidates,
+            self._model.current_candidates,
             count,
             generator=self._generator,
             instability=self._instability,
@@ -119,9 +119,10 @@ class ConfigDrawer:
             of_layer = unstable_fractions(
                 operand, layer.weight_quantizer, margin=self._times.margin
             )
-            fractions.update({(path, bits): value for bits, value in of_layer.items()})
+            for bits, fraction in of_layer.items():
+                fractions[path, bits] = fraction
         measured: dict[str, dict[int, float]] = {}
         values = numbers_of(list(fractions.values()))
-        for (path, bits), fraction in zip(fractions, values, strict=True):
-            measured.setdefault(path, {})[bits] = fraction
+        for (path, bits), value in zip(fractions, values, strict=True):
+            measured.setdefault(path, {})[bits] = value
         return of_first_process(measured)

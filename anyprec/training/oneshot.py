@@ -170,7 +170,7 @@ class OneShot:
 
     def random_configs(self, count: int) -> list[BitConfig]:
         """Configurations drawn by the sampler from the candidates that are not frozen."""
-        return self._drawer.draw(self.model.current_candidates, count)
+        return self._drawer.draw(count)
 
     def step(self) -> None:
         """Say that the optimizer has stepped: at its times, the scheduler decides what is frozen.
@@ -315,7 +315,7 @@ class OneShot:
 
     def _draw_paths(self, step: StepState) -> list[TrainingPath]:
         """The max path, then the random ones, which share their weight."""
-        random_configs = self._drawer.draw(step.candidates, self.recipe.random_paths)
+        random_configs = self.random_configs(self.recipe.random_paths)
         # What is frozen is never the highest bit-width.
         configs = [highest_config(step.candidates), *random_configs]
         paths = []
