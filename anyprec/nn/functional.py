@@ -15,7 +15,15 @@ from torch import Tensor
 
 from anyprec.kernels import STEP_FLOOR, narrowed, widened
 from anyprec.nn.channels import Axis, along
-from anyprec.nn.straight_through import PerChannel, PerTensor, effective_step, ratio_of
+from anyprec.nn.straight_through import (
+    PerChannel,
+    PerTensor,
+    effective_step,
+    is_undifferentiated,
+    quantize_channels,
+    quantize_tensor,
+    ratio_of,
+)
 
 __all__ = [
     "STEP_FLOOR",
@@ -73,6 +81,11 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-3.0, 0.4, 0.6, 9.0]), torch.tensor(1.0), qmin=-2, qmax=1)
         tensor([-2., 0., 1., 1.])
     """
+    if is_undifferentiated():
+        # An autograd function takes as long on the host as all else here.
+        if axis is None:
+            return quantize_tensor(values, step, row or 0, qmin, qmax)[0]
+        return quantize_channels(values, step, row or 0, axis, qmin, qmax)
     if axis is None:
         result = PerTensor.apply(values, step, row or 0, qmin, qmax, gradient_scale, keep_result)
     else:

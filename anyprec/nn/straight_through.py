@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from anyprec.kernels import (
@@ -41,6 +42,38 @@ def _once_differentiable(backward: Backward) -> Backward:
     return chosen
 
 
+def is_undifferentiated() -> bool:
+    """Whether nothing that is computed now can have a gradient, in either direction."""
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0  # noqa: SLF001 (no public name)
+
+
+def quantize_tensor(
+    values: Tensor, step: Tensor, row: int, qmin: int, qmax: int
+) -> tuple[Tensor, bool]:
+    """Quantize with one step size, without gradient: the result, and whether a kernel made it."""
+    kernel = kernel_for(values, step)
+    if kernel is not None and 0 <= row < step.numel():
+        return kernel.quantize(values, step, row=row, qmin=qmin, qmax=qmax), True
+    scale = effective_step(step.reshape(-1)[row])
+    # In place on the one new tensor: three more of the size of an activation cost more time.
+    result = ratio_of(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
+    return narrowed(result, values.dtype), False
+
+
+def quantize_channels(
+    values: Tensor, step: Tensor, row: int, axis: Axis, qmin: int, qmax: int
+) -> Tensor:
+    """Quantize with a step size for each channel, without gradient."""
+    kernel = kernel_for(values, step)
+    if kernel is not None:
+        sizes = _sizes_in_memory(values, step, row, axis)
+        if sizes is not None:
+            return kernel.quantize_channels(values, step, sizes, row=row, qmin=qmin, qmax=qmax)
+    scale = along(effective_step(_row_of(step, row)), axis, values)
+    result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+    return narrowed(result, values.dtype)
+
+
 class PerTensor(torch.autograd.Function):
     """One step size: entry `row` of all that a quantizer has.
 
@@ -61,15 +94,9 @@ class PerTensor(torch.autograd.Function):
     ) -> Tensor:
         """See `functional.fake_quantize`."""
         ctx.constants = row, qmin, qmax, gradient_scale
-        kernel = kernel_for(values, step)
-        if kernel is not None and 0 <= row < step.numel():
-            ctx.save_for_backward(values, step, None)
-            return kernel.quantize(values, step, row=row, qmin=qmin, qmax=qmax)
-        scale = effective_step(step.reshape(-1)[row])
-        # In place on the one new tensor: three more of the size of an activation cost more time.
-        result = ratio_of(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
-        result = narrowed(result, values.dtype)
-        ctx.save_for_backward(values, step, result if keep_result else None)
+        result, is_by_kernel = quantize_tensor(values, step, row, qmin, qmax)
+        keeps = keep_result and not is_by_kernel
+        ctx.save_for_backward(values, step, result if keeps else None)
         return result
 
     @staticmethod
@@ -112,14 +139,7 @@ class PerChannel(torch.autograd.Function):
         """See `functional.fake_quantize`."""
         ctx.save_for_backward(values, step)
         ctx.constants = row, axis, qmin, qmax, gradient_scale
-        kernel = kernel_for(values, step)
-        if kernel is not None:
-            sizes = _sizes_in_memory(values, step, row, axis)
-            if sizes is not None:
-                return kernel.quantize_channels(values, step, sizes, row=row, qmin=qmin, qmax=qmax)
-        scale = along(effective_step(_row_of(step, row)), axis, values)
-        result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
-        return narrowed(result, values.dtype)
+        return quantize_channels(values, step, row, axis, qmin, qmax)
 
     @staticmethod
     @_once_differentiable

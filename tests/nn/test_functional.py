@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from anyprec.nn.functional import fake_quantize, integer_codes
 from anyprec.nn.moments import match_moments
+from anyprec.nn.straight_through import PerChannel, PerTensor
 
 GRIDS = [(-2, 1), (-8, 7), (0, 3), (0, 255), (-5, 10)]
 
@@ -174,3 +176,27 @@ def test_a_result_that_is_not_kept_may_change_in_place(dtype: torch.dtype) -> No
         gradients.append(torch.autograd.grad(result, (values, step), upstream))
     for kept, computed in zip(*gradients, strict=True):
         assert torch.equal(kept, computed)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_without_gradients_autograd_has_no_part_in_it(
+    axis: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randn(4, 6)
+    step = torch.rand(2, 1 if axis is None else 4, requires_grad=True)
+    expected = fake_quantize(values, step, qmin=-8, qmax=7, row=1, axis=axis)
+    assert expected.requires_grad
+    for function in (PerTensor, PerChannel):
+        monkeypatch.setattr(function, "apply", None)
+    with torch.no_grad():
+        found = fake_quantize(values, step, qmin=-8, qmax=7, row=1, axis=axis)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own, at first use
+def test_a_derivative_forwards_is_never_dropped() -> None:
+    values, tangent = torch.randn(2, 6)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(values, tangent)
+        with pytest.raises(RuntimeError, match="jvp"):
+            fake_quantize(dual, torch.tensor(0.1), qmin=-8, qmax=7)
