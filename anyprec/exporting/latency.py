@@ -65,8 +65,8 @@ def measure_latency(
 
     Example:
         >>> import timm, torch, anyprec
-        >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=(4, 8))
-        >>> anyprec.calibrate(model, [torch.randn(8, 3, 160, 160)])
+        >>> model = anyprec.convert(timm.create_model("test_resnet").eval(), bits=8)
+        >>> anyprec.calibrate(model, [torch.randn(2, 3, 160, 160)])
         >>> table = anyprec.measure_latency(model, rounds=3)
         >>> sorted(table) == sorted(model.candidates)
         True

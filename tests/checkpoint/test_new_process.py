@@ -43,7 +43,7 @@ FORMS = {
     "zstd": {"packed": True, "coding": "zstd"},
 }
 BITS = (2, 3, 8)
-RANDOM = 20
+RANDOM = 6
 
 
 def _requests(model: anyprec.ConvertedModel) -> list[anyprec.BitConfig | int | None]:
