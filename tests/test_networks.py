@@ -321,7 +321,11 @@ def test_the_checks_find_a_weight_that_is_not_quantized(monkeypatch: pytest.Monk
     report = check_promises(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert "layer 'both' was not reached" in report.broken["calibrate"]
     monkeypatch.undo()
-    monkeypatch.setattr(QuantizedLayer, "quantized_weight", lambda self, weight: weight)
+    monkeypatch.setattr(
+        QuantizedLayer,
+        "quantized_operands",
+        lambda self, values, weight: (self.input_quantizer(values, self.input_index), weight),
+    )
     report = check_promises(Tied(), lambda: torch.randn(4, 3, 32, 32), bits=BITS)
     assert {"gradients at 2 bits", "gradients at 8 bits"} <= report.broken.keys()
 

@@ -108,7 +108,11 @@ def switch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bypass_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QuantizedLayer, "quantized_weight", lambda self, weight: weight)
+    monkeypatch.setattr(
+        QuantizedLayer,
+        "quantized_operands",
+        lambda self, values, weight: (self.input_quantizer(values, self.input_index), weight),
+    )
 
 
 def load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.outputs import OUTPUTS, OutputQuantizer
 from anyprec.nn.packed import PackedOperand, stand_in
-from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer, quantize_operands
 from anyprec.nn.recomputation import recomputing
 from anyprec.nn.shared import input_quantizer_of
 from anyprec.nn.specialize import Specialized, despecialize, specialize
@@ -167,8 +167,15 @@ class QuantizedLayer(nn.Module):
         with uncounted():
             if torch.compiler.is_compiling():
                 quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
-            else:
-                quantized_input = self.input_quantizer(input_, self._input_index)
+                return quantized_input, self.quantized_operand(weight)
+            if self.weight_source.only_quantizes and weight is self._parameters.get("weight"):
+                operands_ = quantize_operands(
+                    *(self.input_quantizer, input_, self._input_index),
+                    *(self.weight_quantizer, weight, self._weight_index),
+                )
+                if operands_ is not None:
+                    return operands_
+            quantized_input = self.input_quantizer(input_, self._input_index)
             return quantized_input, self.quantized_operand(weight)
 
     def quantized_operand(self, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from anyprec.nn.grids import GridRule
 from anyprec.nn.outputs import OUTPUT_BITS, OutputQuantizer
 from anyprec.nn.quantizers import InputQuantizer
+from anyprec.nn.straight_through import TensorGrid
 
 
 class SharedInputQuantizer(InputQuantizer):
@@ -67,6 +68,10 @@ class SharedInputQuantizer(InputQuantizer):
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as its base's
         """Fake-quantize `values` at a candidate; at the shared one they are that already."""
         return values if self.is_shared(index) else super().forward(values, index)
+
+    def grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
+        """As of `InputQuantizer`; None at the shared one."""
+        return None if self.is_shared(index) else super().grid_of(values, index)
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""

@@ -11,7 +11,7 @@ Equations are those of LSQ (Esser et al., ICLR 2020); arguments those of `functi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,17 +27,17 @@ from anyprec.kernels import (
 )
 from anyprec.nn.channels import Axis, along, sizes_of_channels, sum_of_channels
 
-Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def _once_differentiable(backward: Backward) -> Backward:
     """As torch's `once_differentiable`, without its cost where nobody differentiates gradients."""
     guarded = once_differentiable(backward)
 
-    def chosen(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def chosen(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            return guarded(ctx, gradient)
-        return backward(ctx, gradient)
+            return guarded(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return chosen
 
@@ -103,19 +103,10 @@ class PerTensor(torch.autograd.Function):
     @_once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the values and of all step sizes."""
-        gradients: tuple[Tensor, Tensor | None]
         values, step, result = ctx.saved_tensors
-        row, qmin, qmax, gradient_scale = ctx.constants
-        kernel = kernel_for(values, step, gradient)
-        if kernel is not None:
-            gradients = kernel.quantize_backward(
-                gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
-            )
-        else:
-            needs_step = ctx.needs_input_grad[1]
-            gradients = _tensor_gradients(
-                gradient, values, step, result, ctx.constants, needs_step=needs_step
-            )
+        gradients = _tensor_backward(
+            gradient, values, step, result, ctx.constants, needs_step=ctx.needs_input_grad[1]
+        )
         return (*gradients, None, None, None, None, None)
 
 
@@ -146,27 +137,112 @@ class PerChannel(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the values and of all step sizes."""
         values, step = ctx.saved_tensors
-        row, axis, qmin, qmax, gradient_scale = ctx.constants
-        kernel = kernel_for(values, step, gradient)
-        if kernel is not None:
-            sizes = _sizes_in_memory(values, step, row, axis)
-            if sizes is not None:
-                gradients = kernel.quantize_channels_backward(
-                    gradient,
-                    values,
-                    step,
-                    sizes,
-                    row=row,
-                    qmin=qmin,
-                    qmax=qmax,
-                    factor=gradient_scale,
-                )
-                return (*gradients, None, None, None, None, None)
-        needs_step = ctx.needs_input_grad[1]
-        return (
-            *_channel_gradients(gradient, values, step, ctx.constants, needs_step=needs_step),
-            *[None] * 5,
+        gradients = _channel_backward(
+            gradient, values, step, ctx.constants, needs_step=ctx.needs_input_grad[1]
         )
+        return (*gradients, None, None, None, None, None, None)
+
+
+class TensorGrid(NamedTuple):
+    """How `PerTensor` quantizes, besides the values and step sizes."""
+
+    row: int
+    qmin: int
+    qmax: int
+    gradient_scale: float
+
+
+class ChannelGrid(NamedTuple):
+    """How `PerChannel` quantizes, besides the values and step sizes."""
+
+    row: int
+    axis: Axis
+    qmin: int
+    qmax: int
+    gradient_scale: float
+
+
+class Operands(torch.autograd.Function):
+    """Input and weight of a layer: `PerTensor` and `PerChannel` as one node of the graph.
+
+    The operator needs both, and gives both their gradients at once. On the host a node takes as
+    long as a kernel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_: Tensor,
+        input_step: Tensor,
+        weight: Tensor,
+        weight_step: Tensor,
+        input_grid: TensorGrid,
+        weight_grid: ChannelGrid,
+    ) -> tuple[Tensor, Tensor]:
+        """The quantized input and weight."""
+        ctx.grids = input_grid, weight_grid
+        ctx.set_materialize_grads(False)
+        quantized, is_by_kernel = quantize_tensor(input_, input_step, *input_grid[:3])
+        kept = None if is_by_kernel else quantized
+        ctx.save_for_backward(input_, input_step, weight, weight_step, kept)
+        return quantized, quantize_channels(weight, weight_step, *weight_grid[:4])
+
+    @staticmethod
+    @_once_differentiable
+    def backward(
+        ctx: Any, of_input: Tensor | None, of_weight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of both, and of all their step sizes."""
+        input_, input_step, weight, weight_step, kept = ctx.saved_tensors
+        input_grid, weight_grid = ctx.grids
+        gradients: list[Tensor | None] = [None] * 6
+        if of_input is not None:
+            gradients[:2] = _tensor_backward(
+                of_input, input_, input_step, kept, input_grid, needs_step=ctx.needs_input_grad[1]
+            )
+        if of_weight is not None:
+            gradients[2:4] = _channel_backward(
+                of_weight, weight, weight_step, weight_grid, needs_step=ctx.needs_input_grad[3]
+            )
+        return tuple(gradients)
+
+
+def _tensor_backward(
+    gradient: Tensor,
+    values: Tensor,
+    step: Tensor,
+    result: Tensor | None,
+    constants: tuple[int, int, int, float],
+    *,
+    needs_step: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the values and of all step sizes, for one step size."""
+    row, qmin, qmax, gradient_scale = constants
+    kernel = kernel_for(values, step, gradient)
+    if kernel is not None:
+        return kernel.quantize_backward(
+            gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
+        )
+    return _tensor_gradients(gradient, values, step, result, constants, needs_step=needs_step)
+
+
+def _channel_backward(
+    gradient: Tensor,
+    values: Tensor,
+    step: Tensor,
+    constants: tuple[int, Axis, int, int, float],
+    *,
+    needs_step: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the values and of all step sizes, for a step size for each channel."""
+    row, axis, qmin, qmax, gradient_scale = constants
+    kernel = kernel_for(values, step, gradient)
+    sizes = None if kernel is None else _sizes_in_memory(values, step, row, axis)
+    if kernel is None or sizes is None:
+        return _channel_gradients(gradient, values, step, constants, needs_step=needs_step)
+    return kernel.quantize_channels_backward(
+        gradient, values, step, sizes, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
+    )
 
 
 def effective_step(step: Tensor) -> Tensor:

@@ -53,6 +53,11 @@ class WeightSource(ABC):
         self.trusted = False
         self._cache: dict[int, Kept] = {}
 
+    @property
+    def only_quantizes(self) -> bool:
+        """Whether a weight that learns is what its quantizer makes of it, and nothing else."""
+        return False
+
     @abstractmethod
     def quantized(self, layer: QuantizedLayer, operand: Tensor) -> Tensor:
         """The quantized weight at the active candidate.
@@ -103,6 +108,11 @@ class LatentWeight(WeightSource):
     def __init__(self, *, dynamic: bool) -> None:
         super().__init__(dynamic=dynamic, corrected_axis=None)
         self.recompute = "auto"
+
+    @property
+    def only_quantizes(self) -> bool:
+        """See `WeightSource`."""
+        return self.corrected_axis is None
 
     def recomputes(self, quantized: Tensor, input_: Tensor) -> bool:
         """Whether a quantized weight that multiplies this input is computed again for backward."""

@@ -1,0 +1,86 @@
+"""Input and weight of a layer that learn: quantized by one node of autograd's graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import anyprec
+from anyprec.nn.quantizers import InputQuantizer
+from anyprec.nn.straight_through import Operands
+
+
+def test_operands_as_one_node_have_the_numbers_and_gradients_of_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(3, 4, 6, 6, requires_grad=True)
+    net = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    model = anyprec.convert(net, bits=(2, 4, 8), example_input=images[:1].detach())
+    anyprec.calibrate(model, [images.detach()])
+    model.set_bits({"0": (8, 8), "2": (8, 8)})
+
+    def run() -> list[Tensor]:
+        images.grad = None
+        model.zero_grad()
+        output = model(images)
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return [output, images.grad, *gradients]
+
+    nodes: list[str] = []
+    apply = Operands.apply
+    monkeypatch.setattr(Operands, "apply", lambda *args: nodes.append("both") or apply(*args))
+    together = run()
+    assert len(nodes) == 2
+    monkeypatch.setattr("anyprec.nn.layers.quantize_operands", lambda *_: None)
+    apart = run()
+    assert len(nodes) == 2
+    assert len(together) == len(apart) == 10
+    for found, expected in zip(together, apart, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_operands_that_learn_nothing_are_quantized_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(2, 4)
+    model = anyprec.convert(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)), bits=(4, 8), example_input=images
+    )
+    anyprec.calibrate(model, [images])
+    model.set_bits(8)
+    monkeypatch.setattr(Operands, "apply", None)
+    with torch.no_grad():
+        model(images)
+    layer = model.quantized_layers["0"]
+    for parameter in (layer.weight, layer.weight_quantizer.step):
+        parameter.requires_grad_(requires_grad=False)
+    layer(images).sum().backward()
+    assert layer.input_quantizer.step.grad is not None
+    assert layer.weight_quantizer.step.grad is None
+
+
+def test_hooks_and_other_forwards_of_quantizers_are_called() -> None:
+    images = torch.randn(2, 4)
+    model = anyprec.convert(nn.Sequential(nn.Linear(4, 4)), bits=(4, 8), example_input=images)
+    anyprec.calibrate(model, [images])
+    model.set_bits(8)
+    layer, called = model.quantized_layers["0"], []
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        hook = quantizer.register_forward_hook(lambda *_: called.append("hook"))
+        model(images)
+        hook.remove()
+        real = quantizer.forward
+        quantizer.forward = lambda *args, real=real: called.append("forward") or real(*args)
+        model(images)
+        del quantizer.forward
+    assert called == ["hook", "forward"] * 2
+
+    class Doubling(InputQuantizer):
+        def forward(self, values: Tensor, index: int) -> Tensor:
+            return 2 * super().forward(values, index)
+
+    expected = model(images)
+    layer.input_quantizer.__class__ = Doubling
+    bias = layer.bias
+    assert torch.allclose(model(images) - bias, 2 * (expected - bias), atol=1e-6)
