@@ -382,7 +382,8 @@ def _runs_as_it_is(quantizer: nn.Module) -> bool:
     for name in _HOOKS:
         if attributes[name]:
             return False
-    return "forward" not in attributes and _has_grid_of_forward(type(quantizer))
+    kind: Any = type(quantizer)
+    return "forward" not in attributes and _has_grid_of_forward(kind)
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
