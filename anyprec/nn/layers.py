@@ -29,13 +29,14 @@ from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.counting import run_body, uncounted
 from anyprec.nn.grids import GridRule
+from anyprec.nn.joint_operands import quantize_operands
 from anyprec.nn.layer_stand_ins import input_of_stand_in, stand_in_for
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
 from anyprec.nn.operators import LAYER_TYPES, OPERATORS, operands
 from anyprec.nn.outputs import OUTPUTS, OutputQuantizer
 from anyprec.nn.packed import PackedOperand, stand_in
-from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer, quantize_operands
+from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.recomputation import recomputing
 from anyprec.nn.shared import input_quantizer_of
 from anyprec.nn.specialize import Specialized, despecialize, specialize

@@ -9,7 +9,6 @@ a code.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, TypeVar
 
@@ -28,7 +27,7 @@ from anyprec.nn.functional import (
 from anyprec.nn.grids import GridRule, middle
 from anyprec.nn.powers import power_of_two_step
 from anyprec.nn.precision import FullPrecision
-from anyprec.nn.straight_through import ChannelGrid, Operands, TensorGrid
+from anyprec.nn.straight_through import ChannelGrid, TensorGrid
 from anyprec.nn.undecayed import Undecayed
 
 Number = TypeVar("Number", float, Tensor)
@@ -344,58 +343,6 @@ class InputQuantizer(_Switchable):
         if not self.zero_point.is_meta:
             self._zero_points = tuple(int(zero) for zero in self.zero_point.tolist())
             self.calibrated = bool(torch.isfinite(self.step).all())
-
-
-def quantize_operands(
-    input_quantizer: InputQuantizer,
-    input_: Tensor,
-    input_index: int,
-    weight_quantizer: WeightQuantizer,
-    weight: Tensor,
-    weight_index: int,
-) -> tuple[Tensor, Tensor] | None:
-    """What both quantizers make of a layer's operands, as one node of the graph.
-
-    Numbers and gradients are those of the two, one after the other.
-
-    Returns:
-        None if one of them learns nothing, or is not called as it is: somebody hooked or replaced
-        its forward.
-    """
-    if not (_runs_as_it_is(input_quantizer) and _runs_as_it_is(weight_quantizer)):
-        return None
-    input_step, weight_step = input_quantizer.step, weight_quantizer.step
-    if not torch.is_grad_enabled() or not (input_.requires_grad or input_step.requires_grad):
-        return None
-    if not (weight.requires_grad or weight_step.requires_grad):
-        return None
-    input_grid = input_quantizer.grid_of(input_, input_index)
-    weight_grid = weight_quantizer.grid_of(weight, weight_index)
-    if input_grid is None or weight_grid is None:
-        return None
-    return Operands.apply(input_, input_step, weight, weight_step, input_grid, weight_grid)  # type: ignore[no-any-return]
-
-
-def _runs_as_it_is(quantizer: nn.Module) -> bool:
-    """Whether a call of a quantizer is its own forward, and `grid_of` describes that."""
-    attributes = vars(quantizer)
-    for name in _HOOKS:
-        if attributes[name]:
-            return False
-    kind: Any = type(quantizer)
-    return "forward" not in attributes and _has_grid_of_forward(kind)
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-@functools.cache
-def _has_grid_of_forward(kind: Any) -> bool:
-    """Whether the same class defines both: another forward may do anything."""
-    definers = [
-        next(base for base in kind.__mro__ if name in vars(base)) for name in ("forward", "grid_of")
-    ]
-    return definers[0] is definers[1]
 
 
 def _sharing(weight: Tensor, step: Tensor) -> int:

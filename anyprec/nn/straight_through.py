@@ -30,7 +30,7 @@ from anyprec.nn.channels import Axis, along, sizes_of_channels, sum_of_channels
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-def _once_differentiable(backward: Backward) -> Backward:
+def once_differentiated(backward: Backward) -> Backward:
     """As torch's `once_differentiable`, without its cost where nobody differentiates gradients."""
     guarded = once_differentiable(backward)
 
@@ -100,11 +100,11 @@ class PerTensor(torch.autograd.Function):
         return result
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiated
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the values and of all step sizes."""
         values, step, result = ctx.saved_tensors
-        gradients = _tensor_backward(
+        gradients = tensor_backward(
             gradient, values, step, result, ctx.constants, needs_step=ctx.needs_input_grad[1]
         )
         return (*gradients, None, None, None, None, None)
@@ -133,11 +133,11 @@ class PerChannel(torch.autograd.Function):
         return quantize_channels(values, step, row, axis, qmin, qmax)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiated
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the values and of all step sizes."""
         values, step = ctx.saved_tensors
-        gradients = _channel_backward(
+        gradients = channel_backward(
             gradient, values, step, ctx.constants, needs_step=ctx.needs_input_grad[1]
         )
         return (*gradients, None, None, None, None, None, None)
@@ -162,52 +162,7 @@ class ChannelGrid(NamedTuple):
     gradient_scale: float
 
 
-class Operands(torch.autograd.Function):
-    """Input and weight of a layer: `PerTensor` and `PerChannel` as one node of the graph.
-
-    The operator needs both, and gives both their gradients at once. On the host a node takes as
-    long as a kernel.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input_: Tensor,
-        input_step: Tensor,
-        weight: Tensor,
-        weight_step: Tensor,
-        input_grid: TensorGrid,
-        weight_grid: ChannelGrid,
-    ) -> tuple[Tensor, Tensor]:
-        """The quantized input and weight."""
-        ctx.grids = input_grid, weight_grid
-        ctx.set_materialize_grads(False)
-        quantized, is_by_kernel = quantize_tensor(input_, input_step, *input_grid[:3])
-        kept = None if is_by_kernel else quantized
-        ctx.save_for_backward(input_, input_step, weight, weight_step, kept)
-        return quantized, quantize_channels(weight, weight_step, *weight_grid[:4])
-
-    @staticmethod
-    @_once_differentiable
-    def backward(
-        ctx: Any, of_input: Tensor | None, of_weight: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients of both, and of all their step sizes."""
-        input_, input_step, weight, weight_step, kept = ctx.saved_tensors
-        input_grid, weight_grid = ctx.grids
-        gradients: list[Tensor | None] = [None] * 6
-        if of_input is not None:
-            gradients[:2] = _tensor_backward(
-                of_input, input_, input_step, kept, input_grid, needs_step=ctx.needs_input_grad[1]
-            )
-        if of_weight is not None:
-            gradients[2:4] = _channel_backward(
-                of_weight, weight, weight_step, weight_grid, needs_step=ctx.needs_input_grad[3]
-            )
-        return tuple(gradients)
-
-
-def _tensor_backward(
+def tensor_backward(
     gradient: Tensor,
     values: Tensor,
     step: Tensor,
@@ -226,7 +181,7 @@ def _tensor_backward(
     return _tensor_gradients(gradient, values, step, result, constants, needs_step=needs_step)
 
 
-def _channel_backward(
+def channel_backward(
     gradient: Tensor,
     values: Tensor,
     step: Tensor,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
+from anyprec.nn.joint_operands import Operands
 from anyprec.nn.quantizers import InputQuantizer
-from anyprec.nn.straight_through import Operands
 
 
 def test_operands_as_one_node_have_the_numbers_and_gradients_of_two(
