@@ -31,20 +31,29 @@ class Values:
     Attributes:
         rows: A number for each row of the operand.
         step: The step sizes.
+        seen: The operand as a matrix, in its own memory.
+        seen_step: The step sizes, in their own memory.
     """
 
     rows: Tensor
     step: Tensor
+    seen: Tensor
+    seen_step: Tensor
 
     @classmethod
     def of(cls, operand: Tensor, step: Tensor) -> Values:
         """Those of a comparable operand and the step sizes in use."""
-        return cls(_rows(operand), step.detach().clone())
+        seen, seen_step = _as_matrix(operand), step.detach()
+        return cls(_numbers_of(seen), seen_step.clone(), seen, seen_step)
 
-    def are_of(self, operand: Tensor, step: Tensor) -> bool:
-        """Whether both still have these values."""
+    def are_of(self, operand: Tensor) -> bool:
+        """Whether the operand and the step sizes, which are where they were, have these values."""
+        seen = self.seen
+        # What is seen keeps its memory, so that no other tensor is ever at its address.
+        if operand.data_ptr() != seen.data_ptr():
+            seen = _as_matrix(operand)
         # NaN equals nothing, so what is not finite is computed anew.
-        return torch.equal(self.step, step) and torch.equal(self.rows, _rows(operand))
+        return torch.equal(self.step, self.seen_step) and torch.equal(self.rows, _numbers_of(seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +88,18 @@ def is_comparable(operand: Tensor) -> bool:
     return is_plain and is_fine and operand.device.type == "cpu" and operand.numel() > 0
 
 
-def _rows(operand: Tensor) -> Tensor:
-    """A number for each row that moves with each of the row's values.
-
-    The rows are those in memory.
-    """
+def _as_matrix(operand: Tensor) -> Tensor:
+    """A view of an operand as a matrix, with its rows in memory."""
     rows = operand.detach()
     if not rows.is_contiguous():
         strides = rows.stride()
         rows = rows.permute(sorted(range(rows.ndim), key=strides.__getitem__, reverse=True))
-    rows = rows.flatten(1) if rows.ndim > 1 else rows[None]
-    return torch.mv(rows, _direction(rows.shape[1], rows.dtype))
+    return rows.flatten(1) if rows.ndim > 1 else rows[None]
+
+
+def _numbers_of(matrix: Tensor) -> Tensor:
+    """A number for each row that moves with each of the row's values."""
+    return torch.mv(matrix, _direction(matrix.shape[1], matrix.dtype))
 
 
 @functools.cache

@@ -135,7 +135,7 @@ class LatentWeight(WeightSource):
         if record is None:
             return self.compute(quantizer, operand, index)
         kept = self._recorded(index, record)
-        if kept is not None and self._is_current(kept, operand, step[index]):
+        if kept is not None and self._is_current(kept, operand):
             return kept.quantized
         values = None if self.trusted else Values.of(operand, step[index])
         # Outside inference mode, so that the kept tensor is usable when gradients are wanted.
@@ -153,11 +153,11 @@ class LatentWeight(WeightSource):
             return False
         return self.trusted or is_comparable(operand)
 
-    def _is_current(self, kept: Kept, operand: Tensor, step: Tensor) -> bool:
+    def _is_current(self, kept: Kept, operand: Tensor) -> bool:
         """Whether the operand and the step sizes have the values that they had."""
         if self.trusted:
             return True
-        return kept.values is not None and kept.values.are_of(operand, step)
+        return kept.values is not None and kept.values.are_of(operand)
 
     def compute(self, quantizer: WeightQuantizer, operand: Tensor, index: int) -> Tensor:
         """Quantize `operand` at the candidate at `index`; nothing is kept."""

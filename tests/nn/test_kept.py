@@ -139,7 +139,7 @@ def test_what_is_kept_does_not_depend_on_autocast(
         kept = model.quantized_layers["6"].weight_source._cache
         values = kept[next(iter(kept))].values
         weight.data.view(-1)[0] += 1e-4
-        assert not values.are_of(weight, values.step)
+        assert not values.are_of(weight)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,17 @@ def test_what_is_kept_does_not_depend_on_autocast(
 def test_every_element_of_every_layout_counts(weight: Tensor) -> None:
     step = torch.ones(1)
     values = Values.of(weight, step)
-    assert values.are_of(weight, step)
+    assert values.are_of(weight)
     for index in range(weight.numel()):
         changed = weight.clone(memory_format=torch.preserve_format)
         changed[torch.unravel_index(torch.tensor(index), weight.shape)] += 1e-3
-        assert not values.are_of(changed, step)
+        assert not values.are_of(changed)
+    with torch.no_grad():
+        weight.data[-1] += 1e-3
+    assert not values.are_of(weight)
+    weight.data[-1] -= 1e-3
+    step += 1
+    assert not values.are_of(weight)
 
 
 def test_weights_whose_values_are_dear_to_compare_are_not_kept(images: Tensor) -> None:
