@@ -49,15 +49,16 @@ def quantize_operands(
         return None
     if not (weight.requires_grad or weight_step.requires_grad):
         return None
-    input_grid = input_quantizer.grid_of(input_, input_index)
-    weight_grid = weight_quantizer.grid_of(weight, weight_index)
+    # No part of the quantizers that users see.
+    input_grid = input_quantizer._grid_of(input_, input_index)  # noqa: SLF001
+    weight_grid = weight_quantizer._grid_of(weight, weight_index)  # noqa: SLF001
     if input_grid is None or weight_grid is None:
         return None
     return Operands.apply(input_, input_step, weight, weight_step, input_grid, weight_grid)  # type: ignore[no-any-return]
 
 
 def _runs_as_it_is(quantizer: nn.Module) -> bool:
-    """Whether a call of a quantizer is its own forward, and `grid_of` describes that."""
+    """Whether a call of a quantizer is its own forward, and `_grid_of` describes that."""
     attributes = vars(quantizer)
     for name in _HOOKS:
         if attributes[name]:
@@ -73,7 +74,8 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def _has_grid_of_forward(kind: Any) -> bool:
     """Whether the same class defines both: another forward may do anything."""
     definers = [
-        next(base for base in kind.__mro__ if name in vars(base)) for name in ("forward", "grid_of")
+        next(base for base in kind.__mro__ if name in vars(base))
+        for name in ("forward", "_grid_of")
     ]
     return definers[0] is definers[1]
 

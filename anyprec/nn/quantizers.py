@@ -119,7 +119,7 @@ class WeightQuantizer(_Switchable):
             gradient_scale=gradient_scale(_sharing(weight, step), qmax, qmax - qmin),
         )
 
-    def grid_of(self, weight: Tensor, index: int) -> ChannelGrid | None:
+    def _grid_of(self, weight: Tensor, index: int) -> ChannelGrid | None:
         """How `forward` quantizes; None with one step size for all channels."""
         if self.axis is None:
             return None
@@ -249,7 +249,7 @@ class InputQuantizer(_Switchable):
             keep_result=self._keeps_result,
         )
 
-    def grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
+    def _grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
         """How `forward` quantizes with entry `index` of `step`; None if it does anything else."""
         if self.rule.scale == "power-of-two" or not self._keeps_result:
             return None

@@ -69,9 +69,9 @@ class SharedInputQuantizer(InputQuantizer):
         """Fake-quantize `values` at a candidate; at the shared one they are that already."""
         return values if self.is_shared(index) else super().forward(values, index)
 
-    def grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
+    def _grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
         """As of `InputQuantizer`; None at the shared one."""
-        return None if self.is_shared(index) else super().grid_of(values, index)
+        return None if self.is_shared(index) else super()._grid_of(values, index)
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""
