@@ -19,6 +19,10 @@ def write_page(page: Path, records: Records) -> None:
     if families:
         text = families_text(families)
         pages.write_part(page, "families", "python -m benchmarks.deployment render", text)
+    equal = [record for record in records if record["kind"] == "equality"]
+    if equal:
+        text = equality_text(equal)
+        pages.write_part(page, "equality", "python -m benchmarks.deployment render", text)
     compared = [record for record in records if record["kind"] == "accuracy"]
     if compared:
         text = accuracy_text(compared)
@@ -51,6 +55,22 @@ def accuracy_text(records: Records) -> str:
                 "MB": f"{record['bytes'] / 1e6:.2f}",
             }
         )
+    return pages.markdown(pd.DataFrame(rows), texts=3)
+
+
+def equality_text(records: Records) -> str:
+    """A row for each network and precision: `integer()` against onnxruntime."""
+    rows = [
+        {
+            "network": record["name"],
+            "bits": record["bits"],
+            "equal": "bit for bit" if record["equal"] else f"{record['difference']:.1e}",
+            "operators on codes": str(record["integer_operators"]),
+            "others": str(record["floating_operators"]),
+            "of onnxruntime": str(record["onnxruntime_operators"]),
+        }
+        for record in records
+    ]
     return pages.markdown(pd.DataFrame(rows), texts=3)
 
 
