@@ -218,6 +218,7 @@ def noting_in_layers(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         layers_module.recomputing = recomputing
+        layers_module.quantize_operands = quantize_operands
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
@@ -260,13 +261,16 @@ def naive_chain() -> Iterator[None]:
     quantizers_module: Any = quantizers
     layers_module: Any = layers
     fake_quantize, recomputing = quantizers_module.fake_quantize, layers_module.recomputing
+    quantize_operands = layers_module.quantize_operands
     quantizers_module.fake_quantize = fake_quantize_by_elementary_operations
     layers_module.recomputing = lambda *_: nullcontext()
+    layers_module.quantize_operands = lambda *_: None
     try:
         yield
     finally:
         quantizers_module.fake_quantize = fake_quantize
         layers_module.recomputing = recomputing
+        layers_module.quantize_operands = quantize_operands
 
 
 def fake_quantize_by_elementary_operations(
