@@ -218,7 +218,6 @@ def noting_in_layers(note: Callable[[Tensor], Tensor]) -> Iterator[None]:
         yield
     finally:
         layers_module.recomputing = recomputing
-        layers_module.quantize_operands = quantize_operands
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
