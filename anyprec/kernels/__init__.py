@@ -15,12 +15,13 @@ Which one runs is chosen by device and dtype at each call (`choosing.py`):
 """
 
 from anyprec.kernels.choosing import describe, kernel_for, kernels_off, use_kernels
-from anyprec.kernels.fused import FusedKernel, Sizes
+from anyprec.kernels.fused import FusedKernel, Grid, Sizes
 from anyprec.kernels.numbers import STEP_FLOOR, narrowed, widened
 
 __all__ = [
     "STEP_FLOOR",
     "FusedKernel",
+    "Grid",
     "Sizes",
     "describe",
     "kernel_for",

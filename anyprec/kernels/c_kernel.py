@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from anyprec.kernels.fused import FusedKernel, Sizes
+from anyprec.kernels.fused import FusedKernel, Grid, Sizes
 
 VALUES_PER_THREAD = 2**17
 """To start a thread costs as much time as to quantize about a quarter of these values."""
@@ -46,17 +46,13 @@ class CKernel(FusedKernel):
             functions.append(function)
         self._run, self._run_backward, self._run_channels, self._run_channels_backward = functions
 
-    def _tensor(
-        self, values: Tensor, result: Tensor, step: Tensor, row: int, qmin: int, qmax: int
-    ) -> None:
+    def _tensor(self, values: Tensor, result: Tensor, step: Tensor, grid: Grid) -> None:
         count = values.numel()
         self._run(
             values.data_ptr(),
             result.data_ptr(),
             step.data_ptr(),
-            row,
-            qmin,
-            qmax,
+            *grid[:3],
             count,
             _threads(count),
         )
@@ -68,10 +64,7 @@ class CKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
     ) -> None:
         count = values.numel()
         self._run_backward(
@@ -81,31 +74,20 @@ class CKernel(FusedKernel):
             step.data_ptr(),
             of_step.data_ptr(),
             step.numel(),
-            row,
-            qmin,
-            qmax,
-            factor,
+            *grid,
             count,
             _threads(count),
         )
 
     def _channels(
-        self,
-        values: Tensor,
-        result: Tensor,
-        step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        sizes: Sizes,
+        self, values: Tensor, result: Tensor, step: Tensor, grid: Grid, sizes: Sizes
     ) -> None:
         self._run_channels(
             values.data_ptr(),
             result.data_ptr(),
             step.data_ptr(),
-            row * sizes.groups * sizes.channels,
-            qmin,
-            qmax,
+            grid.row * sizes.steps,
+            *grid[1:3],
             *sizes,
             _threads(values.numel()),
         )
@@ -117,10 +99,7 @@ class CKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
         sizes: Sizes,
     ) -> None:
         self._run_channels_backward(
@@ -130,10 +109,8 @@ class CKernel(FusedKernel):
             step.data_ptr(),
             of_step.data_ptr(),
             step.numel(),
-            row * sizes.groups * sizes.channels,
-            qmin,
-            qmax,
-            factor,
+            grid.row * sizes.steps,
+            *grid[1:],
             *sizes,
             _threads(values.numel()),
         )

@@ -30,12 +30,33 @@ class Sizes(NamedTuple):
     channels: int
     inner: int
 
+    @property
+    def steps(self) -> int:
+        """How many step sizes are in use: one for each channel of each group."""
+        return self.groups * self.channels
+
+
+class Grid(NamedTuple):
+    """How values are quantized, besides the step sizes.
+
+    Attributes:
+        row: Of the step sizes to use.
+        qmin: Lowest integer code.
+        qmax: Highest integer code.
+        factor: On the gradient of the step size.
+    """
+
+    row: int
+    qmin: int
+    qmax: int
+    factor: float
+
 
 class FusedKernel(ABC):
     """Fake quantization on one device. Knows no autograd: results have no gradient.
 
-    All methods take the step sizes of every candidate, shape `(rows, channels)` or `(rows,)`, and
-    the `row` to use. Backward returns a gradient of all of them, which is zero in other rows.
+    All methods take the step sizes of every candidate, shape `(rows, channels)` or `(rows,)`.
+    Backward returns a gradient of all of them, which is zero in other rows.
 
     Attributes:
         name: As `describe` has it.
@@ -45,105 +66,57 @@ class FusedKernel(ABC):
     name: ClassVar[str]
     dtypes: ClassVar[frozenset[torch.dtype]]
 
-    def quantize(self, values: Tensor, step: Tensor, *, row: int, qmin: int, qmax: int) -> Tensor:
-        """`step * clamp(round(values / step), qmin, qmax)` with one step size."""
+    def quantize(
+        self, values: Tensor, step: Tensor, grid: Grid, sizes: Sizes | None = None
+    ) -> Tensor:
+        """`step * clamp(round(values / step), qmin, qmax)`.
+
+        Args:
+            values: What is quantized.
+            step: Step sizes.
+            grid: Which of them, and the codes.
+            sizes: How channels with a step size each lie in the memory of the values, which has no
+                gaps then; None with one step size.
+        """
         if values.dtype not in self.dtypes:
-            wide = self.quantize(widened(values), step, row=row, qmin=qmin, qmax=qmax)
-            return narrowed(wide, values.dtype)
+            return narrowed(self.quantize(widened(values), step, grid, sizes), values.dtype)
         result = torch.empty_like(values)
-        self._tensor(_in_layout_of(result, values), result, step, row, qmin, qmax)
+        if sizes is None:
+            self._tensor(_in_layout_of(result, values), result, step, grid)
+        else:
+            self._channels(values, result, step, grid, sizes)
         return result
 
     def quantize_backward(
-        self,
-        gradient: Tensor,
-        values: Tensor,
-        step: Tensor,
-        *,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        self, gradient: Tensor, values: Tensor, step: Tensor, grid: Grid, sizes: Sizes | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the values and of all step sizes, these times `factor`.
+        """Gradients of the values and of all step sizes, these times `grid.factor`.
 
         Args:
             gradient: Of the result, in its dtype.
             values: As in the forward pass.
             step: As in the forward pass.
-            row: As in the forward pass.
-            qmin: As in the forward pass.
-            qmax: As in the forward pass.
-            factor: On the gradient of the step size.
+            grid: As in the forward pass.
+            sizes: As in the forward pass.
         """
         if values.dtype not in self.dtypes:
-            of_values, of_step = self.quantize_backward(
-                widened(gradient),
-                widened(values),
-                step,
-                row=row,
-                qmin=qmin,
-                qmax=qmax,
-                factor=factor,
-            )
-            return of_values.to(values.dtype), of_step
-        of_values, of_step = torch.empty_like(values), torch.empty_like(step)
-        values, gradient = _in_layout_of(of_values, values), _in_layout_of(of_values, gradient)
-        self._tensor_backward(gradient, values, of_values, step, of_step, row, qmin, qmax, factor)
-        return of_values, of_step
-
-    def quantize_channels(
-        self, values: Tensor, step: Tensor, sizes: Sizes, *, row: int, qmin: int, qmax: int
-    ) -> Tensor:
-        """`quantize` with a step size for each channel, of values that lie as `sizes` say."""
-        if values.dtype not in self.dtypes:
-            wide = self.quantize_channels(
-                widened(values), step, sizes, row=row, qmin=qmin, qmax=qmax
-            )
-            return narrowed(wide, values.dtype)
-        result = torch.empty_like(values)
-        self._channels(values, result, step, row, qmin, qmax, sizes)
-        return result
-
-    def quantize_channels_backward(
-        self,
-        gradient: Tensor,
-        values: Tensor,
-        step: Tensor,
-        sizes: Sizes,
-        *,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
-    ) -> tuple[Tensor, Tensor]:
-        """As `quantize_backward`, with a step size for each channel."""
-        if values.dtype not in self.dtypes:
-            of_values, of_step = self.quantize_channels_backward(
-                widened(gradient),
-                widened(values),
-                step,
-                sizes,
-                row=row,
-                qmin=qmin,
-                qmax=qmax,
-                factor=factor,
-            )
+            wide = widened(gradient), widened(values)
+            of_values, of_step = self.quantize_backward(*wide, step, grid, sizes)
             return of_values.to(values.dtype), of_step
         of_values, of_step = torch.empty_like(values), torch.empty_like(step)
         gradient = _in_layout_of(of_values, gradient)
-        self._channels_backward(
-            gradient, values, of_values, step, of_step, row, qmin, qmax, factor, sizes
-        )
+        if sizes is None:
+            values = _in_layout_of(of_values, values)
+            self._tensor_backward(gradient, values, of_values, step, of_step, grid)
+        else:
+            self._channels_backward(gradient, values, of_values, step, of_step, grid, sizes)
         return of_values, of_step
 
     # What runs on the device. All tensors of the size of the values lie in memory alike, without
     # gaps; step sizes and their gradient are contiguous. Positional: each keyword costs time.
 
     @abstractmethod
-    def _tensor(
-        self, values: Tensor, result: Tensor, step: Tensor, row: int, qmin: int, qmax: int
-    ) -> None:
+    def _tensor(self, values: Tensor, result: Tensor, step: Tensor, grid: Grid) -> None:
         """Write `result`."""
 
     @abstractmethod
@@ -154,23 +127,13 @@ class FusedKernel(ABC):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
     ) -> None:
         """Write `of_values` and all of `of_step`."""
 
     @abstractmethod
     def _channels(
-        self,
-        values: Tensor,
-        result: Tensor,
-        step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        sizes: Sizes,
+        self, values: Tensor, result: Tensor, step: Tensor, grid: Grid, sizes: Sizes
     ) -> None:
         """Write `result`."""
 
@@ -182,10 +145,7 @@ class FusedKernel(ABC):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
         sizes: Sizes,
     ) -> None:
         """Write `of_values` and all of `of_step`."""

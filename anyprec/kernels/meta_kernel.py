@@ -8,12 +8,12 @@ The operations are written as `triton_kernel.py` launches kernels: one is change
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from anyprec.kernels.fused import FusedKernel, Sizes
+from anyprec.kernels.fused import FusedKernel, Grid, Sizes
 
 _LIBRARY = torch.library.Library("anyprec_kernels", "DEF")
 _GRID = "int row, int qmin, int qmax"
@@ -53,8 +53,8 @@ class MetaKernel(FusedKernel):
         {torch.float32, torch.bfloat16, torch.float16}
     )
 
-    def _tensor(self, *arguments: Any) -> None:
-        _tensor(*arguments)
+    def _tensor(self, values: Tensor, result: Tensor, step: Tensor, grid: Grid) -> None:
+        _tensor(values, result, step, *grid[:3])
 
     def _tensor_backward(
         self,
@@ -63,26 +63,16 @@ class MetaKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
     ) -> None:
         sums = step.new_empty(1)
-        _tensor_gradients(gradient, values, of_values, sums, step, row, qmin, qmax)
-        _step_gradient(sums, step, of_step, row, factor)
+        _tensor_gradients(gradient, values, of_values, sums, step, *grid[:3])
+        _step_gradient(sums, step, of_step, grid.row, grid.factor)
 
     def _channels(
-        self,
-        values: Tensor,
-        result: Tensor,
-        step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        sizes: Sizes,
+        self, values: Tensor, result: Tensor, step: Tensor, grid: Grid, sizes: Sizes
     ) -> None:
-        _channels(values, result, step, row, qmin, qmax, *sizes)
+        _channels(values, result, step, *grid[:3], *sizes)
 
     def _channels_backward(
         self,
@@ -91,12 +81,7 @@ class MetaKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
         sizes: Sizes,
     ) -> None:
-        _channel_gradients(
-            gradient, values, of_values, step, of_step, row, qmin, qmax, factor, *sizes
-        )
+        _channel_gradients(gradient, values, of_values, step, of_step, *grid, *sizes)

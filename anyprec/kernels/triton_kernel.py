@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from anyprec.kernels import triton_programs as programs
-from anyprec.kernels.fused import FusedKernel, Sizes
+from anyprec.kernels.fused import FusedKernel, Grid, Sizes
 
 BLOCK = 1024
 """Values of a program, or of one turn of its loop: two loads of 16 bytes for each thread."""
@@ -83,11 +83,9 @@ class TritonKernel(FusedKernel):
         self._channels_launcher = Launcher(programs.quantize_channels)
         self._channel_gradients_launcher = Launcher(programs.channel_gradients)
 
-    def _tensor(
-        self, values: Tensor, result: Tensor, step: Tensor, row: int, qmin: int, qmax: int
-    ) -> None:
+    def _tensor(self, values: Tensor, result: Tensor, step: Tensor, grid: Grid) -> None:
         count = values.numel()
-        arguments = (values, result, step, row, float(qmin), float(qmax), count)
+        arguments = (values, result, step, grid.row, *_limits(grid), count)
         with _device_of(values):
             self._tensor_launcher(
                 _blocks(count), _key(values, values, count), arguments, {"BLOCK": BLOCK}
@@ -100,43 +98,33 @@ class TritonKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
     ) -> None:
         count, all_steps = values.numel(), step.numel()
         number = min(_blocks(count), MOST_PROGRAMS)
         sums = step.new_empty(number)
         key = _key(values, gradient, count)
-        low, high = float(qmin), float(qmax)
+        row = grid.row
         with _device_of(values):
             self._tensor_gradients_launcher(
                 number,
                 key,
-                (gradient, values, of_values, sums, step, row, low, high, count),
+                (gradient, values, of_values, sums, step, row, *_limits(grid), count),
                 {"BLOCK": BLOCK},
             )
             self._step_gradient_launcher(
                 1,
                 key[:1],
-                (sums, step, of_step, row, all_steps, number, float(factor)),
+                (sums, step, of_step, row, all_steps, number, float(grid.factor)),
                 {"BLOCK": _power_of_two(number), "STEPS": _power_of_two(all_steps)},
             )
 
     def _channels(
-        self,
-        values: Tensor,
-        result: Tensor,
-        step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        sizes: Sizes,
+        self, values: Tensor, result: Tensor, step: Tensor, grid: Grid, sizes: Sizes
     ) -> None:
         count = values.numel()
-        first = row * sizes.groups * sizes.channels
-        arguments = (values, result, step, first, float(qmin), float(qmax), count, *sizes[1:])
+        first = grid.row * sizes.steps
+        arguments = (values, result, step, first, *_limits(grid), count, *sizes[1:])
         with _device_of(values):
             self._channels_launcher(
                 _blocks(count), _key(values, values, count), arguments, {"BLOCK": BLOCK}
@@ -149,19 +137,15 @@ class TritonKernel(FusedKernel):
         of_values: Tensor,
         step: Tensor,
         of_step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        factor: float,
+        grid: Grid,
         sizes: Sizes,
     ) -> None:
-        all_channels = sizes.groups * sizes.channels
-        rows = step.numel() // all_channels
-        limits = row, rows, float(qmin), float(qmax), float(factor)
+        rows = step.numel() // sizes.steps
+        limits = grid.row, rows, *_limits(grid), float(grid.factor)
         block = min(_power_of_two(sizes.repeats * sizes.inner), BLOCK)
         with _device_of(values):
             self._channel_gradients_launcher(
-                all_channels,
+                sizes.steps,
                 _key(values, gradient, sizes.inner),
                 (gradient, values, of_values, step, of_step, *limits, *sizes[1:]),
                 {
@@ -170,6 +154,11 @@ class TritonKernel(FusedKernel):
                     "REPEATED": int(sizes.repeats > 1),
                 },
             )
+
+
+def _limits(grid: Grid) -> tuple[float, float]:
+    """The lowest and the highest code, as floats: Triton would compile whole numbers anew."""
+    return float(grid.qmin), float(grid.qmax)
 
 
 def _key(values: Tensor, gradient: Tensor, number: int) -> Arguments:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyprec.kernels import STEP_FLOOR, narrowed, widened
+from anyprec.kernels import STEP_FLOOR, Grid, narrowed, widened
 from anyprec.nn.channels import Axis, along
 from anyprec.nn.straight_through import (
     PerChannel,
@@ -81,15 +81,16 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-3.0, 0.4, 0.6, 9.0]), torch.tensor(1.0), qmin=-2, qmax=1)
         tensor([-2., 0., 1., 1.])
     """
+    grid = Grid(row or 0, qmin, qmax, gradient_scale)
     if is_undifferentiated():
         # An autograd function takes as long on the host as all else here.
         if axis is None:
-            return quantize_tensor(values, step, row or 0, qmin, qmax)[0]
-        return quantize_channels(values, step, row or 0, axis, qmin, qmax)
+            return quantize_tensor(values, step, grid)[0]
+        return quantize_channels(values, step, axis, grid)
     if axis is None:
-        result = PerTensor.apply(values, step, row or 0, qmin, qmax, gradient_scale, keep_result)
+        result = PerTensor.apply(values, step, grid, keep_result)
     else:
-        result = PerChannel.apply(values, step, row or 0, axis, qmin, qmax, gradient_scale)
+        result = PerChannel.apply(values, step, axis, grid)
     return result  # type: ignore[no-any-return]
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anyprec.kernels import Grid
+from anyprec.nn.channels import Axis
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 from anyprec.nn.straight_through import (
-    ChannelGrid,
-    TensorGrid,
     channel_backward,
     once_differentiated,
     quantize_channels,
@@ -49,29 +49,32 @@ def quantize_operands(
         return None
     if not (weight.requires_grad or weight_step.requires_grad):
         return None
+    axis = weight_quantizer.axis
     # No part of the quantizers that users see.
-    input_grid = input_quantizer._grid_of(input_, input_index)  # noqa: SLF001
-    weight_grid = weight_quantizer._grid_of(weight, weight_index)  # noqa: SLF001
-    if input_grid is None or weight_grid is None:
+    if axis is None or not input_quantizer._uses_step(input_index):  # noqa: SLF001
         return None
-    return Operands.apply(input_, input_step, weight, weight_step, input_grid, weight_grid)  # type: ignore[no-any-return]
+    grids = (
+        input_quantizer._grid_of(input_, input_index),  # noqa: SLF001
+        weight_quantizer._grid_of(weight, weight_index),  # noqa: SLF001
+    )
+    return Operands.apply(input_, input_step, weight, weight_step, axis, *grids)  # type: ignore[no-any-return]
 
 
 def _runs_as_it_is(quantizer: nn.Module) -> bool:
-    """Whether a call of a quantizer is its own forward, and `_grid_of` describes that."""
+    """Whether a call of a quantizer is its own forward, and its class says what that does."""
     attributes = vars(quantizer)
     for name in _HOOKS:
         if attributes[name]:
             return False
     kind: Any = type(quantizer)
-    return "forward" not in attributes and _has_grid_of_forward(kind)
+    return "forward" not in attributes and _forward_is_known(kind)
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @functools.cache
-def _has_grid_of_forward(kind: Any) -> bool:
+def _forward_is_known(kind: Any) -> bool:
     """Whether the same class defines both: another forward may do anything."""
     definers = [
         next(base for base in kind.__mro__ if name in vars(base))
@@ -94,16 +97,17 @@ class Operands(torch.autograd.Function):
         input_step: Tensor,
         weight: Tensor,
         weight_step: Tensor,
-        input_grid: TensorGrid,
-        weight_grid: ChannelGrid,
+        axis: Axis,
+        input_grid: Grid,
+        weight_grid: Grid,
     ) -> tuple[Tensor, Tensor]:
         """The quantized input and weight."""
-        ctx.grids = input_grid, weight_grid
+        ctx.axis, ctx.input_grid, ctx.weight_grid = axis, input_grid, weight_grid
         ctx.set_materialize_grads(False)
-        quantized, is_by_kernel = quantize_tensor(input_, input_step, *input_grid[:3])
+        quantized, is_by_kernel = quantize_tensor(input_, input_step, input_grid)
         kept = None if is_by_kernel else quantized
-        ctx.save_for_backward(input_, input_step, weight, weight_step, kept)
-        return quantized, quantize_channels(weight, weight_step, *weight_grid[:4])
+        ctx.save_for_backward(input_, input_step, kept, weight, weight_step)
+        return quantized, quantize_channels(weight, weight_step, axis, weight_grid)
 
     @staticmethod
     @once_differentiated
@@ -111,15 +115,15 @@ class Operands(torch.autograd.Function):
         ctx: Any, of_input: Tensor | None, of_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Gradients of both, and of all their step sizes."""
-        input_, input_step, weight, weight_step, kept = ctx.saved_tensors
-        input_grid, weight_grid = ctx.grids
-        gradients: list[Tensor | None] = [None] * 6
+        input_, input_step, kept, weight, weight_step = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        gradients: list[Tensor | None] = [None] * 7
         if of_input is not None:
             gradients[:2] = tensor_backward(
-                of_input, input_, input_step, kept, input_grid, needs_step=ctx.needs_input_grad[1]
+                of_input, input_, input_step, kept, ctx.input_grid, needs_step=needs[1]
             )
         if of_weight is not None:
             gradients[2:4] = channel_backward(
-                of_weight, weight, weight_step, weight_grid, needs_step=ctx.needs_input_grad[3]
+                of_weight, weight, weight_step, ctx.axis, ctx.weight_grid, needs_step=needs[3]
             )
         return tuple(gradients)

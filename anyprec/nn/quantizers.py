@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from anyprec.errors import CalibrationError
+from anyprec.kernels import Grid
 from anyprec.nn.channels import GroupedAxis, rows_of_channels
 from anyprec.nn.functional import (
     STEP_FLOOR,
@@ -27,7 +28,6 @@ from anyprec.nn.functional import (
 from anyprec.nn.grids import GridRule, middle
 from anyprec.nn.powers import power_of_two_step
 from anyprec.nn.precision import FullPrecision
-from anyprec.nn.straight_through import ChannelGrid, TensorGrid
 from anyprec.nn.undecayed import Undecayed
 
 Number = TypeVar("Number", float, Tensor)
@@ -107,25 +107,17 @@ class WeightQuantizer(_Switchable):
 
     def forward(self, weight: Tensor, index: int) -> Tensor:  # type: ignore[override]  # its base is a norm by name only
         """Fake-quantize `weight` at a candidate; differentiable in both weight and step size."""
-        qmin, qmax = self.limits(index)
         step = self.step
+        row, qmin, qmax, factor = self._grid_of(weight, index)
         return fake_quantize(
-            weight,
-            step,
-            row=index,
-            qmin=qmin,
-            qmax=qmax,
-            axis=self.axis,
-            gradient_scale=gradient_scale(_sharing(weight, step), qmax, qmax - qmin),
+            weight, step, row=row, qmin=qmin, qmax=qmax, axis=self.axis, gradient_scale=factor
         )
 
-    def _grid_of(self, weight: Tensor, index: int) -> ChannelGrid | None:
-        """How `forward` quantizes; None with one step size for all channels."""
-        if self.axis is None:
-            return None
+    def _grid_of(self, weight: Tensor, index: int) -> Grid:
+        """How `forward` quantizes."""
         qmin, qmax = self.limits(index)
         factor = gradient_scale(_sharing(weight, self.step), qmax, qmax - qmin)
-        return ChannelGrid(index, self.axis, qmin, qmax, factor)
+        return Grid(index, qmin, qmax, factor)
 
     def forward_selected(self, weight: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""
@@ -237,25 +229,28 @@ class InputQuantizer(_Switchable):
 
     def forward(self, values: Tensor, index: int) -> Tensor:  # type: ignore[override]  # as above
         """Fake-quantize `values` at a candidate; differentiable in both values and step size."""
-        qmin, qmax = self.limits(index)
         step, row = self._step_and_row(index)
+        _, qmin, qmax, factor = self._grid_of(values, index)
         return fake_quantize(
             values,
             step,
             row=row,
             qmin=qmin,
             qmax=qmax,
-            gradient_scale=gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin),
+            gradient_scale=factor,
             keep_result=self._keeps_result,
         )
 
-    def _grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
-        """How `forward` quantizes with entry `index` of `step`; None if it does anything else."""
-        if self.rule.scale == "power-of-two" or not self._keeps_result:
-            return None
+    def _grid_of(self, values: Tensor, index: int) -> Grid:
+        """How `forward` quantizes, with entry `index` of `step` unless the rule changes that."""
         qmin, qmax = self.limits(index)
         factor = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
-        return TensorGrid(index, qmin, qmax, factor)
+        return Grid(index, qmin, qmax, factor)
+
+    def _uses_step(self, index: int) -> bool:
+        """Whether `forward` is to quantize with entry `index` of `step`, and nothing else."""
+        del index
+        return self.rule.scale != "power-of-two" and self._keeps_result
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from anyprec.nn.grids import GridRule
 from anyprec.nn.outputs import OUTPUT_BITS, OutputQuantizer
 from anyprec.nn.quantizers import InputQuantizer
-from anyprec.nn.straight_through import TensorGrid
 
 
 class SharedInputQuantizer(InputQuantizer):
@@ -69,9 +68,9 @@ class SharedInputQuantizer(InputQuantizer):
         """Fake-quantize `values` at a candidate; at the shared one they are that already."""
         return values if self.is_shared(index) else super().forward(values, index)
 
-    def _grid_of(self, values: Tensor, index: int) -> TensorGrid | None:
-        """As of `InputQuantizer`; None at the shared one."""
-        return None if self.is_shared(index) else super()._grid_of(values, index)
+    def _uses_step(self, index: int) -> bool:
+        """As of `InputQuantizer`; not at the shared one."""
+        return not self.is_shared(index) and super()._uses_step(index)
 
     def forward_selected(self, values: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""

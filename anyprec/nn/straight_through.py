@@ -11,7 +11,7 @@ Equations are those of LSQ (Esser et al., ICLR 2020); arguments those of `functi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from anyprec.kernels import (
     STEP_FLOOR,
+    Grid,
     Sizes,
     kernel_for,
     narrowed,
@@ -47,35 +48,31 @@ def is_undifferentiated() -> bool:
     return not torch.is_grad_enabled() and forward_ad._current_level < 0  # noqa: SLF001 (no public name)
 
 
-def quantize_tensor(
-    values: Tensor, step: Tensor, row: int, qmin: int, qmax: int
-) -> tuple[Tensor, bool]:
+def quantize_tensor(values: Tensor, step: Tensor, grid: Grid) -> tuple[Tensor, bool]:
     """Quantize with one step size, without gradient: the result, and whether a kernel made it."""
     kernel = kernel_for(values, step)
-    if kernel is not None and 0 <= row < step.numel():
-        return kernel.quantize(values, step, row=row, qmin=qmin, qmax=qmax), True
-    scale = effective_step(step.reshape(-1)[row])
+    if kernel is not None and 0 <= grid.row < step.numel():
+        return kernel.quantize(values, step, grid), True
+    scale = effective_step(step.reshape(-1)[grid.row])
     # In place on the one new tensor: three more of the size of an activation cost more time.
-    result = ratio_of(values, scale).round_().clamp_(qmin, qmax).mul_(scale)
+    result = ratio_of(values, scale).round_().clamp_(grid.qmin, grid.qmax).mul_(scale)
     return narrowed(result, values.dtype), False
 
 
-def quantize_channels(
-    values: Tensor, step: Tensor, row: int, axis: Axis, qmin: int, qmax: int
-) -> Tensor:
+def quantize_channels(values: Tensor, step: Tensor, axis: Axis, grid: Grid) -> Tensor:
     """Quantize with a step size for each channel, without gradient."""
     kernel = kernel_for(values, step)
     if kernel is not None:
-        sizes = _sizes_in_memory(values, step, row, axis)
+        sizes = _sizes_in_memory(values, step, grid.row, axis)
         if sizes is not None:
-            return kernel.quantize_channels(values, step, sizes, row=row, qmin=qmin, qmax=qmax)
-    scale = along(effective_step(_row_of(step, row)), axis, values)
-    result = (values / scale).round_().clamp_(qmin, qmax).mul_(scale)
+            return kernel.quantize(values, step, grid, sizes)
+    scale = along(effective_step(_row_of(step, grid.row)), axis, values)
+    result = (values / scale).round_().clamp_(grid.qmin, grid.qmax).mul_(scale)
     return narrowed(result, values.dtype)
 
 
 class PerTensor(torch.autograd.Function):
-    """One step size: entry `row` of all that a quantizer has.
+    """One step size: entry `grid.row` of all that a quantizer has.
 
     Backward of a kernel needs the input alone. torch's operations keep the result, which others
     save anyway; one that may be changed in place is computed again.
@@ -86,15 +83,12 @@ class PerTensor(torch.autograd.Function):
         ctx: Any,
         values: Tensor,
         step: Tensor,
-        row: int,
-        qmin: int,
-        qmax: int,
-        gradient_scale: float,
+        grid: Grid,
         keep_result: bool,  # noqa: FBT001 (autograd passes no names)
     ) -> Tensor:
         """See `functional.fake_quantize`."""
-        ctx.constants = row, qmin, qmax, gradient_scale
-        result, is_by_kernel = quantize_tensor(values, step, row, qmin, qmax)
+        ctx.grid = grid
+        result, is_by_kernel = quantize_tensor(values, step, grid)
         keeps = keep_result and not is_by_kernel
         ctx.save_for_backward(values, step, result if keeps else None)
         return result
@@ -105,32 +99,23 @@ class PerTensor(torch.autograd.Function):
         """Gradients of the values and of all step sizes."""
         values, step, result = ctx.saved_tensors
         gradients = tensor_backward(
-            gradient, values, step, result, ctx.constants, needs_step=ctx.needs_input_grad[1]
+            gradient, values, step, result, ctx.grid, needs_step=ctx.needs_input_grad[1]
         )
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None)
 
 
 class PerChannel(torch.autograd.Function):
-    """A step size for each channel, for weights: `row` of all that a quantizer has.
+    """A step size for each channel, for weights: row `grid.row` of all that a quantizer has.
 
     Keeps the latent weight; backward quantizes again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        values: Tensor,
-        step: Tensor,
-        row: int,
-        axis: Axis,
-        qmin: int,
-        qmax: int,
-        gradient_scale: float,
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, step: Tensor, axis: Axis, grid: Grid) -> Tensor:
         """See `functional.fake_quantize`."""
         ctx.save_for_backward(values, step)
-        ctx.constants = row, axis, qmin, qmax, gradient_scale
-        return quantize_channels(values, step, row, axis, qmin, qmax)
+        ctx.axis, ctx.grid = axis, grid
+        return quantize_channels(values, step, axis, grid)
 
     @staticmethod
     @once_differentiated
@@ -138,28 +123,9 @@ class PerChannel(torch.autograd.Function):
         """Gradients of the values and of all step sizes."""
         values, step = ctx.saved_tensors
         gradients = channel_backward(
-            gradient, values, step, ctx.constants, needs_step=ctx.needs_input_grad[1]
+            gradient, values, step, ctx.axis, ctx.grid, needs_step=ctx.needs_input_grad[1]
         )
-        return (*gradients, None, None, None, None, None, None)
-
-
-class TensorGrid(NamedTuple):
-    """How `PerTensor` quantizes, besides the values and step sizes."""
-
-    row: int
-    qmin: int
-    qmax: int
-    gradient_scale: float
-
-
-class ChannelGrid(NamedTuple):
-    """How `PerChannel` quantizes, besides the values and step sizes."""
-
-    row: int
-    axis: Axis
-    qmin: int
-    qmax: int
-    gradient_scale: float
+        return (*gradients, None, None)
 
 
 def tensor_backward(
@@ -167,37 +133,32 @@ def tensor_backward(
     values: Tensor,
     step: Tensor,
     result: Tensor | None,
-    constants: tuple[int, int, int, float],
+    grid: Grid,
     *,
     needs_step: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the values and of all step sizes, for one step size."""
-    row, qmin, qmax, gradient_scale = constants
     kernel = kernel_for(values, step, gradient)
     if kernel is not None:
-        return kernel.quantize_backward(
-            gradient, values, step, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
-        )
-    return _tensor_gradients(gradient, values, step, result, constants, needs_step=needs_step)
+        return kernel.quantize_backward(gradient, values, step, grid)
+    return _tensor_gradients(gradient, values, step, result, grid, needs_step=needs_step)
 
 
 def channel_backward(
     gradient: Tensor,
     values: Tensor,
     step: Tensor,
-    constants: tuple[int, Axis, int, int, float],
+    axis: Axis,
+    grid: Grid,
     *,
     needs_step: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the values and of all step sizes, for a step size for each channel."""
-    row, axis, qmin, qmax, gradient_scale = constants
     kernel = kernel_for(values, step, gradient)
-    sizes = None if kernel is None else _sizes_in_memory(values, step, row, axis)
+    sizes = None if kernel is None else _sizes_in_memory(values, step, grid.row, axis)
     if kernel is None or sizes is None:
-        return _channel_gradients(gradient, values, step, constants, needs_step=needs_step)
-    return kernel.quantize_channels_backward(
-        gradient, values, step, sizes, row=row, qmin=qmin, qmax=qmax, factor=gradient_scale
-    )
+        return _channel_gradients(gradient, values, step, axis, grid, needs_step=needs_step)
+    return kernel.quantize_backward(gradient, values, step, grid, sizes)
 
 
 def effective_step(step: Tensor) -> Tensor:
@@ -228,7 +189,7 @@ def _sizes_in_memory(values: Tensor, step: Tensor, row: int, axis: Axis) -> Size
     if not is_dense:
         return None
     sizes = sizes_of_channels(values.shape, axis)
-    if not 0 <= row < step.numel() // (sizes.groups * sizes.channels):
+    if not 0 <= row < step.numel() // sizes.steps:
         return None
     return sizes
 
@@ -243,12 +204,12 @@ def _tensor_gradients(
     values: Tensor,
     step: Tensor,
     result: Tensor | None,
-    constants: tuple[int, int, int, float],
+    grid: Grid,
     *,
     needs_step: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients for one step size, by torch's operations."""
-    row, qmin, qmax, gradient_scale = constants
+    row, qmin, qmax, factor = grid
     dtype, used = values.dtype, step.detach().reshape(-1)[row]
     scale = effective_step(used)
     if values.element_size() < 4:
@@ -272,7 +233,7 @@ def _tensor_gradients(
     # With y = s * code that is (y - v [inside]) / s everywhere, so two dot products give the
     # whole sum.
     total = (_dot(gradient, result) - _dot(inside, values)) / torch.copysign(scale, used)
-    of_row = (total * gradient_scale).to(step.dtype)
+    of_row = (total * factor).to(step.dtype)
     # Not in place: gradients may be batched.
     of_all = torch.zeros_like(step).reshape(-1).select_scatter(of_row, 0, row)
     return inside.to(dtype), of_all.reshape(step.shape)
@@ -282,12 +243,13 @@ def _channel_gradients(
     gradient: Tensor,
     values: Tensor,
     step: Tensor,
-    constants: tuple[int, Axis, int, int, float],
+    axis: Axis,
+    grid: Grid,
     *,
     needs_step: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients for a step size for each channel, by torch's operations."""
-    row, axis, qmin, qmax, gradient_scale = constants
+    row, qmin, qmax, factor = grid
     used = _row_of(step.detach(), row)
     ratio = values / along(effective_step(used), axis, values)
     # float32 step sizes make the ratio of a bfloat16 weight float32, and the next line needs one
@@ -298,7 +260,7 @@ def _channel_gradients(
         return inside.to(values.dtype), None
     codes = ratio.round().clamp_(qmin, qmax)
     contributions = codes.mul_(gradient).addcmul_(inside, ratio, value=-1)
-    signed_scale = torch.copysign(torch.full_like(used, gradient_scale), used)
+    signed_scale = torch.copysign(torch.full_like(used, factor), used)
     of_row = sum_of_channels(contributions, axis).to(step.dtype) * signed_scale
     if step.ndim > 1:
         of_row = torch.zeros_like(step).select_scatter(of_row, 0, row)
