@@ -155,7 +155,7 @@ def _share_with_row(norm: SwitchableNorm) -> None:
 def _note_uniform(norms: dict[str, SwitchableNorm]) -> None:
     """Do for all banks what `NormBank.refresh` does for one, in one transfer."""
     banks = [norm.bank for norm in norms.values() if norm.bank is not None and norm.bank.widths]
-    are_there = numbers_of([_is_finite(bank.uniform_mean, bank.uniform_var) for bank in banks])
+    are_there = numbers_of([bank.uniform_is_finite() for bank in banks])
     for bank, is_there in zip(banks, are_there, strict=True):
         bank.has_uniform = bool(is_there)
 

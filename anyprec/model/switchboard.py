@@ -17,7 +17,7 @@ from anyprec.bits import BitConfig, Bits, BitsLike, LayerCandidates
 from anyprec.model.intact import Parts, parts_of
 from anyprec.model.requests import resolve_request
 from anyprec.nn.chosen import Chosen, ChosenTable
-from anyprec.nn.layers import QuantizedLayer
+from anyprec.nn.layers import QuantizedLayer, write_precision
 from anyprec.nn.norm_bank import NormBank, Statistics
 from anyprec.nn.norms import NormSelection, SwitchableNorm, select
 from anyprec.nn.quantizers import InputQuantizer
@@ -182,14 +182,12 @@ class Switchboard:
         chosen = dict(bits.items())
         for layer in self._layers:
             bits_of_layer, attributes = chosen[layer.path], layer.attributes
+            pair = attributes["_weight_index"], attributes["_input_index"]
             if bits_of_layer is not None:
                 active[layer.path] = bits_of_layer
-                # Past nn.Module.__setattr__, which takes ten times as long.
-                attributes["_weight_index"] = layer.weight[bits_of_layer.weight]
-                attributes["_input_index"] = layer.input[bits_of_layer.activation]
-            attributes["_bits"] = bits_of_layer
-            attributes["_active"] = bits_of_layer is not None
-            indices += (attributes["_weight_index"], attributes["_input_index"])
+                pair = layer.weight[bits_of_layer.weight], layer.input[bits_of_layer.activation]
+            write_precision(attributes, bits_of_layer, *pair)
+            indices += pair
         if active:
             self._switch_norms(active, indices, statistics)
             self._table.write(indices)

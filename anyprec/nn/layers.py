@@ -118,14 +118,12 @@ class QuantizedLayer(nn.Module):
 
     def switch(self, bits: Bits | None) -> None:
         """Make `bits`, which must be among the candidates, the active precision."""
+        weight_index, input_index = self._weight_index, self._input_index
         if bits is not None:
-            weight, input_ = self.weight_quantizer, self.input_quantizer
-            weight_index = weight.candidates.index(bits.weight)
-            input_index = input_.candidates.index(bits.activation)
-            # Past nn.Module.__setattr__, which takes ten times as long: networks have many layers.
-            vars(self).update(_weight_index=weight_index, _input_index=input_index)
+            weight_index = self.weight_quantizer.candidates.index(bits.weight)
+            input_index = self.input_quantizer.candidates.index(bits.activation)
             self.chosen.choose(weight=weight_index, input=input_index)
-        vars(self).update(_bits=bits, _active=bits is not None)
+        write_precision(vars(self), bits, weight_index, input_index)
 
     def run_operator(
         self,
@@ -221,6 +219,17 @@ class QuantizedLayer(nn.Module):
         """Set training mode, and drop the quantized weights that were kept."""
         self.weight_source.forget()
         return super().train(mode)
+
+
+def write_precision(
+    attributes: dict[str, Any], bits: Bits | None, weight_index: int, input_index: int
+) -> None:
+    """Make this the precision of a layer, by its attributes; its `chosen` is written by the caller.
+
+    Past nn.Module.__setattr__, which takes ten times as long: networks have many layers.
+    """
+    attributes["_weight_index"], attributes["_input_index"] = weight_index, input_index
+    attributes["_bits"], attributes["_active"] = bits, bits is not None
 
 
 class QuantizedModule(QuantizedLayer, Specialized):

@@ -216,8 +216,11 @@ class NormBank(Undecayed):
     def refresh(self) -> None:
         """Note whether the statistics of uniform precisions are there, after they were written."""
         if self.widths and not self.uniform_mean.is_meta:
-            finite = torch.isfinite(self.uniform_mean) & torch.isfinite(self.uniform_var)
-            self.has_uniform = bool(finite.all())
+            self.has_uniform = bool(self.uniform_is_finite())
+
+    def uniform_is_finite(self) -> Tensor:
+        """Whether the statistics of uniform precisions are there: all finite, shape `()`."""
+        return torch.isfinite(self.uniform_mean).all() & torch.isfinite(self.uniform_var).all()
 
     @torch.no_grad()
     def keep_row(self, row: int, uniform: int | None = None) -> None:

@@ -20,6 +20,7 @@ from anyprec.nn.functional import widened
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import process_count
 from anyprec.training.losses import (
+    distillation_loss,
     divergence,
     log_softmax,
     quantization_error,
@@ -189,9 +190,10 @@ class PathLoss:
     def _distillation(self, path: TrainingPath, step: StepState, output: Any) -> Tensor:
         temperature = self._recipe.temperature
         logits = _target_logits(path, step)
-        require_comparable(output, logits)
         if path.is_max:
-            return divergence(output, log_softmax(logits, temperature), temperature)
+            return distillation_loss(output, logits, temperature=temperature)
+        require_comparable(output, logits)
+        # One target for all random paths.
         if step.max_predictions is None:
             step.max_predictions = log_softmax(logits, temperature)
         return divergence(output, step.max_predictions, temperature)

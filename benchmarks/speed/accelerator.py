@@ -37,10 +37,11 @@ import torch
 from torch import Tensor, nn
 
 import anyprec
-from anyprec.model.converted import ConvertedModel
 from benchmarks.common import pages, records
 from benchmarks.speed import page
-from benchmarks.speed.step_cost import logits, modelopt, naive_chain
+from benchmarks.speed.host_times import oneshot_step
+from benchmarks.speed.small_networks import Pair
+from benchmarks.speed.step_cost import modelopt, naive_chain, train_step
 
 NETWORKS = ("resnet18", "mobilenetv2_100", "vit_small_patch16_224", "convnext_tiny")
 TINY = ("test_resnet", "test_vit")
@@ -65,16 +66,6 @@ class Variant:
     module: nn.Module
     base: nn.Module
     context: Callable[[], AbstractContextManager[None]] = nullcontext
-
-
-@dataclass(frozen=True)
-class Case:
-    """A float network, the converted one, and a batch, on the device."""
-
-    network: nn.Module
-    model: ConvertedModel
-    images: Tensor
-    labels: Tensor
 
 
 def main() -> None:
@@ -120,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_case(name: str, options: argparse.Namespace) -> Case:
+def make_case(name: str, options: argparse.Namespace) -> Pair:
     """A network and its batch, channels last."""
     torch.manual_seed(0)
     arguments = {"img_size": options.img_size} if "vit" in name else {}
@@ -133,13 +124,13 @@ def make_case(name: str, options: argparse.Namespace) -> Case:
     model = anyprec.convert(copy.deepcopy(network), example_input=images[:1])
     anyprec.calibrate(model, [images], norm_batches=1)
     model.set_bits(4)
-    return Case(network, model, images, labels)
+    return Pair(network, model, images, labels)
 
 
 # Ratios
 
 
-def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, case: Pair, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Ratios of all variants, in every arithmetic."""
     ratios: list[dict[str, Any]] = []
     for arithmetic in options.arithmetic:
@@ -156,7 +147,7 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
     return ratios
 
 
-def make_variants(case: Case, options: argparse.Namespace, *, compiled: bool) -> dict[str, Variant]:
+def make_variants(case: Pair, options: argparse.Namespace, *, compiled: bool) -> dict[str, Variant]:
     """The converted network in several ways, and peers."""
     variants = {
         "eager": Variant(case.model, case.network),
@@ -181,16 +172,16 @@ def make_variants(case: Case, options: argparse.Namespace, *, compiled: bool) ->
     return variants
 
 
-def time_variant(variant: Variant, case: Case, options: argparse.Namespace) -> tuple[float, float]:
+def time_variant(variant: Variant, case: Pair, options: argparse.Namespace) -> tuple[float, float]:
     """Ratios of a step and of an eval forward to the base: medians over rounds, in turn."""
     step = _median_ratio(
-        functools.partial(_train, variant.module, case),
-        functools.partial(_train, variant.base, case),
+        functools.partial(train_step, variant.module, case.images, case.labels),
+        functools.partial(train_step, variant.base, case.images, case.labels),
         options,
     )
     evaluation = _median_ratio(
-        functools.partial(_evaluate, variant.module, case),
-        functools.partial(_evaluate, variant.base, case),
+        functools.partial(_evaluate, variant.module, case.images),
+        functools.partial(_evaluate, variant.base, case.images),
         options,
     )
     return step, evaluation
@@ -224,16 +215,10 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _train(network: nn.Module, case: Case) -> None:
-    network.train()
-    nn.functional.cross_entropy(logits(network, case.images), case.labels).backward()
-    network.zero_grad()
-
-
 @torch.no_grad()
-def _evaluate(network: nn.Module, case: Case) -> None:
+def _evaluate(network: nn.Module, images: Tensor) -> None:
     network.eval()
-    network(case.images)
+    network(images)
 
 
 # Arithmetic
@@ -279,12 +264,13 @@ ARITHMETICS: dict[str, Callable[[str], AbstractContextManager[None]]] = {
 # Waits and gaps
 
 
-def check_waits(case: Case, device: str) -> str:
+def check_waits(case: Pair, device: str) -> str:
     """Train while each wait for the device is an error, and say how that went."""
     loader = [(case.images.cpu(), case.labels.cpu())] * 2
+    case.model.train()
     trained = copy.deepcopy(case.model)
     runs: dict[str, Callable[[], Any]] = {
-        "a one-shot step": _oneshot_step(case),
+        "a one-shot step": oneshot_step(case),
         "fit": lambda: anyprec.fit(trained, loader, epochs=1, norm_batches=0, show_progress=False),
     }
     for run in runs.values():
@@ -305,11 +291,12 @@ def check_waits(case: Case, device: str) -> str:
     return "; ".join(said)
 
 
-def longest_gaps(case: Case, device: str) -> str:
+def longest_gaps(case: Pair, device: str) -> str:
     """The longest gaps between two kernels in a one-shot step, as a table."""
     if not device.startswith("cuda"):
         return "no gaps between kernels, which need CUDA"
-    step = _oneshot_step(case)
+    case.model.train()
+    step = oneshot_step(case)
     step()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -345,24 +332,6 @@ def gaps_of(events: list[dict[str, Any]], count: int = GAPS) -> pd.DataFrame:
 
 
 _ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
-
-
-def _oneshot_step(case: Case) -> Callable[[], None]:
-    groups = anyprec.param_groups(case.model, lr=1e-6)
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    oneshot = anyprec.OneShot(case.model, total_steps=1000)
-
-    def step() -> None:
-        case.model.train()
-        for path in oneshot.paths():
-            output = case.model(case.images)
-            path.loss(output, case.labels, nn.functional.cross_entropy).backward()
-        oneshot.recipe.clip_gradients(optimizer)
-        optimizer.step()
-        optimizer.zero_grad()
-        oneshot.step()
-
-    return step
 
 
 if __name__ == "__main__":

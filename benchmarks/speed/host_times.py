@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import anyprec
-from benchmarks.speed.small_networks import Pair, make_pair
+from benchmarks.speed.small_networks import Pair, criterion, make_pair
 
 STEPS = 1_000_000
 """Of the training that a one-shot step belongs to: no event of a scheduler is near."""
@@ -65,8 +65,8 @@ def measure(pair: Pair, *, rounds: int) -> HostTimes:
     )
     switch = time_set_bits(pair, rounds=3 * rounds)
     model.train(), network.train()
-    float_step, oneshot_step = _lowest(
-        [_float_step(pair), _oneshot_step(pair)], rounds=max(3, rounds // 3)
+    of_float, of_oneshot = _lowest(
+        [_float_step(pair), oneshot_step(pair)], rounds=max(3, rounds // 3)
     )
     return HostTimes(
         layers=len(model.quantized_layers),
@@ -74,8 +74,8 @@ def measure(pair: Pair, *, rounds: int) -> HostTimes:
         path=path,
         float_evaluation=float_evaluation,
         evaluation=evaluation,
-        float_step=float_step,
-        oneshot_step=oneshot_step,
+        float_step=of_float,
+        oneshot_step=of_oneshot,
         set_bits=switch,
     )
 
@@ -94,7 +94,7 @@ def measure_network(name: str, *, rounds: int) -> HostTimes:
 
 
 def _train(network: nn.Module, pair: Pair) -> None:
-    _criterion(network(pair.images), pair.labels).backward()
+    criterion(network(pair.images), pair.labels).backward()
     network.zero_grad()
 
 
@@ -109,7 +109,7 @@ def _float_step(pair: Pair) -> Callable[[], None]:
     clip = anyprec.Recipe().clip_gradients
 
     def step() -> None:
-        _criterion(pair.network(pair.images), pair.labels).backward()
+        criterion(pair.network(pair.images), pair.labels).backward()
         clip(optimizer)
         optimizer.step()
         optimizer.zero_grad()
@@ -117,24 +117,21 @@ def _float_step(pair: Pair) -> Callable[[], None]:
     return step
 
 
-def _oneshot_step(pair: Pair) -> Callable[[], None]:
+def oneshot_step(pair: Pair) -> Callable[[], None]:
+    """A whole one-shot step of the converted network, with clipped gradients and SGD."""
     groups = anyprec.param_groups(pair.model, lr=1e-6)
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
     oneshot = anyprec.OneShot(pair.model, total_steps=STEPS)
 
     def step() -> None:
         for path in oneshot.paths():
-            path.loss(pair.model(pair.images), pair.labels, _criterion).backward()
+            path.loss(pair.model(pair.images), pair.labels, criterion).backward()
         oneshot.recipe.clip_gradients(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         oneshot.step()
 
     return step
-
-
-def _criterion(output: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output, labels)
 
 
 def _lowest(calls: list[Callable[[], None]], *, rounds: int) -> list[float]:

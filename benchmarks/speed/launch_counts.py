@@ -17,7 +17,7 @@ import anyprec
 from anyprec.model.converted import ConvertedModel
 from anyprec.searching.measuring.evaluator import Evaluator
 from benchmarks.speed.operations import Launches, Waits, accepting_meta
-from benchmarks.speed.small_networks import CLASSES, Pair
+from benchmarks.speed.small_networks import CLASSES, Pair, criterion
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def count_step_waits(pair: Pair) -> dict[str, int]:
     with Waits() as whole:
         for path in oneshot.paths():
             output = note("forward", lambda: model(pair.images))
-            loss = note("loss", lambda: path.loss(output, pair.labels, _criterion))  # noqa: B023
+            loss = note("loss", lambda: path.loss(output, pair.labels, criterion))  # noqa: B023
             note("backward", loss.backward)
     waits["paths"] = whole.count
     oneshot.recipe.clip_gradients(optimizer)
@@ -155,10 +155,10 @@ def small_convolutions() -> Pair:
 def _training_launches(network: nn.Module, pair: Pair) -> tuple[int, int]:
     network.train()
     # What is made at first use, and then kept, is no part of a step.
-    _criterion(network(pair.images), pair.labels).backward()
+    criterion(network(pair.images), pair.labels).backward()
     network.zero_grad()
     with Launches() as forward:
-        loss = _criterion(network(pair.images), pair.labels)
+        loss = criterion(network(pair.images), pair.labels)
     with Launches() as backward:
         loss.backward()
     return forward.count, backward.count
@@ -173,7 +173,3 @@ def _evaluation_launches(network: nn.Module, images: Tensor) -> int:
     with Launches() as launches:
         network(images)
     return launches.count
-
-
-def _criterion(output: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output, labels)

@@ -33,6 +33,10 @@ class Pair:
     labels: Tensor
 
 
+criterion = nn.functional.cross_entropy
+"""The loss that all of these benchmarks train by."""
+
+
 def make_pair(name: str, *, batch: int = 2, **conversion: Any) -> Pair:
     """Both networks with the same weights, which are always the same.
 
