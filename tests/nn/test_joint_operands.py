@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import anyprec
+from anyprec.kernels import kernels_off
 from anyprec.nn.joint_operands import Operands
 from anyprec.nn.quantizers import InputQuantizer
 
@@ -84,3 +87,49 @@ def test_hooks_and_other_forwards_of_quantizers_are_called() -> None:
     layer.input_quantizer.__class__ = Doubling
     bias = layer.bias
     assert torch.allclose(model(images) - bias, 2 * (expected - bias), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm": "shared"},
+        {"activation_scale": "power-of-two"},
+        {"placement": "integer"},
+        {"per_channel": False},
+        {"activation_grid": "signed"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_outputs_with_gradients_are_those_without(settings: dict[str, Any], bits: int) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 8, 8)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.Conv2d(6, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)),
+    )
+    model = anyprec.convert(net.eval(), bits=(4, 8), example_input=images, **settings)
+    anyprec.calibrate(model, [images])
+    model.set_bits(bits)
+    with torch.no_grad():
+        expected = model(images)
+    output = model(images)
+    assert torch.equal(output, expected)
+    output.square().sum().backward()
+    assert all(layer.weight.grad.any() for layer in model.quantized_layers.values())
+
+
+@pytest.mark.parametrize("frozen", ["weight_quantizer", "input_quantizer"])
+def test_a_step_size_learns_though_the_other_one_is_frozen(frozen: str) -> None:
+    images = torch.randn(8, 4)
+    model = anyprec.convert(nn.Sequential(nn.Linear(4, 4)), bits=8, example_input=images)
+    anyprec.calibrate(model, [images])
+    model.set_bits(8)
+    layer = model.quantized_layers["0"]
+    getattr(layer, frozen).step.requires_grad_(requires_grad=False)
+    images.requires_grad_()
+    with kernels_off():
+        model(images).square().sum().backward()
+    for name in ("weight_quantizer", "input_quantizer"):
+        gradient = getattr(layer, name).step.grad
+        assert gradient is None if name == frozen else gradient.any()

@@ -295,3 +295,19 @@ def test_a_users_own_loop_learns(
     for layer in net.quantized_layers.values():
         assert isinstance(layer, nn.Module)
         assert torch.isfinite(layer.weight_quantizer.step).all()
+
+
+def test_random_paths_mimic_the_last_output_of_the_max_path(
+    net: anyprec.ConvertedModel, images: Tensor, labels: Tensor
+) -> None:
+    paths = anyprec.OneShot(net, total_steps=1, distillation=1.0).paths()
+    best = next(paths)
+    output = net(images)
+    best.loss(output, labels, F.cross_entropy)
+    lowest = next(paths)
+    student = net(images)
+    for target in (output, output.flip(0)):
+        best.loss(target, labels, F.cross_entropy)
+        loss = lowest.loss(student, labels, F.cross_entropy)
+        assert torch.equal(loss, lowest.weight * distillation_loss(student, target))
+    paths.close()
