@@ -75,12 +75,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 @functools.cache
 def _forward_is_known(kind: Any) -> bool:
-    """Whether the same class defines both: another forward may do anything."""
-    definers = [
-        next(base for base in kind.__mro__ if name in vars(base))
-        for name in ("forward", "_grid_of")
-    ]
-    return definers[0] is definers[1]
+    """Whether the class that defines the forward says what it does: another one may do anything."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            return "_grid_of" in vars(base) or "_uses_step" in vars(base)
+    return False
 
 
 class Operands(torch.autograd.Function):
