@@ -119,6 +119,95 @@ def test_compiled_training_is_eager_training(
     )
 
 
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A CUDA graph for each time that one is captured."""
+    captured: list[object] = []
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def noted(graph: torch.cuda.CUDAGraph, *args: object, **settings: object) -> None:
+        captured.append(graph)
+        begin(graph, *args, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", noted)
+    return captured
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_one_cuda_graph_evaluates_every_configuration(
+    on_gpu: anyprec.ConvertedModel, loader: Loader, captures: list[object]
+) -> None:
+    images = loader[0][0].cuda()
+    torch.compiler.reset()
+    compiled = torch.compile(on_gpu.eval(), mode="reduce-overhead")
+    with torch.no_grad():
+        for bits in (4, 8, 2):
+            on_gpu.set_bits(bits)
+            compiled(images)
+        seen = len(captures)
+        assert seen > 0
+        for bits in (3, 2, (2, 8), 8, {"head": (4, 3)}):
+            on_gpu.set_bits(bits)  # type: ignore[arg-type]
+            replayed = compiled(images).clone()
+            # A rounding can flip where a value lies between two codes.
+            close = (replayed - on_gpu(images)).abs() < 1e-4
+            assert close.float().mean() > 0.8, bits
+    assert len(captures) == seen
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_one_cuda_graph_trains_every_configuration(
+    on_gpu: anyprec.ConvertedModel, loader: Loader, captures: list[object]
+) -> None:
+    images, labels = (tensor.cuda() for tensor in loader[0])
+    torch.compiler.reset()
+    compiled = torch.compile(on_gpu.train(), mode="reduce-overhead")
+
+    def gradients(network: nn.Module, bits: object) -> list[Tensor]:
+        on_gpu.set_bits(bits)  # type: ignore[arg-type]
+        on_gpu.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        return [parameter.grad.clone() for parameter in on_gpu.parameters() if _learns(parameter)]
+
+    for bits in (4, 8, 2, 4):
+        gradients(compiled, bits)
+    seen = len(captures)
+    assert seen > 0
+    for bits in (3, 2, (2, 8), 8):
+        replayed = torch.cat([each.flatten() for each in gradients(compiled, bits)])
+        expected = torch.cat([each.flatten() for each in gradients(on_gpu, bits)])
+        assert nn.functional.cosine_similarity(replayed, expected, dim=0) > 0.98, bits
+    assert len(captures) == seen
+
+
+def _learns(parameter: Tensor) -> bool:
+    return parameter.grad is not None
+
+
+def test_nobody_waits_for_the_device(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
+    images, labels = (tensor.cuda() for tensor in loader[0])
+    oneshot = anyprec.OneShot(on_gpu.train(), total_steps=4)
+
+    def step() -> None:
+        for path in oneshot.paths():
+            path.loss(on_gpu(images), labels, nn.functional.cross_entropy).backward()
+        oneshot.step()
+
+    step()  # what is made at first use may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        on_gpu.eval()
+        with torch.no_grad():
+            for bits in (2, (3, 8), {"head": (4, 3)}, 8):
+                on_gpu.set_bits(bits)  # type: ignore[arg-type]
+                on_gpu(images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_run_that_was_stopped_goes_on_from_its_snapshot(
     on_gpu: anyprec.ConvertedModel, loader: Loader, tmp_path: Path
 ) -> None:

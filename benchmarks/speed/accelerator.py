@@ -9,8 +9,12 @@ the naive chain of elementary operations, through `torch.compile` (by default, a
 graph for all configurations, `reduce-overhead`, each over the float network compiled likewise; only
 in the first arithmetic, since compiling takes minutes), and ModelOpt where it is installed.
 
+`step` and `eval` are ratios of the time that passes, `step on device` and `eval on device` of the
+time in which the device runs something: the first is above the second where the host is slower.
+
 Before that, a one-shot step and `fit` run while each wait of the host for the device is an error,
-and a profile prints the ten longest gaps between two kernels, with what is before and after them.
+and a profile prints the ten longest gaps between two kernels, with what is before and after them,
+and the kernels that take longest.
 What needs CUDA is left out elsewhere, with a word. Adds a line of JSON to
 `benchmarks/results/speed.jsonl`.
 """
@@ -47,6 +51,7 @@ NETWORKS = ("resnet18", "mobilenetv2_100", "vit_small_patch16_224", "convnext_ti
 TINY = ("test_resnet", "test_vit")
 CLASSES = 100
 GAPS = 10
+KERNELS = 12
 COMPILATIONS: dict[str, dict[str, Any]] = {
     "compiled": {},
     "compiled, reduce-overhead": {"mode": "reduce-overhead"},
@@ -78,7 +83,7 @@ def main() -> None:
     for name in options.networks:
         case = make_case(name, options)
         print(f"{name}: {check_waits(case, options.device)}", flush=True)
-        print(longest_gaps(case, options.device), flush=True)
+        print(profiled(case, options.device), flush=True)
         ratios += measure(name, case, options)
     record = {
         "kind": "accelerator",
@@ -140,10 +145,10 @@ def measure(name: str, case: Pair, options: argparse.Namespace) -> list[dict[str
         compiled = not (options.no_compiled or options.tiny) and arithmetic == options.arithmetic[0]
         for label, variant in make_variants(case, options, compiled=compiled).items():
             with ARITHMETICS[arithmetic](options.device), variant.context():
-                step, evaluation = time_variant(variant, case, options)
-            found = {"network": name, "arithmetic": arithmetic, "variant": label}
-            ratios.append({**found, "step": step, "eval": evaluation})
-            print(f"{name}, {arithmetic}, {label}: step {step:.2f}, eval {evaluation:.2f}")
+                found = time_variant(variant, case, options)
+            ratios.append({"network": name, "arithmetic": arithmetic, "variant": label, **found})
+            told = ", ".join(f"{key} {value:.2f}" for key, value in found.items())
+            print(f"{name}, {arithmetic}, {label}: {told}", flush=True)
     return ratios
 
 
@@ -172,42 +177,53 @@ def make_variants(case: Pair, options: argparse.Namespace, *, compiled: bool) ->
     return variants
 
 
-def time_variant(variant: Variant, case: Pair, options: argparse.Namespace) -> tuple[float, float]:
-    """Ratios of a step and of an eval forward to the base: medians over rounds, in turn."""
-    step = _median_ratio(
-        functools.partial(train_step, variant.module, case.images, case.labels),
-        functools.partial(train_step, variant.base, case.images, case.labels),
-        options,
-    )
-    evaluation = _median_ratio(
-        functools.partial(_evaluate, variant.module, case.images),
-        functools.partial(_evaluate, variant.base, case.images),
-        options,
-    )
-    return step, evaluation
+def time_variant(variant: Variant, case: Pair, options: argparse.Namespace) -> dict[str, float]:
+    """Ratios of a step and of an eval forward to the base, and milliseconds of the base.
+
+    Of times that pass the medians over rounds, in turn; on the device those of one call.
+    """
+    found: dict[str, float] = {}
+    calls: dict[str, Callable[[nn.Module], None]] = {
+        "step": lambda module: train_step(module, case.images, case.labels),
+        "eval": lambda module: _evaluate(module, case.images),
+    }
+    for name, call in calls.items():
+        run = functools.partial(call, variant.module)
+        base = functools.partial(call, variant.base)
+        found[name], found[f"float {name}, ms"] = _median_ratio(run, base, options)
+        if options.device.startswith("cuda"):
+            found[f"{name} on device"] = _device_time(run) / _device_time(base)
+    return found
 
 
 def _median_ratio(
     run: Callable[[], None], base: Callable[[], None], options: argparse.Namespace
-) -> float:
+) -> tuple[float, float]:
     for _ in range(3):  # compiles, and captures graphs
         run()
         base()
-    ratios = []
+    ratios, of_base = [], []
     for _ in range(options.rounds):
         seconds = _seconds(run, options.device)
-        ratios.append(seconds / _seconds(base, options.device))
-    return statistics.median(ratios)
+        of_base.append(_seconds(base, options.device))
+        ratios.append(seconds / of_base[-1])
+    return statistics.median(ratios), 1000 * statistics.median(of_base)
 
 
 def _seconds(run: Callable[[], None], device: str, repeats: int = 3) -> float:
-    """Time of a few calls, until the device has done all of them."""
+    """Time of a call, until the device has done all of it: the mean of a few."""
     _wait(device)
     start = time.perf_counter()
     for _ in range(repeats):
         run()
     _wait(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / repeats
+
+
+def _device_time(run: Callable[[], None]) -> float:
+    """Microseconds in which the device runs something, of one call."""
+    total: float = sum(event["dur"] for event in _device_events(run))
+    return total
 
 
 def _wait(device: str) -> None:
@@ -291,36 +307,45 @@ def check_waits(case: Pair, device: str) -> str:
     return "; ".join(said)
 
 
-def longest_gaps(case: Pair, device: str) -> str:
-    """The longest gaps between two kernels in a one-shot step, as a table."""
+def profiled(case: Pair, device: str) -> str:
+    """The longest gaps between two kernels in a one-shot step, and its kernels, as tables."""
     if not device.startswith("cuda"):
         return "no gaps between kernels, which need CUDA"
     case.model.train()
     step = oneshot_step(case)
     step()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        step()
+    events = _device_events(step)
+    tables = [pages.markdown(gaps_of(events), texts=2), pages.markdown(kernels_of(events))]
+    return "\n\n".join(tables)
+
+
+def _device_events(run: Callable[[], None]) -> list[dict[str, Any]]:
+    """What runs on the device in one call, as events of a trace in Chrome's format."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
-        return pages.markdown(gaps_of(json.loads(trace.read_text())["traceEvents"]), texts=2)
+        return on_device(json.loads(trace.read_text())["traceEvents"])
+
+
+def on_device(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events of a trace that run on the device, in the order in which they start."""
+    found = [event for event in events if event.get("cat") in _ON_DEVICE]
+    return sorted(found, key=lambda event: event["ts"])
 
 
 def gaps_of(events: list[dict[str, Any]], count: int = GAPS) -> pd.DataFrame:
     """The longest times in which the device ran nothing, longest first.
 
     Args:
-        events: Of a trace in Chrome's format; those of the categories `kernel`, `gpu_memcpy` and
-            `gpu_memset` run on the device.
+        events: What runs on the device, in the order in which it starts.
         count: How many.
     """
-    on_device = [event for event in events if event.get("cat") in _ON_DEVICE]
-    on_device.sort(key=lambda event: event["ts"])
     gaps = []
     end, previous = None, ""
-    for event in on_device:
+    for event in events:
         if end is not None and event["ts"] > end:
             gaps.append((event["ts"] - end, previous[:40], event["name"][:40]))
         finish = event["ts"] + event["dur"]
@@ -329,6 +354,21 @@ def gaps_of(events: list[dict[str, Any]], count: int = GAPS) -> pd.DataFrame:
     gaps.sort(reverse=True)
     rows = [(before, after, f"{gap:.0f}") for gap, before, after in gaps[:count]]
     return pd.DataFrame(rows, columns=["after", "before", "gap, us"])
+
+
+def kernels_of(events: list[dict[str, Any]], count: int = KERNELS) -> pd.DataFrame:
+    """The kernels that take longest, all launches together, longest first.
+
+    Args:
+        events: What runs on the device.
+        count: How many.
+    """
+    times: dict[str, list[float]] = {}
+    for event in events:
+        times.setdefault(event["name"][:80], []).append(event["dur"])
+    longest = sorted(times.items(), key=lambda item: -sum(item[1]))[:count]
+    rows = [(name, str(len(each)), f"{sum(each):.0f}") for name, each in longest]
+    return pd.DataFrame(rows, columns=["kernel", "launches", "us"])
 
 
 _ON_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})

@@ -53,9 +53,22 @@ def proxies_table(record: Record) -> pd.DataFrame:
 def accelerator_table(record: Record) -> pd.DataFrame:
     """A row for each network, precision and variant: ratios to the float network."""
     table = pd.DataFrame(record["ratios"])
-    for ratio in ("step", "eval"):
-        table[ratio] = table[ratio].map("{:.2f}".format)
-    return table[["network", "arithmetic", "variant", "step", "eval"]]
+    names = ["network", "arithmetic", "variant"]
+    # What was not measured has no column.
+    figures = [name for name in _FIGURES if name in table]
+    for name in figures:
+        table[name] = table[name].map("{:.2f}".format)
+    return table[names + figures]
+
+
+_FIGURES = (
+    "float step, ms",
+    "step",
+    "step on device",
+    "float eval, ms",
+    "eval",
+    "eval on device",
+)
 
 
 def _launch_rows(record: Record) -> list[tuple[str, str, str, str]]:

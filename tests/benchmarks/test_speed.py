@@ -29,9 +29,17 @@ def test_gaps_are_times_in_which_the_device_runs_nothing() -> None:
         {"cat": "kernel", "name": "long", "ts": 12, "dur": 40},
         {"cat": "gpu_memcpy", "name": "inside", "ts": 20, "dur": 5},
     ]
-    gaps = accelerator.gaps_of(events)
+    found = accelerator.on_device(events)
+    gaps = accelerator.gaps_of(found)
     assert gaps.to_numpy().tolist() == [["long", "d", "48"], ["a", "long", "2"]]
-    assert len(accelerator.gaps_of(events, count=1)) == 1
+    assert len(accelerator.gaps_of(found, count=1)) == 1
+
+
+def test_kernels_are_those_that_take_longest_together() -> None:
+    durations = {"often": (3, 4, 5), "once": (10,), "short": (1, 1)}
+    events = [{"name": name, "dur": each} for name, all_ in durations.items() for each in all_]
+    kernels = accelerator.kernels_of(events, count=2)
+    assert kernels.to_numpy().tolist() == [["often", "3", "12"], ["once", "1", "10"]]
 
 
 def test_the_command_for_accelerators_runs_without_one(run_command, capsys, tmp_path) -> None:
@@ -86,6 +94,8 @@ def test_ratios_of_an_accelerator_are_rendered() -> None:
     ratio = {"network": "resnet18", "arithmetic": "TF32", "variant": "eager"}
     table = page.accelerator_table({"ratios": [{**ratio, "step": 1.5, "eval": 1.234}]})
     assert table.to_numpy().tolist() == [["resnet18", "TF32", "eager", "1.50", "1.23"]]
+    table = page.accelerator_table({"ratios": [{**ratio, "step": 1.5, "step on device": 1.25}]})
+    assert table.columns.tolist()[3:] == ["step", "step on device"]
 
 
 def test_the_same_code_trains_the_same_weights(run_command, monkeypatch, capsys, tmp_path) -> None:
