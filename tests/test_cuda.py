@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,22 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 BITS = (2, 3, 4, 8)
 Loader = list[tuple[Tensor, Tensor]]
+
+
+# Parts of torch that its compiler imports are deprecated, and the compiler gives advice. A graph
+# without any kernel is part of how torch warms up.
+compiles = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
+
+
+def compiling(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that compiles a network."""
+    for mark in compiles:
+        test = mark(test)
+    return test
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +120,7 @@ def test_the_papers_recipe_trains_there(on_gpu: anyprec.ConvertedModel, loader: 
     assert all(torch.isfinite(tensor).all() for tensor in on_gpu.parameters())
 
 
-# Parts of torch that its compiler imports are deprecated, and the compiler gives advice.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@compiling
 def test_compiled_training_is_eager_training(
     on_gpu: anyprec.ConvertedModel, loader: Loader
 ) -> None:
@@ -133,8 +148,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return captured
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@compiling
 def test_one_cuda_graph_evaluates_every_configuration(
     on_gpu: anyprec.ConvertedModel, loader: Loader, captures: list[object]
 ) -> None:
@@ -156,8 +170,7 @@ def test_one_cuda_graph_evaluates_every_configuration(
     assert len(captures) == seen
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@compiling
 def test_one_cuda_graph_trains_every_configuration(
     on_gpu: anyprec.ConvertedModel, loader: Loader, captures: list[object]
 ) -> None:
@@ -186,6 +199,7 @@ def _learns(parameter: Tensor) -> bool:
     return parameter.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_nobody_waits_for_the_device(on_gpu: anyprec.ConvertedModel, loader: Loader) -> None:
     images, labels = (tensor.cuda() for tensor in loader[0])
     oneshot = anyprec.OneShot(on_gpu.train(), total_steps=4)

@@ -14,19 +14,21 @@ Which one runs is chosen by device and dtype at each call (`choosing.py`):
 `use_kernels(enabled=False)` turns them off, and `describe()` says what runs and why.
 """
 
-from anyprec.kernels.choosing import describe, kernel_for, kernels_off, use_kernels
-from anyprec.kernels.fused import FusedKernel, Grid, Sizes
+from anyprec.kernels.choosing import describe, kernel_for, kernels_off, serves, use_kernels
+from anyprec.kernels.fused import FusedKernel, Grid, Operand, Sizes
 from anyprec.kernels.numbers import STEP_FLOOR, narrowed, widened
 
 __all__ = [
     "STEP_FLOOR",
     "FusedKernel",
     "Grid",
+    "Operand",
     "Sizes",
     "describe",
     "kernel_for",
     "kernels_off",
     "narrowed",
+    "serves",
     "use_kernels",
     "widened",
 ]

@@ -95,6 +95,23 @@ def kernel_for(values: Tensor, step: Tensor, gradient: Tensor | None = None) -> 
     return kernel
 
 
+def serves(kernel: FusedKernel, *tensors: Tensor) -> bool:
+    """Whether `kernel`, which served a layer before, may read these tensors of it now.
+
+    Args:
+        kernel: What `kernel_for` returned for tensors of the same dtypes.
+        *tensors: Those that may be others since.
+    """
+    if not _MACHINE.enabled or torch.compiler.is_compiling():
+        return False
+    if _watchers() > 0 and not tensors[0].is_meta:
+        return False
+    for tensor in tensors:
+        if _kernel_of(tensor) is not kernel or not 0 < tensor.numel() <= _MOST_VALUES:
+            return False
+    return True
+
+
 def _is_readable(values: Tensor, step: Tensor) -> bool:
     """Whether kernels know the dtypes, the number of values and the layout of the step sizes."""
     return (

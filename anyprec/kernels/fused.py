@@ -52,6 +52,22 @@ class Grid(NamedTuple):
     factor: float
 
 
+class Operand(NamedTuple):
+    """An operand of a layer, and how it is quantized: what `FusedKernel.quantize` takes.
+
+    Attributes:
+        values: What is quantized.
+        step: Step sizes.
+        grid: Which of them, and the codes.
+        sizes: How channels lie in memory; None with one step size.
+    """
+
+    values: Tensor
+    step: Tensor
+    grid: Grid
+    sizes: Sizes | None = None
+
+
 class FusedKernel(ABC):
     """Fake quantization on one device. Knows no autograd: results have no gradient.
 
@@ -112,6 +128,41 @@ class FusedKernel(ABC):
             self._channels_backward(gradient, values, of_values, step, of_step, grid, sizes)
         return of_values, of_step
 
+    def quantize_pair(self, input_: Operand, weight: Operand) -> tuple[Tensor, Tensor]:
+        """`quantize` of a layer's input, with one step size, and of its weight, with many."""
+        if not self._reads(input_, weight):
+            return self.quantize(*input_), self.quantize(*weight)
+        results = torch.empty_like(input_.values), torch.empty_like(weight.values)
+        values = _in_layout_of(results[0], input_.values)
+        self._pair(values, *results, input_, weight)
+        return results
+
+    def quantize_pair_backward(
+        self, of_input: Tensor, of_weight: Tensor, input_: Operand, weight: Operand
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`quantize_backward` of both: of the input, its step sizes, the weight and its step sizes.
+
+        Args:
+            of_input: Gradient of the quantized input.
+            of_weight: Gradient of the quantized weight.
+            input_: As in the forward pass.
+            weight: As in the forward pass.
+        """
+        if not self._reads(input_, weight):
+            of_values, of_step = self.quantize_backward(of_input, *input_)
+            return of_values, of_step, *self.quantize_backward(of_weight, *weight)
+        of_values, of_step = torch.empty_like(input_.values), torch.empty_like(input_.step)
+        of_weights, of_weight_step = torch.empty_like(weight.values), torch.empty_like(weight.step)
+        values = _in_layout_of(of_values, input_.values)
+        gradients = _in_layout_of(of_values, of_input), _in_layout_of(of_weights, of_weight)
+        results = of_values, of_step, of_weights, of_weight_step
+        self._pair_backward(gradients, values, results, input_, weight)
+        return results
+
+    def _reads(self, input_: Operand, weight: Operand) -> bool:
+        """Whether it knows the dtypes of both."""
+        return input_.values.dtype in self.dtypes and weight.values.dtype in self.dtypes
+
     # What runs on the device. All tensors of the size of the values lie in memory alike, without
     # gaps; step sizes and their gradient are contiguous. Positional: each keyword costs time.
 
@@ -149,6 +200,46 @@ class FusedKernel(ABC):
         sizes: Sizes,
     ) -> None:
         """Write `of_values` and all of `of_step`."""
+
+    def _pair(
+        self,
+        values: Tensor,
+        result: Tensor,
+        weight_result: Tensor,
+        input_: Operand,
+        weight: Operand,
+    ) -> None:
+        """Write both results. `values` are those of the input in the layout of its result."""
+        self._tensor(values, result, input_.step, input_.grid)
+        self._channels(weight.values, weight_result, weight.step, weight.grid, _sizes_of(weight))
+
+    def _pair_backward(
+        self,
+        gradients: tuple[Tensor, Tensor],
+        values: Tensor,
+        results: tuple[Tensor, Tensor, Tensor, Tensor],
+        input_: Operand,
+        weight: Operand,
+    ) -> None:
+        """Write all results. `values` and `gradients` have their layout."""
+        of_values, of_step, of_weights, of_weight_step = results
+        self._tensor_backward(gradients[0], values, of_values, input_.step, of_step, input_.grid)
+        self._channels_backward(
+            gradients[1],
+            weight.values,
+            of_weights,
+            weight.step,
+            of_weight_step,
+            weight.grid,
+            _sizes_of(weight),
+        )
+
+
+def _sizes_of(weight: Operand) -> Sizes:
+    if weight.sizes is None:
+        msg = "the weight of a pair has a step size for each channel"
+        raise ValueError(msg)
+    return weight.sizes
 
 
 def _in_layout_of(result: Tensor, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from anyprec.kernels.fused import FusedKernel, Grid, Sizes
+from anyprec.kernels.fused import FusedKernel, Grid, Operand, Sizes
 
 _LIBRARY = torch.library.Library("anyprec_kernels", "DEF")
 _GRID = "int row, int qmin, int qmax"
@@ -42,6 +42,14 @@ _channels = _launch(
 _channel_gradients = _launch(
     "channel_gradients(Tensor gradient, Tensor values, Tensor(a!) of_values, Tensor step, "
     f"Tensor(b!) of_step, {_GRID}, float factor, {_SIZES}) -> ()"
+)
+
+_pair = _launch(
+    "pair(Tensor values, Tensor(a!) result, Tensor weight, Tensor(b!) weight_result) -> ()"
+)
+_pair_gradients = _launch(
+    "pair_gradients(Tensor gradient, Tensor values, Tensor(a!) of_values, Tensor(b!) sums, "
+    "Tensor weight_gradient, Tensor weight, Tensor(c!) of_weight, Tensor(d!) of_weight_step) -> ()"
 )
 
 
@@ -85,3 +93,30 @@ class MetaKernel(FusedKernel):
         sizes: Sizes,
     ) -> None:
         _channel_gradients(gradient, values, of_values, step, of_step, *grid, *sizes)
+
+    def _pair(
+        self,
+        values: Tensor,
+        result: Tensor,
+        weight_result: Tensor,
+        input_: Operand,
+        weight: Operand,
+    ) -> None:
+        del input_
+        _pair(values, result, weight.values, weight_result)
+
+    def _pair_backward(
+        self,
+        gradients: tuple[Tensor, Tensor],
+        values: Tensor,
+        results: tuple[Tensor, Tensor, Tensor, Tensor],
+        input_: Operand,
+        weight: Operand,
+    ) -> None:
+        of_values, of_step, of_weights, of_weight_step = results
+        sums = of_step.new_empty(1)
+        _pair_gradients(
+            *(gradients[0], values, of_values, sums),
+            *(gradients[1], weight.values, of_weights, of_weight_step),
+        )
+        _step_gradient(sums, input_.step, of_step, input_.grid.row, input_.grid.factor)

@@ -63,10 +63,10 @@ def _contribution(upstream, value, code, inside, step):
     return upstream * tl.where(inside, difference * tl.div_rn(1.0, step), code)
 
 
-@triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["steps"])
-def quantize_tensor(values, result, steps, row, low, high, count, BLOCK: tl.constexpr):
-    """Quantize with one step size: a program for each block of values."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _tensor_block(values, result, steps, row, low, high, count, block, BLOCK: tl.constexpr):
+    """Quantize a block of values with one step size."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     step = _effective(tl.load(steps + row))
     value = tl.load(values + index, mask=mask, other=0.0).to(tl.float32)
@@ -74,64 +74,8 @@ def quantize_tensor(values, result, steps, row, low, high, count, BLOCK: tl.cons
     tl.store(result + index, _narrowed(quantized, result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["steps"])
-def tensor_gradients(
-    gradient, values, of_values, sums, steps, row, low, high, count, BLOCK: tl.constexpr
-):
-    """Gradient of the values, and the sum over the blocks of each program."""
-    step = _effective(tl.load(steps + row))
-    # In the unit of the values, as on a CPU.
-    lowest = low * step
-    highest = high * step
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        mask = index < count
-        value = tl.load(values + index, mask=mask, other=0.0).to(tl.float32)
-        upstream = tl.load(gradient + index, mask=mask, other=0.0).to(tl.float32)
-        code = _code(tl.div_rn(value, step), low, high)
-        # Strict bounds: on the border the gradient is zero.
-        inside = (value > lowest) & (value < highest)
-        of_value = tl.where(inside, upstream, 0.0)
-        tl.store(of_values + index, of_value.to(of_values.dtype.element_ty), mask=mask)
-        total += _contribution(upstream, value, code, inside, step)
-    tl.store(sums + tl.program_id(0), tl.sum(total, 0))
-
-
-@triton.jit(
-    do_not_specialize=["row", "all_steps", "programs"],
-    do_not_specialize_on_alignment=["steps"],
-)
-def step_gradient(
-    sums,
-    steps,
-    of_steps,
-    row,
-    all_steps,
-    programs,
-    factor,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Gradient of all step sizes, zero but in `row`: one program."""
-    index = tl.arange(0, BLOCK)
-    total = tl.sum(tl.load(sums + index, mask=index < programs, other=0.0), 0) * factor
-    total = tl.where(_is_negative(tl.load(steps + row)), -total, total)
-    column = tl.arange(0, STEPS)
-    tl.store(of_steps + column, tl.where(column == row, total, 0.0), mask=column < all_steps)
-
-
 @triton.jit
-def _is_negative(raw):
-    """Whether the sign is set, that of -0 included."""
-    return raw.to(tl.int32, bitcast=True) < 0
-
-
-@triton.jit(
-    do_not_specialize=["row", "repeats", "channels", "inner"],
-    do_not_specialize_on_alignment=["steps"],
-)
-def quantize_channels(
+def _channels_block(
     values,
     result,
     steps,
@@ -142,10 +86,11 @@ def quantize_channels(
     repeats,
     channels,
     inner,
+    block,
     BLOCK: tl.constexpr,
 ):
-    """Quantize with a step size for each channel: a program for each block of values."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Quantize a block of values with a step size for each channel."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     stretch = index // inner
     channel = (stretch // (channels * repeats)) * channels + stretch % channels
@@ -155,11 +100,43 @@ def quantize_channels(
     tl.store(result + index, _narrowed(quantized, result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["row", "rows", "repeats", "channels"],
-    do_not_specialize_on_alignment=["steps"],
-)
-def channel_gradients(
+@triton.jit
+def _gradients_of_blocks(
+    gradient,
+    values,
+    of_values,
+    sums,
+    steps,
+    row,
+    low,
+    high,
+    count,
+    program,
+    programs,
+    BLOCK: tl.constexpr,
+):
+    """Gradient of the values in every `programs`-th block, and the sum for the step size."""
+    step = _effective(tl.load(steps + row))
+    # In the unit of the values, as on a CPU.
+    lowest = low * step
+    highest = high * step
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(program * BLOCK, count, programs * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        mask = index < count
+        value = tl.load(values + index, mask=mask, other=0.0).to(tl.float32)
+        upstream = tl.load(gradient + index, mask=mask, other=0.0).to(tl.float32)
+        code = _code(tl.div_rn(value, step), low, high)
+        # Strict bounds: on the border the gradient is zero.
+        inside = (value > lowest) & (value < highest)
+        of_value = tl.where(inside, upstream, 0.0)
+        tl.store(of_values + index, of_value.to(of_values.dtype.element_ty), mask=mask)
+        total += _contribution(upstream, value, code, inside, step)
+    tl.store(sums + program, tl.sum(total, 0))
+
+
+@triton.jit
+def _gradients_of_channel(
     gradient,
     values,
     of_values,
@@ -173,13 +150,13 @@ def channel_gradients(
     repeats,
     channels,
     inner,
+    channel,
+    all_channels,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     REPEATED: tl.constexpr,
 ):
-    """Both gradients: a program for each channel. Other rows of the step sizes get zeros."""
-    channel = tl.program_id(0)
-    all_channels = tl.num_programs(0)
+    """Both gradients of a channel. Other rows of the step sizes get zeros."""
     first = channel * inner
     if REPEATED:
         first = ((channel // channels) * repeats * channels + channel % channels) * inner
@@ -208,3 +185,240 @@ def channel_gradients(
         tl.where(candidate == row, of_step, 0.0),
         mask=candidate < rows,
     )
+
+
+@triton.jit
+def _is_negative(raw):
+    """Whether the sign is set, that of -0 included."""
+    return raw.to(tl.int32, bitcast=True) < 0
+
+
+# What is launched. Pointers come first.
+
+
+@triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["steps"])
+def quantize_tensor(values, result, steps, row, low, high, count, BLOCK: tl.constexpr):
+    """Quantize with one step size: a program for each block of values."""
+    _tensor_block(values, result, steps, row, low, high, count, tl.program_id(0), BLOCK)
+
+
+@triton.jit(do_not_specialize=["row"], do_not_specialize_on_alignment=["steps"])
+def tensor_gradients(
+    gradient, values, of_values, sums, steps, row, low, high, count, BLOCK: tl.constexpr
+):
+    """Gradient of the values, and the sum over the blocks of each program."""
+    _gradients_of_blocks(
+        gradient,
+        values,
+        of_values,
+        sums,
+        steps,
+        row,
+        low,
+        high,
+        count,
+        tl.program_id(0),
+        tl.num_programs(0),
+        BLOCK,
+    )
+
+
+@triton.jit(
+    do_not_specialize=["row", "all_steps", "programs"],
+    do_not_specialize_on_alignment=["steps"],
+)
+def step_gradient(
+    sums,
+    steps,
+    of_steps,
+    row,
+    all_steps,
+    programs,
+    factor,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Gradient of all step sizes, zero but in `row`: one program."""
+    index = tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(sums + index, mask=index < programs, other=0.0), 0) * factor
+    total = tl.where(_is_negative(tl.load(steps + row)), -total, total)
+    column = tl.arange(0, STEPS)
+    tl.store(of_steps + column, tl.where(column == row, total, 0.0), mask=column < all_steps)
+
+
+@triton.jit(
+    do_not_specialize=["row", "repeats", "channels", "inner"],
+    do_not_specialize_on_alignment=["steps"],
+)
+def quantize_channels(
+    values, result, steps, row, low, high, count, repeats, channels, inner, BLOCK: tl.constexpr
+):
+    """Quantize with a step size for each channel: a program for each block of values."""
+    block = tl.program_id(0)
+    _channels_block(
+        values, result, steps, row, low, high, count, repeats, channels, inner, block, BLOCK
+    )
+
+
+@triton.jit(
+    do_not_specialize=["row", "rows", "repeats", "channels"],
+    do_not_specialize_on_alignment=["steps"],
+)
+def channel_gradients(
+    gradient,
+    values,
+    of_values,
+    steps,
+    of_steps,
+    row,
+    rows,
+    low,
+    high,
+    factor,
+    repeats,
+    channels,
+    inner,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    REPEATED: tl.constexpr,
+):
+    """Both gradients: a program for each channel."""
+    _gradients_of_channel(
+        gradient,
+        values,
+        of_values,
+        steps,
+        of_steps,
+        row,
+        rows,
+        low,
+        high,
+        factor,
+        repeats,
+        channels,
+        inner,
+        tl.program_id(0),
+        tl.num_programs(0),
+        BLOCK,
+        ROWS,
+        REPEATED,
+    )
+
+
+@triton.jit(
+    do_not_specialize=["row", "blocks", "weight_row", "repeats", "channels", "inner"],
+    do_not_specialize_on_alignment=["steps", "weight_steps"],
+)
+def quantize_pair(
+    values,
+    result,
+    steps,
+    weight,
+    weight_result,
+    weight_steps,
+    row,
+    low,
+    high,
+    count,
+    blocks,
+    weight_row,
+    weight_low,
+    weight_high,
+    weight_count,
+    repeats,
+    channels,
+    inner,
+    BLOCK: tl.constexpr,
+):
+    """`quantize_tensor` by the first `blocks` programs, `quantize_channels` by the others."""
+    program = tl.program_id(0)
+    if program < blocks:
+        _tensor_block(values, result, steps, row, low, high, count, program, BLOCK)
+    else:
+        _channels_block(
+            weight,
+            weight_result,
+            weight_steps,
+            weight_row,
+            weight_low,
+            weight_high,
+            weight_count,
+            repeats,
+            channels,
+            inner,
+            program - blocks,
+            BLOCK,
+        )
+
+
+@triton.jit(
+    do_not_specialize=["row", "programs", "weight_row", "rows", "repeats", "channels"],
+    do_not_specialize_on_alignment=["steps", "weight_steps"],
+)
+def pair_gradients(
+    gradient,
+    values,
+    of_values,
+    sums,
+    steps,
+    weight_gradient,
+    weight,
+    of_weight,
+    weight_steps,
+    of_weight_steps,
+    row,
+    low,
+    high,
+    count,
+    programs,
+    weight_row,
+    rows,
+    weight_low,
+    weight_high,
+    factor,
+    repeats,
+    channels,
+    inner,
+    BLOCK: tl.constexpr,
+    WEIGHT_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    REPEATED: tl.constexpr,
+):
+    """`tensor_gradients` by the first `programs` programs, `channel_gradients` by the others."""
+    program = tl.program_id(0)
+    if program < programs:
+        _gradients_of_blocks(
+            gradient,
+            values,
+            of_values,
+            sums,
+            steps,
+            row,
+            low,
+            high,
+            count,
+            program,
+            programs,
+            BLOCK,
+        )
+    else:
+        _gradients_of_channel(
+            weight_gradient,
+            weight,
+            of_weight,
+            weight_steps,
+            of_weight_steps,
+            weight_row,
+            rows,
+            weight_low,
+            weight_high,
+            factor,
+            repeats,
+            channels,
+            inner,
+            program - programs,
+            tl.num_programs(0) - programs,
+            WEIGHT_BLOCK,
+            ROWS,
+            REPEATED,
+        )

@@ -29,7 +29,7 @@ from anyprec.nn.channels import Axis, channel_count
 from anyprec.nn.chosen import Chosen
 from anyprec.nn.counting import run_body, uncounted
 from anyprec.nn.grids import GridRule
-from anyprec.nn.joint_operands import quantize_operands
+from anyprec.nn.joint_operands import quantize_input, quantize_operands
 from anyprec.nn.layer_stand_ins import input_of_stand_in, stand_in_for
 from anyprec.nn.modes import FunctionMode
 from anyprec.nn.observers import Observers
@@ -167,14 +167,16 @@ class QuantizedLayer(nn.Module):
             if torch.compiler.is_compiling():
                 quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
                 return quantized_input, self.quantized_operand(weight)
-            if self.weight_source.only_quantizes and weight is self._parameters.get("weight"):
+            source = self.weight_source
+            if weight is self._parameters.get("weight") and source.only_quantizes(self, weight):
                 operands_ = quantize_operands(
                     *(self.input_quantizer, input_, self._input_index),
                     *(self.weight_quantizer, weight, self._weight_index),
+                    source.prepared,
                 )
                 if operands_ is not None:
                     return operands_
-            quantized_input = self.input_quantizer(input_, self._input_index)
+            quantized_input = quantize_input(self.input_quantizer, input_, self._input_index)
             return quantized_input, self.quantized_operand(weight)
 
     def quantized_operand(self, weight: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ Which copy is used when is in `norms.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,30 +24,54 @@ STATISTICS = ("running_mean", "running_var")
 AFFINE = ("weight", "bias")
 
 
-@dataclass(frozen=True, eq=False)
-class _View:
-    """A view of a row that is used again.
-
-    It keeps the memory that it shows alive, so no other tensor can have the address meanwhile: the
-    same tensor at the same address, in the same layout, still has this row.
+class _Source(NamedTuple):
+    """A tensor of which a row is shown, as it was then.
 
     Attributes:
-        tensor: The view.
-        of: The tensor that it shows a row of.
-        address: Of that tensor's memory.
-        strides: Of that tensor.
+        name: Of a parameter or buffer.
+        tensor: What the bank had under this name.
+        address: Of its memory.
+        strides: Its own.
+        learns: Whether it required a gradient.
+        version: Of the tensor, if gradients pass the view: after a change in place torch would take
+            another way back. None otherwise.
     """
 
+    name: str
     tensor: Tensor
-    of: Tensor
     address: int
     strides: tuple[int, ...]
+    learns: bool
+    version: int | None
 
-    def is_of(self, tensor: Tensor) -> bool:
-        """Whether it shows a row of `tensor` as that is now."""
-        if self.of is not tensor or tensor.data_ptr() != self.address:
-            return False
-        return tensor.stride() == self.strides
+
+@dataclass(frozen=True, eq=False)
+class _Views:
+    """Views of a row that are used again.
+
+    They keep the memory that they show alive, so no other tensor can have its address meanwhile:
+    the same tensor at the same address, in the same layout, still has this row.
+
+    Attributes:
+        values: The views, by name.
+        sources: What they show a row of.
+    """
+
+    values: dict[str, Tensor]
+    sources: list[_Source]
+
+    def are_of(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether they show a row of these tensors as those are now."""
+        for name, tensor, address, strides, learns, version in self.sources:
+            if tensors.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if tensor.requires_grad is not learns:
+                return False
+            if version is not None and tensor._version != version:  # noqa: SLF001 (no public name)
+                return False
+            if tensor.stride() != strides:
+                return False
+        return True
 
 
 class NormBank(Undecayed):
@@ -104,7 +129,7 @@ class NormBank(Undecayed):
             for name in ("uniform_mean", "uniform_var"):
                 self.register_buffer(name, missing.repeat(len(widths), 1))
         self.network = network or TrainedNetwork()
-        self._views: dict[tuple[str, int], _View] = {}
+        self._views: dict[tuple[Any, ...], _Views] = {}
         self._relatives = Relatives()
         self._relatives.add(self)
 
@@ -138,31 +163,46 @@ class NormBank(Undecayed):
             row: The copy.
             uniform: Statistics of this uniform bit-width, by index, instead of those of the copy.
         """
-        values: dict[str, Tensor] = {}
         # Past nn.Module.__getattr__, since each norm asks in each pass.
         tensors = self._parameters | self._buffers
+        key = row, torch.is_grad_enabled(), *names
+        views = self._views.get(key)
+        if views is None or not views.are_of(tensors):
+            views = self._make_views(tensors, names, row)
+            self._views[key] = views
+        values = dict(views.values)
         for name in names:
-            # Those of a replica are attributes.
-            copies: Any = tensors[name] if name in tensors else getattr(self, name)
-            values[name] = self._row(name, copies, row)
+            if name not in values:
+                # Those of a replica are attributes.
+                values[name] = self._new_row(getattr(self, name), row)
         if uniform is not None:
             for name, estimated in zip(STATISTICS, self.statistics(row, uniform), strict=True):
                 values[name] = _finite_or(estimated, values[name])
         return values
 
-    def _row(self, name: str, copies: Tensor, row: int) -> Tensor:
-        """The values of a copy: a view, through which batch_norm updates those of the bank."""
-        view = self._views.get((name, row))
-        is_differentiable = torch.is_grad_enabled() and copies.requires_grad
-        if view is not None and not is_differentiable and view.is_of(copies):
-            return view.tensor
-        if is_differentiable or type(copies) not in (Tensor, nn.Parameter):
-            return self._new_row(copies, row)
-        # Outside inference mode, so that it can be written in any mode.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            tensor = self._new_row(copies, row)
-        self._views[name, row] = _View(tensor, copies, copies.data_ptr(), copies.stride())
-        return tensor
+    def _make_views(
+        self, tensors: Mapping[str, Tensor | None], names: Iterable[str], row: int
+    ) -> _Views:
+        """Views of a row, through which batch_norm updates the statistics of the bank.
+
+        Those of tensors that are computed are left out: their graph ends with the backward pass.
+        """
+        views = _Views({}, [])
+        for name in names:
+            copies: Any = tensors.get(name)
+            if type(copies) not in (Tensor, nn.Parameter) or not copies.is_leaf:
+                continue
+            version = None
+            if torch.is_grad_enabled() and copies.requires_grad:
+                views.values[name] = self._new_row(copies, row)
+                version = copies._version  # noqa: SLF001 (no public name)
+            else:
+                # Outside inference mode, so that it can be written in any mode.
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    views.values[name] = self._new_row(copies, row)
+            place = copies.data_ptr(), copies.stride()
+            views.sources.append(_Source(name, copies, *place, copies.requires_grad, version))
+        return views
 
     def _new_row(self, copies: Tensor, row: int) -> Tensor:
         # To squeeze takes no kernel in the backward pass, to select one does.

@@ -277,7 +277,7 @@ def _note_pass(norm: SwitchableNorm, bank: NormBank) -> None:
     """Note that a norm runs in eager mode."""
     # In training the copies move, and statistics beside them would stay behind. In compiled
     # training `OneShot` drops them.
-    if norm.training:
+    if norm.training and bank.has_uniform:
         bank.forget_uniform()
     _warn_if_stale(norm, bank)
 

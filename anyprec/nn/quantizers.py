@@ -10,6 +10,7 @@ a code.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -115,9 +116,7 @@ class WeightQuantizer(_Switchable):
 
     def _grid_of(self, weight: Tensor, index: int) -> Grid:
         """How `forward` quantizes."""
-        qmin, qmax = self.limits(index)
-        factor = gradient_scale(_sharing(weight, self.step), qmax, qmax - qmin)
-        return Grid(index, qmin, qmax, factor)
+        return _grid(index, *self.limits(index), _sharing(weight, self.step))
 
     def forward_selected(self, weight: Tensor, choice: Tensor) -> Tensor:
         """`forward` at the candidate of the index `choice`, which is data and not program."""
@@ -243,9 +242,7 @@ class InputQuantizer(_Switchable):
 
     def _grid_of(self, values: Tensor, index: int) -> Grid:
         """How `forward` quantizes, with entry `index` of `step` unless the rule changes that."""
-        qmin, qmax = self.limits(index)
-        factor = gradient_scale(_features(values), max(qmax, -qmin, 1), qmax - qmin)
-        return Grid(index, qmin, qmax, factor)
+        return _input_grid(index, *self.limits(index), _features(values))
 
     def _uses_step(self, index: int) -> bool:
         """Whether `forward` is to quantize with entry `index` of `step`, and nothing else."""
@@ -338,6 +335,18 @@ class InputQuantizer(_Switchable):
         if not self.zero_point.is_meta:
             self._zero_points = tuple(int(zero) for zero in self.zero_point.tolist())
             self.calibrated = bool(torch.isfinite(self.step).all())
+
+
+@lru_cache(maxsize=4096)
+def _grid(index: int, qmin: int, qmax: int, values: int) -> Grid:
+    """The grid of a weight, of so many values to a step size."""
+    return Grid(index, qmin, qmax, gradient_scale(values, qmax, qmax - qmin))
+
+
+@lru_cache(maxsize=4096)
+def _input_grid(index: int, qmin: int, qmax: int, values: int) -> Grid:
+    """The grid of an input, of so many values to an image."""
+    return Grid(index, qmin, qmax, gradient_scale(values, max(qmax, -qmin, 1), qmax - qmin))
 
 
 def _sharing(weight: Tensor, step: Tensor) -> int:

@@ -63,7 +63,7 @@ def quantize_channels(values: Tensor, step: Tensor, axis: Axis, grid: Grid) -> T
     """Quantize with a step size for each channel, without gradient."""
     kernel = kernel_for(values, step)
     if kernel is not None:
-        sizes = _sizes_in_memory(values, step, grid.row, axis)
+        sizes = sizes_in_memory(values, step, grid.row, axis)
         if sizes is not None:
             return kernel.quantize(values, step, grid, sizes)
     scale = along(effective_step(_row_of(step, grid.row)), axis, values)
@@ -155,7 +155,7 @@ def channel_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the values and of all step sizes, for a step size for each channel."""
     kernel = kernel_for(values, step, gradient)
-    sizes = None if kernel is None else _sizes_in_memory(values, step, grid.row, axis)
+    sizes = None if kernel is None else sizes_in_memory(values, step, grid.row, axis)
     if kernel is None or sizes is None:
         return _channel_gradients(gradient, values, step, axis, grid, needs_step=needs_step)
     return kernel.quantize_backward(gradient, values, step, grid, sizes)
@@ -180,7 +180,7 @@ def ratio_of(values: Tensor, scale: Tensor) -> Tensor:
     return values / scale
 
 
-def _sizes_in_memory(values: Tensor, step: Tensor, row: int, axis: Axis) -> Sizes | None:
+def sizes_in_memory(values: Tensor, step: Tensor, row: int, axis: Axis) -> Sizes | None:
     """How the channels lie in memory; None if a kernel cannot go through them there."""
     is_dense = values.is_contiguous() or (
         # The first axis is the outermost one in both layouts.

@@ -20,6 +20,7 @@ from anyprec.nn.moments import match_moments, moments
 from anyprec.nn.packed import NO_LATENTS, PackedOperand
 
 if TYPE_CHECKING:
+    from anyprec.nn.joint_operands import Prepared
     from anyprec.nn.layers import QuantizedLayer
     from anyprec.nn.quantizers import WeightQuantizer
 
@@ -43,6 +44,7 @@ class WeightSource(ABC):
         dynamic: The weight operand may change with the input, so nothing can be kept.
         corrected_axis: Where the output channels are whose mean and spread are those of the latent
             weight (`match_moments`); None without this correction.
+        prepared: What was found of the layer's tensors: see `joint_operands.py`.
         trusted: What is kept is valid as long as torch records no change of the weight; its values
             are not compared.
     """
@@ -51,11 +53,11 @@ class WeightSource(ABC):
         self.dynamic = dynamic
         self.corrected_axis = corrected_axis
         self.trusted = False
+        self.prepared: dict[int, Prepared] = {}
         self._cache: dict[int, Kept] = {}
 
-    @property
-    def only_quantizes(self) -> bool:
-        """Whether a weight that learns is what its quantizer makes of it, and nothing else."""
+    def only_quantizes(self, layer: QuantizedLayer, operand: Tensor) -> bool:  # noqa: ARG002
+        """Whether `quantized` is what the quantizer makes of the operand now, and nothing else."""
         return False
 
     @abstractmethod
@@ -76,8 +78,9 @@ class WeightSource(ABC):
         """Mean and spread of each channel of the float operand; None without their correction."""
 
     def forget(self) -> None:
-        """Drop the quantized weights that are kept."""
+        """Drop the quantized weights that are kept, and what was found of their tensors."""
         self._cache.clear()
+        self.prepared.clear()
 
     def _recorded(self, index: int, record: Record | None) -> Kept | None:
         """What is kept for a candidate, if torch's record of its tensors is this one."""
@@ -88,7 +91,11 @@ class WeightSource(ABC):
         return kept
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "trusted": False, "_cache": {}}
+        return {**vars(self), "trusted": False, "prepared": {}, "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Those pickled before there was one have none.
+        vars(self).update({"prepared": {}, **state})
 
 
 class LatentWeight(WeightSource):
@@ -109,10 +116,11 @@ class LatentWeight(WeightSource):
         super().__init__(dynamic=dynamic, corrected_axis=None)
         self.recompute = "auto"
 
-    @property
-    def only_quantizes(self) -> bool:
+    def only_quantizes(self, layer: QuantizedLayer, operand: Tensor) -> bool:
         """See `WeightSource`."""
-        return self.corrected_axis is None
+        if self.corrected_axis is not None:
+            return False
+        return layer.training or not self._can_keep(operand, layer.weight_quantizer.step)
 
     def recomputes(self, quantized: Tensor, input_: Tensor) -> bool:
         """Whether a quantized weight that multiplies this input is computed again for backward."""

@@ -25,8 +25,8 @@ package.__path__ = [str(ROOT / "anyprec")]
 sys.modules["anyprec"] = package
 sys.path.insert(0, str(ROOT))
 
-from anyprec.kernels import choosing, kernels_off, triton_kernel  # noqa: E402
-from anyprec.nn.channels import GroupedAxis  # noqa: E402
+from anyprec.kernels import Grid, Operand, choosing, kernels_off, triton_kernel  # noqa: E402
+from anyprec.nn.channels import GroupedAxis, sizes_of_channels  # noqa: E402
 from anyprec.nn.functional import fake_quantize  # noqa: E402
 from tests.kernels.oracle import step_gradient  # noqa: E402
 
@@ -155,9 +155,41 @@ def narrow_values() -> None:
     assert quantized[2].isnan()
 
 
+def pairs() -> None:
+    """What one launch makes of two operands is what two make of them."""
+    kernel = triton_kernel.TritonKernel()
+    images, pixels = torch.randn(3, 5, 6, 7), torch.randn(2, 4, 30, 40)
+    grouped = GroupedAxis(2)
+    for values, shape, axis in (
+        (images.contiguous(memory_format=torch.channels_last), (8, 5, 3, 3), 0),
+        (pixels, (6, 1, 3, 3), 0),
+        (images[:, ::2], (4, 6, 2, 2), 1),
+        (torch.randn(7, 16), (3, 1500), 0),
+        (torch.randn(1), (1, 1), 0),
+        (torch.randn(70_001), (4, 3, 20, 20), grouped),
+        (torch.randn(2000)[1:], (8, 16), 0),  # as Triton's vectors do not begin
+        (torch.randn(32, 50).bfloat16(), (8, 16), 0),
+    ):
+        weight = torch.randn(shape)
+        sizes = sizes_of_channels(weight.shape, axis)
+        input_ = Operand(values, torch.tensor([9.0, -0.3]), Grid(1, -8, 7, 0.5))
+        step = torch.rand(3, sizes.steps) + 0.05
+        operand = Operand(weight, step, Grid(2, -4, 3, 0.25), sizes)
+        alone = kernel.quantize(*input_), kernel.quantize(*operand)
+        of_input, of_weight = torch.randn_like(alone[0]), torch.randn_like(weight)
+        alone += kernel.quantize_backward(of_input, *input_)
+        alone += kernel.quantize_backward(of_weight, *operand)
+        together = kernel.quantize_pair(input_, operand)
+        together += kernel.quantize_pair_backward(of_input, of_weight, input_, operand)
+        for one, other in zip(together, alone, strict=True):
+            assert one.stride() == other.stride()
+            assert torch.equal(one, other)
+
+
 def checks() -> dict[str, Callable[[], None]]:
     """Every check, by name."""
     every = {"special values": special_values, "layouts": layouts, "narrow values": narrow_values}
+    every["pairs"] = pairs
     for bits in CANDIDATES:
         every[f"tensors at {bits} bits"] = lambda bits=bits: tensors_at(bits)
         every[f"weights at {bits} bits"] = lambda bits=bits: weights_at(bits)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from anyprec.kernels import triton_programs  # noqa: E402
-from anyprec.kernels.triton_kernel import Launcher  # noqa: E402
+from anyprec.kernels import Grid, Operand, triton_programs  # noqa: E402
+from anyprec.kernels.triton_kernel import Launcher, TritonKernel  # noqa: E402
+from anyprec.nn.channels import sizes_of_channels  # noqa: E402
 from anyprec.nn.functional import fake_quantize  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["special values", "layouts", "narrow values"]
+NAMES = ["special values", "layouts", "narrow values", "pairs"]
 NAMES += [f"{what} at {bits} bits" for bits in range(2, 9) for what in ("tensors", "weights")]
 
 
@@ -52,21 +54,27 @@ def test_every_check_of_the_interpreter_is_a_test(interpreted: dict[str, str]) -
     assert sorted(interpreted) == sorted(NAMES)
 
 
-FLOATS = ("low", "high", "factor")
-ALIGNED = ("values", "result", "gradient", "of_values", "sums", "count", "inner")
+FLOATS = ("low", "high", "factor", "weight_low", "weight_high")
+VALUES = ("values", "result", "gradient", "of_values")
+WEIGHTS = ("weight", "weight_result", "weight_gradient", "of_weight")
+STEPS = ("steps", "of_steps", "sums", "weight_steps", "of_weight_steps")
+ALIGNED = (*VALUES, *WEIGHTS, "sums", "count", "weight_count", "inner")
 PROGRAMS: dict[str, dict[str, int]] = {
     "quantize_tensor": {"BLOCK": 1024},
     "tensor_gradients": {"BLOCK": 1024},
     "step_gradient": {"BLOCK": 1024, "STEPS": 8},
     "quantize_channels": {"BLOCK": 1024},
     "channel_gradients": {"BLOCK": 1024, "ROWS": 8, "REPEATED": 0},
+    "quantize_pair": {"BLOCK": 1024},
+    "pair_gradients": {"BLOCK": 1024, "WEIGHT_BLOCK": 1024, "ROWS": 8, "REPEATED": 0},
 }
 
 
 def type_of(argument: str, dtype: str) -> str:
-    if argument in {"values", "result", "gradient", "of_values"}:
+    if argument in VALUES:
         return f"*{dtype}"
-    if argument in {"steps", "of_steps", "sums"}:
+    # Weights stay in 32 bits where the input has 16.
+    if argument in (*STEPS, *WEIGHTS):
         return "*fp32"
     return "fp32" if argument in FLOATS else "i32"
 
@@ -114,29 +122,40 @@ def test_they_compile_to_wide_loads_and_to_division_as_ieee_754_has_it(
 class Program:
     """Stands for what Triton compiles: notes how it and what it compiled are launched."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> Any:
-            self.launches.append(("compiled", grid, arguments, constants))
-            return self if "num_warps" in constants else None
+            self.launches.append((grid, arguments, constants))
+            return self
 
         return launch
 
+    def run(self, *arguments: Any) -> None:
+        self.launches.append(arguments)
 
-def test_a_program_is_compiled_once_for_each_key_and_launched_with_all_its_arguments() -> None:
+
+def test_a_program_is_compiled_once_for_each_key_and_launched_with_all_its_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
     program = Program()
     launch = Launcher(program)
-    launch(3, ("a",), (1, 2.0), {"BLOCK": 1024})
-    launch(5, ("a",), (3, 4.0), {"BLOCK": 1024})
-    launch(5, ("b",), (5, 6.0), {"BLOCK": 64})
-    launch(7, ("a",), (7, 8.0), {"BLOCK": 1024})
-    assert [entry[1:] for entry in program.launches] == [
-        ((3,), (1, 2.0), {"BLOCK": 1024, "num_warps": 4}),
-        ((5, 1, 1), (3, 4.0, 1024), {}),
-        ((5,), (5, 6.0), {"BLOCK": 64, "num_warps": 1}),
-        ((7, 1, 1), (7, 8.0, 1024), {}),
+    first, second = torch.zeros(3), torch.ones(4)
+    launch(3, ("a",), (first,), (1, 2.0), {"BLOCK": 1024})
+    launch(5, ("a",), (second,), (3, 4.0), {"BLOCK": 1024})
+    launch(5, ("b",), (first,), (5, 6.0), {"BLOCK": 64})
+    launch(7, ("a",), (first,), (7, 8.0), {"BLOCK": 1024})
+    again = (1, 1, "stream of -1", "function", "metadata", None, None, None)
+    assert program.launches == [
+        ((3,), (first, 1, 2.0), {"BLOCK": 1024, "num_warps": 4}),
+        (5, *again, second.data_ptr(), 3, 4.0, 1024),
+        ((5,), (first, 5, 6.0), {"BLOCK": 64, "num_warps": 1}),
+        (7, *again, first.data_ptr(), 7, 8.0, 1024),
     ]
 
 
@@ -169,3 +188,26 @@ def test_on_a_gpu_results_are_those_of_a_cpu(
         for mine, theirs in zip(results[1][:2], results[0][:2], strict=True):
             assert torch.equal(mine, theirs)
         torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 5, 3, 3), (12, 1, 3, 3), (16, 48)])
+def test_on_a_gpu_pairs_are_what_two_launches_make(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    kernel = TritonKernel()
+    for count in (4096, 4096, 5001, 1):
+        values, weight = torch.randn(count).to("cuda", dtype), torch.randn(shape).cuda()
+        sizes = sizes_of_channels(weight.shape, 0)
+        steps = torch.rand(3).cuda() + 0.05, torch.rand(3, sizes.steps).cuda() + 0.05
+        input_ = Operand(values, steps[0], Grid(1, -8, 7, 0.5))
+        operand = Operand(weight, steps[1], Grid(2, -4, 3, 0.25), sizes)
+        of_input, of_weight = torch.randn_like(values), torch.randn_like(weight)
+        together = kernel.quantize_pair(input_, operand)
+        together += kernel.quantize_pair_backward(of_input, of_weight, input_, operand)
+        alone = kernel.quantize(*input_), kernel.quantize(*operand)
+        alone += kernel.quantize_backward(of_input, *input_)
+        alone += kernel.quantize_backward(of_weight, *operand)
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one, other)

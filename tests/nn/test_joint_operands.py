@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -145,3 +148,155 @@ def test_a_step_size_learns_though_the_other_one_is_frozen(frozen: str) -> None:
     for name in ("weight_quantizer", "input_quantizer"):
         gradient = getattr(layer, name).step.grad
         assert gradient is None if name == frozen else gradient.any()
+
+
+@pytest.fixture
+def layer() -> Any:
+    images = torch.randn(8, 4)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model = anyprec.convert(net, bits=(4, 8), example_input=images)
+    anyprec.calibrate(model, [images])
+    model.set_bits({"1": (4, 4)})
+    return model.quantized_layers["1"]
+
+
+def gradients_of(layer: Any, images: Tensor) -> list[Tensor]:
+    layer.zero_grad()
+    images = images.clone().requires_grad_()
+    result = layer(images)
+    result.square().sum().backward()
+    return [result, images.grad, *(parameter.grad for parameter in layer.parameters())]
+
+
+def other_weight(layer: Any) -> None:
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
+def other_layout(layer: Any) -> None:
+    layer.weight.data = layer.weight.data.t()
+
+
+def other_dtype(layer: Any) -> None:
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer.bias.data = layer.bias.data.bfloat16()
+
+
+def other_steps(layer: Any) -> None:
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.step.data = 1.5 * quantizer.step.data
+
+
+def other_values_in_place(layer: Any) -> None:
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.25)
+
+
+def other_parameter(layer: Any) -> None:
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def fewer_channels(layer: Any) -> None:
+    for parameter in (layer.weight, layer.bias):
+        parameter.data = parameter.data[:2]
+    layer.weight_quantizer.step.data = layer.weight_quantizer.step.data[:, :2]
+
+
+def fewer_inputs(layer: Any) -> None:
+    layer.weight.data = layer.weight.data[:, :2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_weight,
+        other_layout,
+        other_dtype,
+        other_steps,
+        other_values_in_place,
+        other_parameter,
+        fewer_channels,
+        fewer_inputs,
+    ],
+)
+def test_what_was_prepared_is_not_used_for_others(
+    layer: Any, change: Callable[[Any], None]
+) -> None:
+    images = torch.randn(8, 4)
+    gradients_of(layer, images)
+    change(layer)
+    images = images[:, : layer.weight.shape[1]].to(layer.weight.dtype)
+    found = gradients_of(layer, images)
+    layer.weight_source.prepared.clear()
+    with kernels_off():
+        expected = gradients_of(layer, images)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("quantizer", ["weight_quantizer", "input_quantizer"])
+def test_a_step_size_that_is_gone_is_never_read(layer: Any, quantizer: str) -> None:
+    layer.switch(anyprec.Bits(8, 8))
+    images = torch.randn(8, 4)
+    gradients_of(layer, images)
+    step = getattr(layer, quantizer).step
+    step.data = step.data[:1]
+    with pytest.raises(IndexError):
+        layer(images)
+
+
+class Watched(nn.Parameter):
+    """A parameter of another class, which may do anything."""
+
+
+def test_a_parameter_of_another_class_in_the_same_memory_does_not_reach_a_kernel(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(8, 4)
+    expected = gradients_of(layer, images)
+    prepared = layer.weight_source.prepared
+    if not prepared:
+        pytest.skip("no kernel here")
+    monkeypatch.setattr(type(next(iter(prepared.values())).kernel), "quantize_pair", None)
+    layer.weight = Watched(layer.weight.data)
+    for one, other in zip(gradients_of(layer, images), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_exchanged_before_the_backward_pass_are_never_read_beyond_their_end(
+    layer: Any,
+) -> None:
+    images = torch.randn(8, 4, requires_grad=True)
+    layer(images)
+    result = layer(images)
+    layer.weight.data = torch.zeros(0)
+    with pytest.raises(RuntimeError):
+        result.sum().backward()
+
+
+def test_copies_and_pickles_prepare_anew(layer: Any) -> None:
+    images = torch.randn(8, 4)
+    gradients_of(layer, images)
+    assert layer.weight_source.prepared
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not other.weight_source.prepared
+        for one, expected in zip(
+            gradients_of(other, images), gradients_of(layer, images), strict=True
+        ):
+            assert torch.equal(one, expected)
+
+
+def test_turned_off_after_a_pass_kernels_run_in_neither_direction(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randn(8, 4)
+    expected = gradients_of(layer, images)
+    prepared = layer.weight_source.prepared
+    if not prepared:
+        pytest.skip("no kernel here")
+    for name in ("quantize_pair", "quantize_pair_backward"):
+        monkeypatch.setattr(type(next(iter(prepared.values())).kernel), name, None)
+    with kernels_off():
+        found = gradients_of(layer, images)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

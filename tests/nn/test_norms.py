@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,6 +52,75 @@ def test_training_at_one_precision_moves_only_its_own_copy(norm: nn.Module) -> N
     assert norm.bank.weight.grad[[0, 2]].count_nonzero() == 0
     assert torch.equal(norm.running_mean, before.running_mean)
     assert norm.weight.grad is None
+
+
+def nodes_of(result: Tensor) -> list[str]:
+    """Names of the nodes of a result's graph."""
+    waiting, names = [result.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            names.append(node.name())
+            waiting += [following for following, _ in node.next_functions]
+    return names
+
+
+def test_what_was_computed_for_one_call_is_not_kept(norm: nn.Module) -> None:
+    switch_norm(norm, 3, shared_affine=True)
+    norm.train()
+    norm.switch(0)
+    computed = norm.bank.weight.exp()
+    alive = weakref.ref(computed)
+    values = {"bank.weight": computed}
+    torch.func.functional_call(norm, values, torch.randn(6, 4, 5, 5)).sum().backward()
+    del computed, values
+    assert alive() is None
+
+
+def freeze(bank: NormBank) -> None:
+    bank.weight.requires_grad_(requires_grad=False)
+
+
+def learn(bank: NormBank) -> None:
+    bank.weight.requires_grad_()
+
+
+def change_in_place(bank: NormBank) -> None:
+    with torch.no_grad():
+        bank.weight.mul_(1.5)
+
+
+def exchange(bank: NormBank) -> None:
+    bank.weight.data = 1.5 * bank.weight.data
+
+
+@pytest.mark.parametrize("shared_affine", [False, True])
+@pytest.mark.parametrize(
+    "changes", [[], [freeze], [freeze, learn], [change_in_place], [exchange], [change_in_place] * 2]
+)
+def test_a_copy_learns_as_a_norm_does_whatever_changed_between_two_passes(
+    norm: nn.Module, changes: list[Callable[[NormBank], None]], shared_affine: bool
+) -> None:
+    alone = copy.deepcopy(norm).train()
+    switch_norm(norm, 3, shared_affine=shared_affine)
+    norm.train()
+    norm.switch(0)
+    x = torch.randn(6, 4, 5, 5)
+    for change in (*changes, lambda _: None):
+        change(norm.bank)
+        change(alone)
+        norm.bank.weight.grad = alone.weight.grad = None
+        found, expected = norm(x), alone(x)
+        assert torch.equal(found, expected)
+        # Torch's way back from a view of what was changed in place since takes kernels.
+        assert "AsStridedBackward0" not in nodes_of(found)
+        # Twice, since a graph may end with its first backward pass.
+        for result in (found, expected, norm(x), alone(x)):
+            result.square().sum().backward()
+        if alone.weight.grad is None:
+            assert norm.bank.weight.grad is None
+        else:
+            assert torch.equal(norm.bank.weight.grad[0], alone.weight.grad)
 
 
 def test_copies_can_share_their_affine_parameters(norm: nn.Module) -> None:
