@@ -168,15 +168,18 @@ class QuantizedLayer(nn.Module):
                 quantized_input = self.input_quantizer.forward_selected(input_, self.chosen.input)
                 return quantized_input, self.quantized_operand(weight)
             source = self.weight_source
+            # Past nn.Module.__getattr__, which is slow.
+            input_quantizer: Any = self._modules["input_quantizer"]
             if weight is self._parameters.get("weight") and source.only_quantizes(self, weight):
+                weight_quantizer: Any = self._modules["weight_quantizer"]
                 operands_ = quantize_operands(
-                    *(self.input_quantizer, input_, self._input_index),
-                    *(self.weight_quantizer, weight, self._weight_index),
+                    *(input_quantizer, input_, self._input_index),
+                    *(weight_quantizer, weight, self._weight_index),
                     source.prepared,
                 )
                 if operands_ is not None:
                     return operands_
-            quantized_input = quantize_input(self.input_quantizer, input_, self._input_index)
+            quantized_input = quantize_input(input_quantizer, input_, self._input_index)
             return quantized_input, self.quantized_operand(weight)
 
     def quantized_operand(self, weight: Tensor) -> Tensor:

@@ -120,7 +120,9 @@ class LatentWeight(WeightSource):
         """See `WeightSource`."""
         if self.corrected_axis is not None:
             return False
-        return layer.training or not self._can_keep(operand, layer.weight_quantizer.step)
+        # What may be kept is not quantized in every pass.
+        may_be_kept = not layer.training and (self.trusted or operand.device.type == "cpu")
+        return not may_be_kept or torch.is_grad_enabled()
 
     def recomputes(self, quantized: Tensor, input_: Tensor) -> bool:
         """Whether a quantized weight that multiplies this input is computed again for backward."""
