@@ -5,6 +5,7 @@ Retraining-free mixed-precision quantization for timm and torch networks.
 
 from anyprec.bits import BitConfig, Bits, BitsLike, Candidates, LayerCandidates
 from anyprec.calibration.norm_statistics import update_norms
+from anyprec.calibration.reconstruction import reconstruct
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.checkpoint.document import Architecture, PackedCoding
 from anyprec.checkpoint.inspection import CheckpointInfo, StoredLayer, inspect
@@ -199,6 +200,7 @@ __all__ = [
     "measure_latency",
     "param_groups",
     "recompute_weights",
+    "reconstruct",
     "save",
     "search",
     "trust_weights",

@@ -29,6 +29,11 @@ def estimate_active_copies(
     A norm takes over what it has seen so far before it runs, so the layers behind it are measured
     on inputs that are normalised as they will be.
     """
+    # The float network's own may be among those that are written.
+    origins = {}
+    if reference is not None:
+        for path, norm in norms.items():
+            origins[path] = norm.running_mean.clone(), norm.running_var.clone()
 
     def take_over(path: str, so_far: _RunningStatistics) -> None:
         norm, mean, variance = norms[path], so_far.mean, so_far.variance
@@ -37,9 +42,10 @@ def estimate_active_copies(
         if reference is not None:
             # Of the same images, or the difference would hold the noise between images too.
             float_mean, float_variance = reference[path, so_far.calls]
-            mean = norm.running_mean + (mean - float_mean)
+            origin_mean, origin_variance = origins[path]
+            mean = origin_mean + (mean - float_mean)
             # eps keeps a channel that is constant on these images from making the ratio noise.
-            variance = norm.running_var * (variance + norm.eps) / (float_variance + norm.eps)
+            variance = origin_variance * (variance + norm.eps) / (float_variance + norm.eps)
         active_mean, active_variance = norm.active_statistics()
         active_mean.copy_(mean)
         active_variance.copy_(variance)

@@ -14,7 +14,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from anyprec.bits import BitConfig, Bits, uniform_widths
+from anyprec.calibration.norm_inputs import float_statistics
 from anyprec.calibration.norm_updates import (
     rows_used,
     stale_rows,
@@ -27,6 +30,7 @@ from anyprec.model.converted import BitsRequest, ConvertedModel, require_convert
 from anyprec.model.intact import switchable_norms
 from anyprec.nn.norms import SwitchableNorm
 from anyprec.runtime.batches import Batch
+from anyprec.runtime.modes import evaluating
 
 
 def update_norms(
@@ -176,14 +180,18 @@ def _update_all_copies(
     norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
     if not norms:
         return
-    requests: list[Bits | None] = [*_uniform_pairs(model)]
+    requests: list[Bits | None] = [*pairs_of_copies(model)]
     if include_float:
         requests.append(None)
     images = held_images(model, loader, limit, purpose="update_norms")
-    update_copies(model, norms, images, requests, anchored=anchored)
+    reference = None
+    if anchored:
+        with evaluating(model), torch.no_grad():
+            reference = float_statistics(model, norms, images)
+    update_copies(model, norms, images, requests, reference=reference)
 
 
-def _uniform_pairs(model: ConvertedModel) -> list[Bits]:
+def pairs_of_copies(model: ConvertedModel) -> list[Bits]:
     """Precisions whose uniform configurations reach every copy of every norm."""
     weight: set[int] = set()
     activation: set[int] = set()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from anyprec.bits import BitConfig, Bits, highest_config, shorten
-from anyprec.calibration.norm_inputs import Reference, estimate_active_copies, float_statistics
+from anyprec.calibration.norm_inputs import Reference, estimate_active_copies
 from anyprec.calibration.passes import undo_on_error
 from anyprec.errors import CalibrationError
 from anyprec.model.converted import ConvertedModel
@@ -30,17 +30,25 @@ def update_copies(
     images: list[Tensor],
     requests: list[Bits | None],
     *,
-    anchored: bool = False,
+    reference: Reference | None = None,
 ) -> None:
-    """Estimate the copies that these uniform precisions use, and the statistics beside them."""
+    """Estimate the copies that these uniform precisions use, and the statistics beside them.
+
+    Args:
+        model: The network.
+        norms: The norms to estimate copies of, by path.
+        images: Batches of images.
+        requests: Uniform precisions, None for floating point.
+        reference: What the float network that came with these statistics has on these images. The
+            statistics are then corrected, and not estimated anew.
+    """
     with _trusting(norms), undo_on_error(model), evaluating(model), torch.no_grad():
         if None in requests:
             hand_over_affine(model)
-        reference = float_statistics(model, norms, images) if anchored else None
         _estimate_uniform(model, norms, images, requests, reference)
         _require_finite_banks(norms)
     _note_uniform(norms)
-    if not anchored:  # what is anchored is as stale as the float statistics
+    if reference is None:  # what is anchored is as stale as the float statistics
         for bank, row in rows_used(model, norms, requests):
             stale_rows(bank).discard(row)
     # The active precision may have statistics now that it lacked when it was set.

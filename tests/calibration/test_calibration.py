@@ -14,9 +14,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import anyprec
+from anyprec.bits import Bits
 from anyprec.calibration.least_squares import input_grid, weight_steps
+from anyprec.calibration.norm_inputs import float_statistics
 from anyprec.calibration.norm_statistics import update_norms
+from anyprec.calibration.norm_updates import update_copies
 from anyprec.errors import CalibrationError, NotCalibratedError
+from anyprec.model.intact import switchable_norms
 from anyprec.nn.functional import fake_quantize
 from anyprec.nn.quantizers import InputQuantizer, WeightQuantizer
 
@@ -127,6 +131,23 @@ def test_anchored_statistics_do_not_depend_on_how_images_differ_between_batches(
     for norm in (model.stem_norm, model.depthwise_norm, model.pointwise_norm):
         shift = (norm.bank.running_mean - norm.running_mean).abs() / norm.running_var.sqrt()
         assert (shift < 0.02).all()
+
+
+def test_moved_weights_move_the_statistics_of_the_float_network_once_however_many_batches(
+    float_net: nn.Module, images: Tensor
+) -> None:
+    model = anyprec.convert(float_net, bits=(4, 8), example_input=images[:1])
+    anyprec.calibrate(model, [images])
+    norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
+    batches = list(images.split(2))
+    with torch.no_grad():
+        reference = float_statistics(model.eval(), norms, batches)
+        before = model.stem_norm.running_mean.clone(), model.stem_norm.running_var.clone()
+        model.stem.weight.mul_(3)
+    update_copies(model, norms, batches, [Bits(4, 4), None], reference=reference)
+    mean = reference["stem_norm", len(batches)][0]
+    assert torch.allclose(model.stem_norm.running_mean, before[0] + 2 * mean.float(), atol=1e-4)
+    assert torch.allclose(model.stem_norm.running_var, 9 * before[1], rtol=1e-3)
 
 
 def test_plain_statistics_are_those_of_all_batches_together(net: anyprec.ConvertedModel) -> None:

@@ -1,0 +1,1 @@
+"""What calibration and reconstruction are worth, without training."""
