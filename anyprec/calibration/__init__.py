@@ -1,1 +1,1 @@
-"""Data passes without gradients: step sizes and norm statistics."""
+"""What a network gets from images without labels: step sizes, norm statistics, better weights."""

@@ -6,7 +6,7 @@
 line. For each split, one half of the images calibrates and reconstructs, and the other half is
 reported on. Mixed configurations are drawn at random within a bit of 4. Adds a line of JSON for
 each split to `benchmarks/results/calibration.jsonl`; `python -m benchmarks.calibration.page`
-renders them in docs/results.md.
+renders them in docs/calibration.md.
 """
 
 from __future__ import annotations

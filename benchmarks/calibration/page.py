@@ -1,4 +1,4 @@
-"""docs/results.md, from the records: `python -m benchmarks.calibration.page`."""
+"""docs/calibration.md, from the records: `python -m benchmarks.calibration.page`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks.common import pages, records
 
 RESULTS = records.ROOT / "benchmarks" / "results" / "calibration.jsonl"
-PAGE = records.ROOT / "docs" / "results.md"
+PAGE = records.ROOT / "docs" / "calibration.md"
 COMMAND = "python -m benchmarks.calibration.page"
 
 COLUMNS = ("float", "8", "6", "5", "4", "3", "2", "W4A8", "W3A8", "mixes around 4")
