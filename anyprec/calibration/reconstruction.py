@@ -40,6 +40,10 @@ from anyprec.runtime.progress import progress_bar
 WEIGHT_LR, STEP_LR, AFFINE_LR = 0.02, 0.005, 0.005
 """Of weights, in step sizes; of step sizes and of scales and shifts, in parts of themselves."""
 
+PULL = 0.005
+"""Part of the way back to the float network's that weights go after each step: high bit-widths lose
+the more, the more weights move."""
+
 IMAGES = 20
 """Of a step."""
 
@@ -279,14 +283,14 @@ def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _optimizer_of(model: ConvertedModel) -> ScaledAdam:
     """What moves the layers that have several bit-widths, and the norms."""
-    optimizer = ScaledAdam()
+    optimizer = ScaledAdam(PULL)
     moved: set[int] = set()
 
-    def add(parameter: Any, unit: Tensor, lr: float) -> None:
+    def add(parameter: Any, unit: Tensor, lr: float, *, is_pulled: bool = False) -> None:
         # Several modules may share one.
         if isinstance(parameter, nn.Parameter) and id(parameter) not in moved:
             moved.add(id(parameter))
-            optimizer.add(parameter, unit, lr)
+            optimizer.add(parameter, unit, lr, is_pulled=is_pulled)
 
     for layer in model.quantized_layers.values():
         quantizer = layer.weight_quantizer
@@ -295,7 +299,8 @@ def _optimizer_of(model: ConvertedModel) -> ScaledAdam:
         # That of 4 bits, or of the candidate next to it.
         nearest = min(quantizer.candidates, key=lambda bits: abs(bits - 4))
         step = quantizer.step.detach()[quantizer.candidates.index(nearest)].abs()
-        add(layer.weight, along(step, quantizer.axis, layer.weight), WEIGHT_LR)
+        unit = along(step, quantizer.axis, layer.weight)
+        add(layer.weight, unit, WEIGHT_LR, is_pulled=True)
         add(quantizer.step, quantizer.step.abs(), STEP_LR)
         add(layer.input_quantizer.step, layer.input_quantizer.step.abs(), STEP_LR)
     for _, norm in switchable_norms(model):

@@ -13,8 +13,8 @@ LOWEST = 3
 class Draws:
     """Draws uniform configurations, and mixed ones around a bit-width, in turn.
 
-    A bit-width comes up as often as it is low: in inverse proportion to its bits, counted over any
-    stretch of steps, so that a short run is as fair as a long one.
+    Low bit-widths come up more often, in inverse proportion to the root of their bits, counted over
+    any stretch of steps, so that a short run is as fair as a long one.
 
     Args:
         candidates: Of every layer.
@@ -31,9 +31,9 @@ class Draws:
 
     def draw(self) -> tuple[str, BitConfig]:
         """A configuration, and a name for those that are like it."""
-        total = sum(1 / width for width in self._widths)
+        total = sum(width**-0.5 for width in self._widths)
         for width in self._widths:
-            self._owed[width] += 1 / width / total
+            self._owed[width] += width**-0.5 / total
         # The one that has waited longest; at first the lowest.
         chosen = max(self._widths, key=self._owed.__getitem__)
         self._owed[chosen] -= 1

@@ -21,6 +21,7 @@ class _Entry:
     """A parameter, its unit and learning rate, and the averages of its gradient and of its square.
 
     Attributes:
+        start: What it is pulled back to; None if it is not.
         steps: How many steps had a gradient of it.
     """
 
@@ -29,13 +30,19 @@ class _Entry:
     lr: float
     mean: Tensor
     square: Tensor
+    start: Tensor | None
     steps: int = 0
 
 
 class ScaledAdam:
-    """Adam (Kingma and Ba, ICLR 2015) with a unit for each entry of each parameter."""
+    """Adam (Kingma and Ba, ICLR 2015) with a unit for each entry of each parameter.
 
-    def __init__(self) -> None:
+    Args:
+        pull: Part of the way back to where they started that some parameters go after each step.
+    """
+
+    def __init__(self, pull: float = 0.0) -> None:
+        self._pull = pull
         self._entries: list[_Entry] = []
 
     @property
@@ -43,16 +50,18 @@ class ScaledAdam:
         """What it moves."""
         return [entry.parameter for entry in self._entries]
 
-    def add(self, parameter: Tensor, unit: Tensor, lr: float) -> None:
+    def add(self, parameter: Tensor, unit: Tensor, lr: float, *, is_pulled: bool = False) -> None:
         """Move this parameter from now on.
 
         Args:
             parameter: A leaf.
             unit: What a step of 1 is, positive; it is expanded to the shape of the parameter.
             lr: Units of a step.
+            is_pulled: It is pulled back to what it is now.
         """
         mean, square = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        self._entries.append(_Entry(parameter, unit.detach().clone(), lr, mean, square))
+        start = parameter.detach().clone() if is_pulled else None
+        self._entries.append(_Entry(parameter, unit.detach().clone(), lr, mean, square, start))
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
@@ -75,3 +84,5 @@ class ScaledAdam:
             root = (entry.square / (1 - DECAYS[1] ** entry.steps)).sqrt_()
             move = mean.div_(root.add_(_TINY)).clamp_(-_LARGEST, _LARGEST)
             entry.parameter.sub_(move.mul_(entry.unit), alpha=entry.lr * factor)
+            if entry.start is not None:
+                entry.parameter.lerp_(entry.start, self._pull)

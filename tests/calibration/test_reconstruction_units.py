@@ -90,8 +90,9 @@ def test_low_bit_widths_are_drawn_more_often_and_half_of_the_draws_are_mixed() -
     assert {int(name.removeprefix("around ")) for name in names} == set(widths)
     of_width = {width: names[f"{width}"] + names[f"around {width}"] for width in widths}
     for width in widths:
-        # 210 draws: 80, 60, 40, 30.
-        assert abs(of_width[width] - 240 / width) <= 1
+        # 210 draws: 65, 56, 46, 40.
+        share = width**-0.5 / sum(other**-0.5 for other in widths)
+        assert abs(of_width[width] - 210 * share) <= 1
         assert abs(names[f"{width}"] - names[f"around {width}"]) <= 1
     again = Draws(candidates(), seed=0)
     assert [again.draw() for _ in range(9)] == [
@@ -127,3 +128,14 @@ def test_steps_are_those_of_adam_in_units(unit: float) -> None:
     assert torch.allclose((own - start) / unit, other, atol=1e-5)
     assert own.grad is None
     assert optimizer.parameters[0] is own
+
+
+def test_a_parameter_is_pulled_back_to_where_it_started() -> None:
+    optimizer = ScaledAdam(pull=0.25)
+    pulled, free = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    optimizer.add(pulled, torch.ones(()), 0.1, is_pulled=True)
+    optimizer.add(free, torch.ones(()), 0.1)
+    pulled.grad, free.grad = -torch.ones(2), -torch.ones(2)
+    optimizer.step(1.0)
+    assert torch.allclose(free, torch.tensor(0.1))
+    assert torch.allclose(pulled, torch.tensor(0.075))
