@@ -35,6 +35,7 @@ from anyprec.model.intact import switchable_norms
 from anyprec.nn.channels import along
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
+from anyprec.runtime.processes import of_all_processes, process_count, sum_over_processes
 from anyprec.runtime.progress import progress_bar
 
 WEIGHT_LR, STEP_LR, AFFINE_LR = 0.02, 0.005, 0.005
@@ -70,6 +71,9 @@ def reconstruct(
     with the new weights, which is no longer that which was converted.
 
     If anything fails, or is interrupted, the model is as it was.
+
+    Under `torchrun`, with a process group, every process takes its own images; gradients are
+    averaged, and all processes end with the same model.
 
     Args:
         model: A converted model.
@@ -151,6 +155,7 @@ class _Reconstruction:
             for step in range(steps):
                 self._name, config = draws.draw()
                 loss = self._step(next(batches), config)
+                _average_gradients(self._optimizer.parameters)
                 self._optimizer.step(0.5 * (1 + math.cos(math.pi * step / steps)))
                 if (step + 1) % 10 == 0 or step + 1 == steps:
                     bar.advance(10, note=f"{self._name} bits: {_finite(loss, step):.4f}")
@@ -345,8 +350,22 @@ def _batches_of(images: list[Tensor]) -> Iterator[Tensor]:
         yield batch.flip(-1) if torch.rand(()) < 0.5 else batch
 
 
+def _average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Give all processes of a distributed run the mean of their gradients."""
+    if process_count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+    flat = sum_over_processes(flat).div_(process_count())
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
 def _finite(loss: Tensor, step: int) -> float:
-    value = float(loss)
+    # Of all processes: they must fail together.
+    value = float(sum_over_processes(loss.clone())) / process_count()
     if not math.isfinite(value):
         msg = f"the loss is {value} after {step + 1} steps: check that the images are normalised "
         msg += "as the network expects"
@@ -376,9 +395,9 @@ def _anchor_norms(model: ConvertedModel, teacher: ConvertedModel, images: list[T
 
 
 def _first(batches: list[Tensor], count: int) -> list[Tensor]:
-    """The first batches, until they have so many images."""
+    """The first batches, until they have so many images: as many in each process."""
     chosen: list[Tensor] = []
     for batch in batches:
         if sum(map(len, chosen)) < count:
             chosen.append(batch)
-    return chosen
+    return chosen[: min(of_all_processes(len(chosen)))]
