@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from anyprec.bits import Bits
 from anyprec.calibration.norm_inputs import float_statistics
@@ -25,25 +24,18 @@ from anyprec.calibration.norm_statistics import pairs_of_copies
 from anyprec.calibration.norm_updates import update_copies
 from anyprec.calibration.passes import held_images, require_count
 from anyprec.calibration.reconstruction_draws import Draws
+from anyprec.calibration.reconstruction_losses import output_loss, relative_error
+from anyprec.calibration.reconstruction_parameters import learning, optimizer_of
 from anyprec.calibration.reconstruction_units import find_units
-from anyprec.calibration.scaled_adam import ScaledAdam
 from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import CalibrationError
 from anyprec.model.checks import require_latents, uncalibrated
 from anyprec.model.converted import ConvertedModel, require_converted
 from anyprec.model.intact import switchable_norms
-from anyprec.nn.channels import along
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count, sum_over_processes
 from anyprec.runtime.progress import progress_bar
-
-WEIGHT_LR, STEP_LR, AFFINE_LR = 0.02, 0.005, 0.005
-"""Of weights, in step sizes; of step sizes and of scales and shifts, in parts of themselves."""
-
-PULL = 0.005
-"""Part of the way back to the float network's that weights go after each step: high bit-widths lose
-the more, the more weights move."""
 
 IMAGES = 20
 """Of a step."""
@@ -134,7 +126,7 @@ class _Reconstruction:
         self._norms = {
             path: norm for path, norm in switchable_norms(model) if norm.bank is not None
         }
-        self._optimizer = _optimizer_of(model)
+        self._optimizer = optimizer_of(model)
         # Of the teacher on the batch of this step, by path, one for each call.
         self._inputs: dict[str, list[Tensor]] = {}
         self._outputs: dict[str, list[Tensor]] = {}
@@ -149,7 +141,7 @@ class _Reconstruction:
         batches = _batches_of(self._images)
         with (
             self._watched(),
-            _learning(self._model, self._optimizer.parameters),
+            learning(self._model, self._optimizer.parameters),
             progress_bar("reconstruct", steps, show=show_progress) as bar,
         ):
             for step in range(steps):
@@ -254,82 +246,11 @@ class _Reconstruction:
         return number
 
 
-def output_loss(output: Any, target: Any) -> Tensor:
-    """How far an output is from the float network's: divergence of logits, or else squared error.
-
-    Args:
-        output: A tensor, or tensors in lists, tuples and mappings.
-        target: The same of the float network.
-    """
-    if isinstance(output, Tensor):
-        if output.ndim == 2 and output.shape[1] > 1:
-            log_odds = output.float().log_softmax(dim=1)
-            return F.kl_div(log_odds, target.float().softmax(dim=1), reduction="batchmean")
-        return relative_error(output, target)
-    if isinstance(output, Mapping):
-        pairs = [(output[name], target[name]) for name in output]
-    else:
-        pairs = list(zip(output, target, strict=True))
-    return torch.stack([output_loss(one, other) for one, other in pairs]).mean()
-
-
-def relative_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error over the mean square of the target."""
-    target = target.float()
-    return (output.float() - target).square().mean() / target.square().mean().clamp_min(1e-12)
-
-
 def _mean_and_variance(values: Tensor) -> tuple[Tensor, Tensor]:
     dims = [dim for dim in range(values.ndim) if dim != 1]
     values = values.detach().float()
     mean = values.mean(dim=dims, keepdim=True)
     return mean.flatten(), (values - mean).square_().mean(dim=dims)
-
-
-def _optimizer_of(model: ConvertedModel) -> ScaledAdam:
-    """What moves the layers that have several bit-widths, and the norms."""
-    optimizer = ScaledAdam(PULL)
-    moved: set[int] = set()
-
-    def add(parameter: Any, unit: Tensor, lr: float, *, is_pulled: bool = False) -> None:
-        # Several modules may share one.
-        if isinstance(parameter, nn.Parameter) and id(parameter) not in moved:
-            moved.add(id(parameter))
-            optimizer.add(parameter, unit, lr, is_pulled=is_pulled)
-
-    for layer in model.quantized_layers.values():
-        quantizer = layer.weight_quantizer
-        if len(quantizer.candidates) == 1:
-            continue
-        # That of 4 bits, or of the candidate next to it.
-        nearest = min(quantizer.candidates, key=lambda bits: abs(bits - 4))
-        step = quantizer.step.detach()[quantizer.candidates.index(nearest)].abs()
-        unit = along(step, quantizer.axis, layer.weight)
-        add(layer.weight, unit, WEIGHT_LR, is_pulled=True)
-        add(quantizer.step, quantizer.step.abs(), STEP_LR)
-        add(layer.input_quantizer.step, layer.input_quantizer.step.abs(), STEP_LR)
-    for _, norm in switchable_norms(model):
-        copies: Any = norm.bank
-        if copies is not None and copies.weight is not None:
-            scale = copies.weight.detach().abs()
-            scale = scale.clamp_min(0.1 * float(scale.mean()))
-            add(copies.weight, scale, AFFINE_LR)
-            add(copies.bias, scale, AFFINE_LR)
-    return optimizer
-
-
-@contextmanager
-def _learning(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[None]:
-    """In the block these parameters alone require gradients."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(requires_grad=False)
-    for learning in parameters:
-        learning.requires_grad_()
-    try:
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
 
 
 def _batches_of(images: list[Tensor]) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import anyprec
 from anyprec.calibration import reconstruction
-from anyprec.calibration.reconstruction import output_loss, relative_error
+from anyprec.calibration.reconstruction_losses import output_loss, relative_error
 from anyprec.errors import CalibrationError, ConversionError, PackedError
 
 BITS = (2, 3, 4, 8)
