@@ -177,7 +177,7 @@ def _update_all_copies(
     include_float: bool,
 ) -> None:
     """Estimate every copy of every norm, and the statistics beside them."""
-    norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
+    norms = norms_with_copies(model)
     if not norms:
         return
     requests: list[Bits | None] = [*pairs_of_copies(model)]
@@ -189,6 +189,11 @@ def _update_all_copies(
         with evaluating(model), torch.no_grad():
             reference = float_statistics(model, norms, images)
     update_copies(model, norms, images, requests, reference=reference)
+
+
+def norms_with_copies(model: ConvertedModel) -> dict[str, SwitchableNorm]:
+    """The norms that have copies, by path: those that precisions do not share."""
+    return {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
 
 
 def pairs_of_copies(model: ConvertedModel) -> list[Bits]:

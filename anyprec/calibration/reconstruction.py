@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from anyprec.bits import Bits
 from anyprec.calibration.norm_inputs import float_statistics
-from anyprec.calibration.norm_statistics import pairs_of_copies
+from anyprec.calibration.norm_statistics import norms_with_copies, pairs_of_copies
 from anyprec.calibration.norm_updates import update_copies
 from anyprec.calibration.passes import held_images, require_count
 from anyprec.calibration.reconstruction_draws import Draws
@@ -31,7 +31,6 @@ from anyprec.calibration.step_sizes import calibrate
 from anyprec.errors import CalibrationError
 from anyprec.model.checks import require_latents, uncalibrated
 from anyprec.model.converted import ConvertedModel, require_converted
-from anyprec.model.intact import switchable_norms
 from anyprec.runtime.batches import Batch
 from anyprec.runtime.modes import evaluating
 from anyprec.runtime.processes import of_all_processes, process_count, sum_over_processes
@@ -125,9 +124,7 @@ class _Reconstruction:
         self._model, self._teacher = model, teacher
         self._images = images
         self._units = find_units(model, images[0][:1])
-        self._norms = {
-            path: norm for path, norm in switchable_norms(model) if norm.bank is not None
-        }
+        self._norms = norms_with_copies(model)
         self._optimizer = optimizer_of(model)
         # Of the teacher on the batch of this step, by path, one for each call.
         self._inputs: dict[str, list[Tensor]] = {}
@@ -151,13 +148,15 @@ class _Reconstruction:
                 loss = self._step(next(batches), config)
                 _average_gradients(self._optimizer.parameters)
                 self._optimizer.step(0.5 * (1 + math.cos(math.pi * step / steps)))
+                bar.advance()
+                # To read the loss makes a device wait.
                 if (step + 1) % 10 == 0 or step + 1 == steps:
-                    bar.advance(10, note=f"{self._name} bits: {_finite(loss, step):.4f}")
+                    bar.advance(0, note=f"{self._name} bits: {_finite(loss, step):.4f}")
 
     def _step(self, images: Tensor, config: Mapping[str, Bits]) -> Tensor:
         """Gradients on a batch; returns the loss of the output."""
-        for seen in (self._inputs, self._outputs):
-            seen.clear()
+        self._inputs.clear()
+        self._outputs.clear()
         self._statistics.clear()
         self._calls.clear()
         with torch.no_grad():
@@ -186,24 +185,25 @@ class _Reconstruction:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        hooks = []
-        for path in self._units.starts:
-            of_teacher, own = self._modules(path)
-            hooks.append(of_teacher.register_forward_pre_hook(partial(self._note_input, path)))
-            hooks.append(own.register_forward_pre_hook(partial(self._mix_input, path)))
-        for path in self._units.inner:
-            of_teacher, own = self._modules(path)
-            hooks.append(of_teacher.register_forward_hook(partial(self._note_output, path)))
-            hooks.append(own.register_forward_hook(partial(self._hold_output, path)))
-        for path in self._norms:
-            of_teacher, own = self._modules(path)
-            hooks.append(of_teacher.register_forward_pre_hook(partial(self._note_statistics, path)))
-            hooks.append(own.register_forward_pre_hook(partial(self._correct_statistics, path)))
-        try:
+        units, norms = self._units, self._norms
+        with ExitStack() as hooks:
+            for path in units.starts:
+                of_teacher, own = self._modules(path)
+                note, mix = partial(self._note_input, path), partial(self._mix_input, path)
+                hooks.enter_context(of_teacher.register_forward_pre_hook(note))
+                hooks.enter_context(own.register_forward_pre_hook(mix))
+            for path in units.inner:
+                of_teacher, own = self._modules(path)
+                keep, hold = partial(self._note_output, path), partial(self._hold_output, path)
+                hooks.enter_context(of_teacher.register_forward_hook(keep))
+                hooks.enter_context(own.register_forward_hook(hold))
+            for path in norms:
+                of_teacher, own = self._modules(path)
+                seen = partial(self._note_statistics, path)
+                correct = partial(self._correct_statistics, path)
+                hooks.enter_context(of_teacher.register_forward_pre_hook(seen))
+                hooks.enter_context(own.register_forward_pre_hook(correct))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _modules(self, path: str) -> tuple[nn.Module, nn.Module]:
         return self._teacher.get_submodule(path), self._model.get_submodule(path)
@@ -307,13 +307,12 @@ def _seeded(like: Tensor, seed: int) -> Iterator[None]:
 
 def _anchor_norms(model: ConvertedModel, teacher: ConvertedModel, images: list[Tensor]) -> None:
     """Give all copies, and the float network, the statistics of the moved weights."""
-    norms = {path: norm for path, norm in switchable_norms(model) if norm.bank is not None}
+    norms = norms_with_copies(model)
     if not norms:
         return
     images = _first(images, NORM_IMAGES)
-    of_teacher = {path: norm for path, norm in switchable_norms(teacher) if path in norms}
     with torch.no_grad():
-        reference = float_statistics(teacher, of_teacher, images)
+        reference = float_statistics(teacher, norms_with_copies(teacher), images)
     update_copies(model, norms, images, [*pairs_of_copies(model), None], reference=reference)
 
 

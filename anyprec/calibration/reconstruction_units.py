@@ -8,7 +8,7 @@ sequence of other blocks. What follows the last one, up to the network's output,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -70,15 +70,14 @@ class _Calls:
     @contextmanager
     def noted(self, model: nn.Module) -> Iterator[None]:
         """Note the calls in the block."""
-        hooks = []
-        for path, module in model.named_modules():
-            hooks.append(module.register_forward_pre_hook(partial(self._enter, path)))
-            hooks.append(module.register_forward_hook(partial(self._leave, path)))
-        try:
+        with ExitStack() as hooks:
+            for path, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks, and has no quantized layer
+                enter, leave = partial(self._enter, path), partial(self._leave, path)
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _enter(self, path: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         if path not in self.order:

@@ -261,15 +261,18 @@ def naive_chain() -> Iterator[None]:
     layers_module: Any = layers
     fake_quantize, recomputing = quantizers_module.fake_quantize, layers_module.recomputing
     quantize_operands = layers_module.quantize_operands
+    quantize_input = layers_module.quantize_input
     quantizers_module.fake_quantize = fake_quantize_by_elementary_operations
     layers_module.recomputing = lambda *_: nullcontext()
     layers_module.quantize_operands = lambda *_: None
+    layers_module.quantize_input = lambda quantizer, values, index: quantizer(values, index)
     try:
         yield
     finally:
         quantizers_module.fake_quantize = fake_quantize
         layers_module.recomputing = recomputing
         layers_module.quantize_operands = quantize_operands
+        layers_module.quantize_input = quantize_input
 
 
 def fake_quantize_by_elementary_operations(

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from anyprec.kernels import FusedKernel
 from benchmarks.speed import accelerator, host_times, launch_counts, page, proxies, same_training
 from benchmarks.speed.small_networks import make_pair
+from benchmarks.speed.step_cost import naive_chain
 
 
 @pytest.fixture
@@ -124,3 +126,17 @@ def test_differences_are_relative_to_the_largest_magnitude() -> None:
     changed = torch.tensor([1.5, -4.0, math.nan])
     assert same_training.relative_difference(reference, changed) == 0.125
     assert same_training.relative_difference(reference, changed.nan_to_num()) == math.inf
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_naive_chain_takes_no_kernel(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = make_pair("test_resnet", bits=(4, 8))
+    pair.model.set_bits(4)
+    pair.model.train(training)
+    with torch.set_grad_enabled(training):
+        expected = pair.model(pair.images)
+        for name in ("quantize", "quantize_pair"):
+            monkeypatch.setattr(FusedKernel, name, None)
+        with naive_chain():
+            found = pair.model(pair.images)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)

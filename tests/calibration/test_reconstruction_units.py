@@ -139,3 +139,10 @@ def test_a_parameter_is_pulled_back_to_where_it_started() -> None:
     optimizer.step(1.0)
     assert torch.allclose(free, torch.tensor(0.1))
     assert torch.allclose(pulled, torch.tensor(0.075))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # of torch's own, at first use
+def test_a_scripted_module_takes_no_hook_and_is_passed_over() -> None:
+    scripted = torch.jit.script(nn.ReLU())
+    network = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 4))
+    assert units_of(network, torch.randn(1, 4)) == Units(("0",), ("2",))

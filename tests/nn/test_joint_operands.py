@@ -160,6 +160,13 @@ def layer() -> Any:
     return model.quantized_layers["1"]
 
 
+def kernel_of(layer: Any) -> Any:
+    """The class of the kernel that served a layer; skips where there is none."""
+    for prepared in layer.weight_source.prepared.values():
+        return type(prepared.kernel)
+    return pytest.skip("no kernel here")
+
+
 def gradients_of(layer: Any, images: Tensor) -> list[Tensor]:
     layer.zero_grad()
     images = images.clone().requires_grad_()
@@ -254,10 +261,7 @@ def test_a_parameter_of_another_class_in_the_same_memory_does_not_reach_a_kernel
 ) -> None:
     images = torch.randn(8, 4)
     expected = gradients_of(layer, images)
-    prepared = layer.weight_source.prepared
-    if not prepared:
-        pytest.skip("no kernel here")
-    monkeypatch.setattr(type(next(iter(prepared.values())).kernel), "quantize_pair", None)
+    monkeypatch.setattr(kernel_of(layer), "quantize_pair", None)
     layer.weight = Watched(layer.weight.data)
     for one, other in zip(gradients_of(layer, images), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -291,11 +295,9 @@ def test_turned_off_after_a_pass_kernels_run_in_neither_direction(
 ) -> None:
     images = torch.randn(8, 4)
     expected = gradients_of(layer, images)
-    prepared = layer.weight_source.prepared
-    if not prepared:
-        pytest.skip("no kernel here")
+    kernel = kernel_of(layer)
     for name in ("quantize_pair", "quantize_pair_backward"):
-        monkeypatch.setattr(type(next(iter(prepared.values())).kernel), name, None)
+        monkeypatch.setattr(kernel, name, None)
     with kernels_off():
         found = gradients_of(layer, images)
     for one, other in zip(found, expected, strict=True):
