@@ -275,3 +275,52 @@ def test_the_loss_of_an_output_is_a_divergence_or_a_relative_error() -> None:
     both = {"logits": one, "maps": [maps[0]]}, {"logits": other, "maps": [maps[1]]}
     assert torch.allclose(output_loss(*both), (expected + error) / 2)
     assert relative_error(torch.ones(3), torch.zeros(3)).isfinite()
+
+
+class WithNeck(Residual):
+    """A layer between the last block and the classifier that has several bit-widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(torch.relu(self.stem_norm(self.stem(x))))
+        return self.head(torch.relu(self.neck(x.mean(dim=(2, 3)))))
+
+
+def test_what_is_behind_the_last_block_learns_from_the_output(loader: list[Tensor]) -> None:
+    model = anyprec.convert(WithNeck().eval(), bits=BITS, example_input=loader[0][:1])
+    anyprec.calibrate(model, loader)
+    before = model.neck.weight.clone()
+    anyprec.reconstruct(model, loader, steps=2)
+    assert not torch.equal(model.neck.weight, before)
+
+
+def test_units_are_cut_off_mixed_and_normalised_as_their_batch_has_it(
+    net: anyprec.ConvertedModel, loader: list[Tensor]
+) -> None:
+    given: list[Tensor] = []
+    changed: list[float] = []
+    corrected: list[bool] = []
+    block = net.blocks[1]
+
+    def compare(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if net.bits is not None and torch.is_grad_enabled():
+            positive = given[-1] > 0
+            changed.append(float((args[0] != given[-1])[positive].float().mean()))
+
+    def note(norm: nn.Module, _args: Any, _output: Any) -> None:
+        if net.bits is not None and torch.is_grad_enabled():
+            corrected.append(norm.override is not None)  # type: ignore[attr-defined]
+
+    # Before those of the run, which sees what these let through.
+    block.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    block.first.register_forward_pre_hook(compare)
+    block.norm.register_forward_hook(note)
+    anyprec.reconstruct(net, loader, steps=6)
+    assert not any(value.requires_grad for value in given)
+    # Half of the values, where the two differ.
+    assert len(changed) == len(corrected) == 6
+    assert all(0.3 < share < 0.65 for share in changed)
+    assert all(corrected)
